@@ -1,0 +1,99 @@
+"""The error tree.
+
+    NormSwapError
+    ├── SpecError             a model spec that names nothing
+    ├── CheckpointError       a checkpoint that cannot be read or does not fit
+    ├── ArtifactError         a normswap directory that cannot be trusted, read or written
+    ├── DataError             images or labels that cannot be used
+    ├── WalkError             a model the walker cannot run or understand
+    ├── PlanError             a request that no plan can satisfy
+    ├── SwapError             a plan that does not fit the model it is applied to
+    ├── LayerError            a layer asked for something its definition excludes
+    ├── CalibrationError      calibration that cannot start or has failed
+    ├── TrainingError         fine-tuning that cannot start or has failed
+    ├── ExportError           a model that cannot be exported, or a file that is no ONNX model
+    │   └── ParityError       an ONNX file that is not the model (exit code 3)
+    └── InstallationError     packages that do not fit together
+
+Every message reads ``where: got X; need Y. Try Z.``
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class NormSwapError(Exception):
+    """The root of every error normswap raises on purpose.
+
+    Args:
+        where: the module, file or option at fault.
+        got: what was found there.
+        need: what was expected.
+        hint: what to try.
+    """
+
+    def __init__(self, where: str, *, got: str, need: str, hint: str) -> None:
+        self.where, self.got, self.need, self.hint = where, got, need, hint
+        super().__init__(f"{where}: got {got}; need {need}. Try {hint}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.where, self.got, self.need, self.hint))
+
+
+def _rebuild(
+    cls: type[NormSwapError], where: str, got: str, need: str, hint: str
+) -> NormSwapError:
+    return cls(where, got=got, need=need, hint=hint)
+
+
+class SpecError(NormSwapError):
+    """A model spec that names nothing."""
+
+
+class CheckpointError(NormSwapError):
+    """A checkpoint that cannot be read or does not fit."""
+
+
+class ArtifactError(NormSwapError):
+    """A normswap directory that cannot be trusted, read or written."""
+
+
+class DataError(NormSwapError):
+    """Images or labels that cannot be used."""
+
+
+class WalkError(NormSwapError):
+    """A model the walker cannot run or understand."""
+
+
+class PlanError(NormSwapError):
+    """A request that no plan can satisfy."""
+
+
+class SwapError(NormSwapError):
+    """A plan that does not fit the model it is applied to."""
+
+
+class LayerError(NormSwapError, ValueError):
+    """A layer asked for something its definition excludes."""
+
+
+class CalibrationError(NormSwapError):
+    """Calibration that cannot start or has failed."""
+
+
+class TrainingError(NormSwapError):
+    """Fine-tuning that cannot start or has failed."""
+
+
+class ExportError(NormSwapError):
+    """A model that cannot be exported, or a file that is no ONNX model."""
+
+
+class ParityError(ExportError):
+    """An ONNX file that is not the model it claims to be."""
+
+
+class InstallationError(NormSwapError):
+    """Packages that do not fit together."""

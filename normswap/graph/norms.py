@@ -1,0 +1,146 @@
+"""Which modules are BatchNorm, and what they hold.
+
+Classes of timm and torchvision are looked up only if those packages are already imported: a model
+cannot contain a class of a package that nobody imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from normswap import layers
+from normswap.errors import WalkError
+
+_OPTIONAL = {
+    "BatchNormAct2d": "timm.layers.norm_act",
+    "SyncBatchNormAct": "timm.layers.norm_act",
+    "FrozenBatchNormAct2d": "timm.layers.norm_act",
+    "FrozenBatchNorm2d": "torchvision.ops.misc",
+}
+
+
+@dataclass(frozen=True)
+class BatchNormState:
+    """The tensors and numbers of one BatchNorm, whatever its class; tensors are not copies.
+
+    Attributes:
+        weight: γ of shape (C,), or None.
+        bias: β of shape (C,), or None.
+        mean: running mean of shape (C,), or None.
+        var: running variance of shape (C,), or None.
+        batches: ``num_batches_tracked``, or None.
+        eps: ε added to the variance.
+        momentum: share of the newest batch in the running statistics; None: cumulative average.
+        channels: C.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    eps: float
+    momentum: float | None
+    channels: int
+
+
+def _optional_class(name: str) -> type[nn.Module] | None:
+    home = sys.modules.get(_OPTIONAL[name])
+    return getattr(home, name, None) if home is not None else None
+
+
+def _frozen_classes() -> tuple[type[nn.Module], ...]:
+    found = (_optional_class("FrozenBatchNorm2d"), _optional_class("FrozenBatchNormAct2d"))
+    return (layers.FrozenBatchNorm, *(cls for cls in found if cls is not None))
+
+
+def _known_forwards() -> set[Callable[..., Any]]:
+    optional = (_optional_class(name) for name in _OPTIONAL)
+    classes: list[type[nn.Module]] = [
+        _BatchNorm,
+        nn.SyncBatchNorm,
+        *layers.BATCH_STATISTICS,
+        *(cls for cls in optional if cls is not None),
+    ]
+    return {cls.forward for cls in classes}
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm of any kind, known or not."""
+    return isinstance(module, (_BatchNorm, *_frozen_classes()))
+
+
+def check_known(module: nn.Module, name: str) -> None:
+    """Raise unless the walker knows what the BatchNorm ``module`` computes.
+
+    Raises:
+        WalkError: for a subclass with a ``forward`` of its own, a patched instance, or a lazy
+            module that has no parameters yet.
+    """
+    if isinstance(module, _LazyNormBase):
+        raise WalkError(
+            name,
+            got=f"an uninitialised {type(module).__name__}",
+            need="a module with parameters",
+            hint="one forward pass of the model before converting it",
+        )
+    if "forward" in vars(module) or type(module).forward not in _known_forwards():
+        raise WalkError(
+            name or "the model",
+            got=f"{type(module).__name__}, a BatchNorm with a forward of its own",
+            need="a BatchNorm whose computation is known",
+            hint=f"exclude={name!r} (--exclude '{name}') to leave it as it is",
+        )
+
+
+def fused_parts(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The ``(drop, act)`` that a timm ``…Act`` norm carries inside, or None."""
+    drop, act = getattr(module, "drop", None), getattr(module, "act", None)
+    if isinstance(drop, nn.Module) and isinstance(act, nn.Module):
+        return drop, act
+    return None
+
+
+def channels_of(module: nn.Module) -> int:
+    """Number of features C of a BatchNorm, from whichever of its tensors exists."""
+    declared = getattr(module, "num_features", None)
+    if isinstance(declared, int):
+        return declared
+    tensors = (getattr(module, name, None) for name in ("running_mean", "weight"))
+    return next(t.numel() for t in tensors if t is not None)
+
+
+def spatial_rank_of(module: nn.Module) -> int:
+    """Number of spatial dimensions that the class of a BatchNorm suggests: 1, 2 or 3."""
+    name = type(module).__name__.lower()
+    return next((rank for rank in (1, 3) if f"{rank}d" in name), 2)
+
+
+def state_of(module: nn.Module) -> BatchNormState:
+    """Read a BatchNorm of any known class."""
+    eps = getattr(module, "eps", 1e-5)
+    tracked = getattr(module, "track_running_stats", True)
+    return BatchNormState(
+        weight=getattr(module, "weight", None),
+        bias=getattr(module, "bias", None),
+        mean=getattr(module, "running_mean", None) if tracked else None,
+        var=getattr(module, "running_var", None) if tracked else None,
+        batches=getattr(module, "num_batches_tracked", None),
+        eps=float(eps),
+        momentum=getattr(module, "momentum", 0.1),
+        channels=channels_of(module),
+    )
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a BatchNorm's tensors; torch's default if it has none."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    floats = (t.dtype for t in tensors if t.is_floating_point())
+    return next(floats, torch.get_default_dtype())

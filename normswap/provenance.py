@@ -1,0 +1,51 @@
+"""What a model remembers of where it came from and what was done to it.
+
+Plain JSON data that hangs on the module object, so that it survives ``deepcopy`` and travels with
+the model from ``load_model`` through ``convert``, ``calibrate`` and ``finetune`` into ``save``.
+This room holds the record; it never reads files and never builds models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+_ATTRIBUTE = "_normswap_provenance"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The life of a model so far.
+
+    Attributes:
+        source: how to build the BN original again (``sources.rebuild`` reads it), or None.
+        preprocessing: the JSON form of ``data.Preprocessing``, or None.
+        class_names: the labels, in the order of the logits, or None.
+        plans: the JSON form of every plan applied, in order.
+        history: one entry per later step: calibrated, fine-tuned, evaluated.
+    """
+
+    source: dict[str, Any] | None = None
+    preprocessing: dict[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    plans: tuple[dict[str, Any], ...] = ()
+    history: tuple[dict[str, Any], ...] = field(default=())
+
+
+def provenance_of(model: nn.Module) -> Provenance:
+    """The record that hangs on ``model``; an empty one if there is none."""
+    found = getattr(model, _ATTRIBUTE, None)
+    return found if isinstance(found, Provenance) else Provenance()
+
+
+def remember(model: nn.Module, **changes: Any) -> None:
+    """Replace fields of the model's record."""
+    object.__setattr__(model, _ATTRIBUTE, replace(provenance_of(model), **changes))
+
+
+def add_history(model: nn.Module, step: str, **facts: Any) -> None:
+    """Append one step, for example ``add_history(model, "calibrated", images=256)``."""
+    history = (*provenance_of(model).history, {"step": step, **facts})
+    remember(model, history=history)
