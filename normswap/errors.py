@@ -92,7 +92,9 @@ class ExportError(NormSwapError):
 
 
 class ParityError(ExportError):
-    """An ONNX file that is not the model it claims to be."""
+    """An ONNX file that is not the model it claims to be; ``parity`` is the whole report."""
+
+    parity: Any = None
 
 
 class InstallationError(NormSwapError):

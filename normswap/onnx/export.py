@@ -1,0 +1,198 @@
+"""Write an ONNX file under its final name only when it is proven equal to the model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normswap.errors import ExportError, ParityError
+from normswap.onnx.files import read_onnx
+from normswap.onnx.metadata import write_metadata
+from normswap.onnx.parity import Parity
+from normswap.onnx.program import MAX_OPSET, MIN_OPSET, Options, save, write_program
+from normswap.onnx.proof import prove_draft
+from normswap.onnx.selftest import Expected, SelfTest, TestInput
+from normswap.onnx.subject import Subject, subject_of
+from normswap.onnx.trials import Judge, Trial
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_LOG = logging.getLogger("normswap")
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Any,
+    opset: int = 20,
+    static_batch: bool = False,
+    dynamic_size: bool = False,
+    tolerance: float | None = None,
+    allow_mismatch: bool = False,
+    images: Any = None,
+) -> Parity:
+    """Export a model to ONNX and prove the file equal to it before it gets its name.
+
+    ``error = max|onnxruntime − float64| / max|float64|`` must stay within
+    ``max(1e-4, 3·error(torch))``, never above 1e-3, at batch sizes 1, 2 and 5, with onnxruntime's
+    optimisations off, basic and all, for the model and for a copy with randomised statistics.
+
+    Args:
+        model: any module; it is copied, never changed, and exported in eval mode.
+        path: the file; written beside itself first and renamed when proven.
+        example_inputs: a tensor or list is one positional argument, a tuple the positional
+            arguments, a dict the keyword arguments.
+        opset: of the default operator set. From 21 on torch writes ``GroupNormalization``, for
+            which onnxruntime's CPU provider has no kernel.
+        static_batch: fix the batch axis at the size of the example; else it is named ``batch``.
+        dynamic_size: let height and width vary as well.
+        tolerance: largest error that passes, in place of the rule.
+        allow_mismatch: write the file even if the proof fails, marked so in its metadata.
+        images: preprocessed images for the proof, beside random inputs.
+
+    Returns:
+        The proof.
+
+    Raises:
+        ParityError: the proof failed; ``error.parity`` is the report.
+        ExportError: torch cannot export the model, or the destination cannot be written.
+    """
+    target = _destination(Path(path), opset)
+    options = Options(opset, static_batch, dynamic_size)
+    subject = subject_of(model, example_inputs)
+    if opset >= 21:
+        _LOG.warning("opset %d: GroupNormalization has no CPU kernel in onnxruntime", opset)
+    with _staging(target) as folder:
+        draft = write_program(subject, folder / target.name, options)
+        parity = prove_draft(draft, subject, options, images=images, tolerance=tolerance)
+        if not parity.passed and not allow_mismatch:
+            raise _failure(target, parity)
+        fields = _fields(model, subject, options, parity)
+        write_metadata(draft.file, fields)
+        save(draft.file)
+        read_onnx(draft.file.path)
+        _publish(folder, target)
+    return parity
+
+
+def _destination(path: Path, opset: int) -> Path:
+    if path.is_dir() or not path.name:
+        raise ExportError(str(path), got="a directory", need="a file name", hint="model.onnx in it")
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ExportError(
+            "opset", got=str(opset), need=f"{MIN_OPSET} to {MAX_OPSET}", hint="opset=20"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A folder beside the target, on the same disk, gone afterwards whatever happens."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Rename into place: first the external data, then the file that refers to them."""
+    names = sorted((item.name for item in folder.iterdir()), key=lambda name: name == target.name)
+    for name in names:
+        (folder / name).replace(target.parent / name)
+
+
+def _failure(target: Path, parity: Parity) -> ParityError:
+    error = ParityError(
+        str(target),
+        got=parity.failure or "a failed proof",
+        need="a file that computes what the model computes",
+        hint="the report; allow_mismatch=True writes the file all the same",
+    )
+    error.parity = parity
+    return error
+
+
+def _fields(model: nn.Module, subject: Subject, options: Options, parity: Parity) -> dict[str, Any]:
+    from normswap.provenance import provenance_of
+
+    record = provenance_of(model)
+    names = list(record.class_names) if record.class_names is not None else None
+    return {
+        "source": record.source,
+        "plans": list(record.plans),
+        "preprocessing": record.preprocessing,
+        "class_names": names,
+        "history": list(record.history),
+        "versions": _versions(),
+        "export": {
+            "opset": options.opset,
+            "static_batch": options.static_batch,
+            "dynamic_size": options.dynamic_size,
+        },
+        "proof": _digest(parity),
+        "self_test": _self_test(subject).to_json(),
+    }
+
+
+def _digest(parity: Parity) -> dict[str, Any]:
+    plain = parity.to_json()
+    worst = max((case for case in parity.cases), key=lambda case: case.error, default=None)
+    return {
+        "passed": parity.passed,
+        "max_relative_error": plain["max_relative_error"],
+        "top1_agreement": parity.top1_agreement,
+        "cases": len(parity.cases),
+        "worst": worst.describe() if worst is not None else None,
+        "failure": parity.failure,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from normswap import __version__
+
+    found = {"normswap": __version__, "python": platform.python_version()}
+    for name in ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _self_test(subject: Subject) -> SelfTest:
+    """Two rows (the example's size with a static batch), judged by the rule's own tolerance."""
+    signature = subject.signature
+    inputs = []
+    for index, array in enumerate(signature.arrays):
+        tensor = signature.tensors[index]
+        shape = tuple(array.shape)
+        span = (0, 0)
+        if array.dtype.kind != "f" and array.size:
+            span = (int(array.min()), int(array.max()))
+        inputs.append(TestInput(shape, str(array.dtype), 1000 + index, *span))
+        del tensor
+    arrays = [item.make() for item in inputs]
+    rows = signature.batch or 1
+    judge = Judge.of(subject)
+    reference = judge.reference(Trial("self-test", arrays, rows))
+    outputs = tuple(
+        Expected.of(name, array, limit, error)
+        for name, array, limit, error in zip(
+            subject.outputs,
+            reference.outputs,
+            reference.tolerances,
+            reference.torch_errors,
+            strict=True,
+        )
+    )
+    return SelfTest(tuple(inputs), outputs)

@@ -1,0 +1,262 @@
+"""Read an ONNX file that nobody vouches for, without opening a session. Free of torch.
+
+Everything here works on the parsed protobuf in Python. External data must lie in the file's own
+folder, in a plain file, within its bounds; sizes that tensors claim must match what they carry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from normswap.errors import ExportError
+from normswap.onnx.parity import Array
+
+_MAX_DEPTH = 32
+
+_BITS: dict[int, int] = {
+    onnx.TensorProto.FLOAT: 32,
+    onnx.TensorProto.UINT8: 8,
+    onnx.TensorProto.INT8: 8,
+    onnx.TensorProto.UINT16: 16,
+    onnx.TensorProto.INT16: 16,
+    onnx.TensorProto.INT32: 32,
+    onnx.TensorProto.INT64: 64,
+    onnx.TensorProto.BOOL: 8,
+    onnx.TensorProto.FLOAT16: 16,
+    onnx.TensorProto.DOUBLE: 64,
+    onnx.TensorProto.UINT32: 32,
+    onnx.TensorProto.UINT64: 64,
+    onnx.TensorProto.BFLOAT16: 16,
+}
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A parsed file whose references to other files have been checked.
+
+    Attributes:
+        path: where it lies.
+        proto: the model; external tensors are not loaded.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+
+    @property
+    def folder(self) -> Path:
+        """Where external data may lie."""
+        return self.path.resolve().parent
+
+
+def read_onnx(path: str | Path) -> OnnxFile:
+    """Parse a file and check everything that can be checked without running it.
+
+    Raises:
+        ExportError: no such file, no ONNX model, truncated, or with external data outside of the
+            file's folder.
+    """
+    where = Path(path)
+    if not where.is_file():
+        raise ExportError(str(where), got="no such file", need="an ONNX file", hint="another path")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(where.read_bytes())
+    except (DecodeError, ValueError, RecursionError, MemoryError) as error:
+        raise _not_onnx(where, f"bytes that are no ONNX protobuf ({_line(error)})") from error
+    file = OnnxFile(where, proto)
+    if not proto.graph.node or not proto.opset_import or not proto.graph.output:
+        raise _not_onnx(where, "a protobuf without an ONNX graph in it")
+    for tensor in tensors(proto):
+        _check_tensor(file, tensor)
+    return file
+
+
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model holds: initializers, attributes, subgraphs, functions.
+
+    Raises:
+        ExportError: graphs nested deeper than any exporter makes.
+    """
+    yield from _graph_tensors(proto.graph, 0)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _node_tensors(node, 0)
+        for attribute in function.attribute_proto:
+            yield from _attribute_tensors(attribute, 0)
+    for training in proto.training_info:
+        yield from _graph_tensors(training.initialization, 0)
+        yield from _graph_tensors(training.algorithm, 0)
+
+
+def _graph_tensors(graph: onnx.GraphProto, depth: int) -> Iterator[onnx.TensorProto]:
+    if depth > _MAX_DEPTH:
+        raise ExportError(
+            "ONNX graph",
+            got=f"subgraphs nested deeper than {_MAX_DEPTH}",
+            need="a model made by an exporter",
+            hint="exporting it again",
+        )
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    for node in graph.node:
+        yield from _node_tensors(node, depth)
+
+
+def _node_tensors(node: onnx.NodeProto, depth: int) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        yield from _attribute_tensors(attribute, depth)
+
+
+def _attribute_tensors(attribute: onnx.AttributeProto, depth: int) -> Iterator[onnx.TensorProto]:
+    if attribute.HasField("t"):
+        yield attribute.t
+    yield from attribute.tensors
+    for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+        yield sparse.values
+        yield sparse.indices
+    if attribute.HasField("g"):
+        yield from _graph_tensors(attribute.g, depth + 1)
+    for graph in attribute.graphs:
+        yield from _graph_tensors(graph, depth + 1)
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor names another file; judged by what is there, not by the flag alone."""
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data) > 0
+
+
+@dataclass(frozen=True)
+class External:
+    """A checked reference to external data."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+def external(file: OnnxFile, tensor: onnx.TensorProto) -> External:
+    """Where a tensor's bytes lie, once that is known to be safe.
+
+    Raises:
+        ExportError: an absolute path, one that climbs out, a link, a missing or short file.
+    """
+    facts = {entry.key: entry.value for entry in tensor.external_data}
+    path = _inside(file, tensor.name, facts.get("location", ""))
+    need = _bytes_of(file, tensor)
+    offset, length = (_number(file, tensor, facts.get(k)) for k in ("offset", "length"))
+    offset = offset or 0
+    length = need if length is None else length
+    size = path.stat().st_size
+    if offset < 0 or length != need or offset + length > size:
+        raise _unsafe(
+            file,
+            tensor.name,
+            f"bytes {offset} to {offset + length} of {path.name!r}, which has {size}, for a "
+            f"tensor of {need}",
+        )
+    return External(path, offset, length)
+
+
+def _inside(file: OnnxFile, name: str, location: str) -> Path:
+    pure = PurePosixPath(location)
+    bad = (
+        not location
+        or "\0" in location
+        or "\\" in location
+        or pure.is_absolute()
+        or PureWindowsPath(location).drive != ""
+        or ".." in pure.parts
+        or len(location) > 1024
+    )
+    if bad:
+        raise _unsafe(file, name, f"external data at {location[:80]!r}")
+    path = file.folder.joinpath(*pure.parts)
+    walked = file.folder
+    for part in pure.parts:
+        walked = walked / part
+        if walked.is_symlink():
+            raise _unsafe(file, name, f"external data through the link {location!r}")
+    if not path.is_file():
+        raise _unsafe(file, name, f"external data at {location!r}, where there is no file")
+    if path.stat().st_nlink > 1:
+        raise _unsafe(file, name, f"external data at {location!r}, a hard link")
+    return path
+
+
+def _number(file: OnnxFile, tensor: onnx.TensorProto, text: str | None) -> int | None:
+    if text is None or text == "":
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise _unsafe(file, tensor.name, f"external data with an offset or length of {text[:40]!r}")
+    return int(text)
+
+
+def _bytes_of(file: OnnxFile, tensor: onnx.TensorProto) -> int:
+    bits = _BITS.get(tensor.data_type)
+    if bits is None or any(size < 0 for size in tensor.dims):
+        raise _unsafe(file, tensor.name, f"data type {tensor.data_type}, dims {list(tensor.dims)}")
+    return int(math.prod(tensor.dims)) * bits // 8
+
+
+def _check_tensor(file: OnnxFile, tensor: onnx.TensorProto) -> None:
+    if is_external(tensor):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            raise _unsafe(file, tensor.name, "external data that is not flagged as such")
+        external(file, tensor)
+        return
+    if not tensor.HasField("raw_data"):
+        return
+    need = _bytes_of(file, tensor) if tensor.data_type in _BITS else len(tensor.raw_data)
+    if len(tensor.raw_data) != need:
+        raise _not_onnx(
+            file.path,
+            f"tensor {tensor.name!r} of {len(tensor.raw_data)} bytes where its shape needs {need}",
+        )
+
+
+def tensor_array(file: OnnxFile, tensor: onnx.TensorProto) -> Array:
+    """The values of a tensor, read from the checked place."""
+    if not is_external(tensor):
+        return onnx.numpy_helper.to_array(tensor)
+    loaded = onnx.TensorProto()
+    loaded.CopyFrom(tensor)
+    del loaded.external_data[:]
+    loaded.data_location = onnx.TensorProto.DEFAULT
+    loaded.raw_data = external_bytes(file, tensor)
+    return onnx.numpy_helper.to_array(loaded)
+
+
+def external_bytes(file: OnnxFile, tensor: onnx.TensorProto) -> bytes:
+    """The bytes of an external tensor."""
+    place = external(file, tensor)
+    with place.path.open("rb") as stream:
+        stream.seek(place.offset)
+        return stream.read(place.length)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _not_onnx(path: Path, got: str) -> ExportError:
+    return ExportError(
+        str(path), got=got, need="a complete ONNX model", hint="exporting or copying it again"
+    )
+
+
+def _unsafe(file: OnnxFile, name: str, got: str) -> ExportError:
+    return ExportError(
+        f"{file.path}, tensor {name[:80]!r}",
+        got=got,
+        need="external data in a plain file inside the model's own folder, within its bounds",
+        hint="exporting the model again, or a copy from its author",
+    )

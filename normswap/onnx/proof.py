@@ -1,0 +1,316 @@
+"""The proof: torch eager against onnxruntime, stage by stage."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import ExportError
+from normswap.onnx import blame
+from normswap.onnx.files import OnnxFile
+from normswap.onnx.metadata import Metadata
+from normswap.onnx.parity import (
+    Array,
+    Case,
+    Divergence,
+    Parity,
+    compare,
+    judge,
+    relative_error,
+    summarise,
+    tolerance_for,
+)
+from normswap.onnx.program import Draft, Options, write_program
+from normswap.onnx.session import LEVELS, Failed, Here, Outputs, Runner
+from normswap.onnx.subject import Subject, subject_of
+from normswap.onnx.trials import (
+    Judge,
+    Reference,
+    Trial,
+    model_mixes_rows,
+    random_inputs,
+    randomised,
+    trials_for,
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Cases, and the trial that failed first, so that it can be looked into."""
+
+    cases: list[Case]
+    failing: Trial | None = None
+    notes: tuple[str, ...] = ()
+
+
+def prove_draft(
+    draft: Draft,
+    subject: Subject,
+    options: Options,
+    *,
+    images: Any = None,
+    tolerance: float | None = None,
+) -> Parity:
+    """The whole proof of a freshly exported file, and of an export of a randomised copy."""
+    trials = trials_for(
+        subject,
+        static_batch=options.static_batch,
+        dynamic_size=options.dynamic_size,
+        images=images,
+    )
+    judge_ = Judge.of(subject, tolerance=tolerance)
+    evidence = _examine(draft.file.path, judge_, trials, Here())
+    cases = _program_cases(draft, judge_, trials) + evidence.cases
+    if all(case.passed for case in cases):
+        cases += _randomised_cases(judge_, options)
+    bad = next((case for case in cases if not case.passed), None)
+    if bad is None:
+        return summarise(cases, notes=evidence.notes)
+    divergence = None
+    if evidence.failing is not None:
+        limit = max(judge_.tolerance or 0.0, tolerance_for(0.0))
+        divergence = blame.against_program(draft, evidence.failing.inputs, subject, limit)
+    return _failed(cases, bad, divergence, None, evidence.notes)
+
+
+def prove_file(
+    file: OnnxFile,
+    model: nn.Module,
+    example_inputs: Any,
+    metadata: Metadata | None,
+    *,
+    runner: Runner,
+    images: Any = None,
+    tolerance: float | None = None,
+) -> Parity:
+    """The proof of a file that was written before, against the model it should be.
+
+    Raises:
+        ExportError: no example inputs, and none recorded in the file.
+    """
+    if example_inputs is None:
+        example_inputs = _recorded_inputs(file, metadata)
+    subject = subject_of(model, example_inputs)
+    options = _options(file, metadata, subject)
+    trials = trials_for(
+        subject,
+        static_batch=options.static_batch,
+        dynamic_size=options.dynamic_size,
+        images=images,
+    )
+    evidence = _examine(file.path, Judge.of(subject, tolerance=tolerance), trials, runner)
+    identity = None if metadata is None else metadata.intact
+    problem = metadata.problem if metadata is not None else None
+    bad = next((case for case in evidence.cases if not case.passed), None)
+    if bad is None:
+        stage = "identity" if problem else None
+        return summarise(
+            evidence.cases, failure=problem, stage=stage, identity=identity, notes=evidence.notes
+        )
+    divergence = _blame(file, subject, options, evidence.failing, runner)
+    parity = _failed(evidence.cases, bad, divergence, problem, evidence.notes)
+    return replace(parity, identity=identity)
+
+
+def _failed(
+    cases: list[Case],
+    bad: Case,
+    divergence: Divergence | None,
+    problem: str | None,
+    notes: tuple[str, ...],
+) -> Parity:
+    parts = [f"function: {bad.describe()}"]
+    if divergence is not None:
+        parts.append(divergence.describe())
+    if problem is not None:
+        parts.append(problem)
+    return summarise(
+        cases, failure="; ".join(parts), stage=bad.stage, divergence=divergence, notes=notes
+    )
+
+
+def _examine(
+    path: Path, judge_: Judge, trials: Sequence[Trial], runner: Runner, *, copy: bool = False
+) -> Evidence:
+    """Every trial at every optimisation level, and each sample alone against in a batch."""
+    references = judge_.references(trials)
+    cases: list[Case] = []
+    failing: Trial | None = None
+    for level in LEVELS:
+        found = runner.run(path, level, [trial.inputs for trial in trials])
+        for trial, reference, outputs in zip(trials, references, found, strict=True):
+            fresh = _cases(judge_, trial, reference, outputs, f"onnxruntime {level}", copy=copy)
+            cases += fresh
+            if failing is None and not all(case.passed for case in fresh):
+                failing = trial
+        cases += _row_cases(trials, references, found, level, copy=copy)
+    notes = []
+    if not copy and model_mixes_rows(judge_.subject, trials):
+        notes.append("the model itself gives a sample another output in another batch")
+    if judge_.double is None:
+        notes.append("the model cannot run in float64: its own precision is the reference")
+    return Evidence(cases, failing, tuple(notes))
+
+
+def _cases(
+    judge_: Judge,
+    trial: Trial,
+    reference: Reference,
+    outputs: Outputs | Failed,
+    stage: str,
+    *,
+    copy: bool,
+) -> list[Case]:
+    def case(name: str, **facts: Any) -> Case:
+        return Case(trial.name, stage, name, trial.batch, randomised=copy, **facts)
+
+    names = judge_.subject.outputs
+    if isinstance(outputs, list) and len(outputs) != len(names):
+        outputs = Failed(f"{len(outputs)} outputs where the model has {len(names)}")
+    if isinstance(outputs, Failed):
+        facts = {"error": float("inf"), "torch_error": 0.0, "tolerance": 0.0}
+        return [case(names[0], **facts, passed=False, problem=outputs.message)]
+    cases = []
+    for index, name in enumerate(names):
+        error = reference.torch_errors[index]
+        rule = tolerance_for(error, half=judge_.half)  # ties are judged by the rule, whatever T is
+        result = compare(outputs[index], reference.outputs[index], tie=rule)
+        made = case(
+            name,
+            error=result.error,
+            torch_error=error,
+            tolerance=reference.tolerances[index],
+            cosine=result.cosine,
+            decided=result.decided,
+            agreed=result.agreed,
+            ties=result.ties,
+            problem=result.problem,
+        )
+        cases.append(replace(made, passed=judge(made)))
+    return cases
+
+
+def _row_cases(
+    trials: Sequence[Trial],
+    references: Sequence[Reference],
+    found: Sequence[Outputs | Failed],
+    level: str,
+    *,
+    copy: bool,
+) -> list[Case]:
+    pooled = [
+        (trial, reference, outputs)
+        for trial, reference, outputs in zip(trials, references, found, strict=True)
+        if trial.rows is not None and isinstance(outputs, list)
+    ]
+    if len(pooled) < 2:
+        return []
+    whole, reference, together = max(pooled, key=lambda item: item[0].batch)
+    cases = []
+    for trial, _, outputs in pooled:
+        if trial is whole:
+            continue
+        errors = [
+            relative_error(alone, many[trial.rows])
+            for alone, many in zip(outputs, together, strict=True)
+            if many.ndim and many.shape[0] == whole.batch
+        ]
+        worst, limit = max(errors, default=0.0), max(reference.tolerances)
+        cases.append(
+            Case(
+                f"batch {trial.batch} against batch {whole.batch}, onnxruntime {level}",
+                "row independence",
+                "every output",
+                trial.batch,
+                worst,
+                max(reference.torch_errors),
+                limit,
+                randomised=copy,
+                passed=worst <= limit,
+            )
+        )
+    return cases
+
+
+def _program_cases(draft: Draft, judge_: Judge, trials: Sequence[Trial]) -> list[Case]:
+    """The stage between torch and ONNX: what torch.export made of the model."""
+    trial = next((trial for trial in trials if trial.batch == 2), trials[0])
+    run: Callable[[nn.Module], list[Array]] = judge_.subject.call(trial.inputs)
+    outputs: Outputs | Failed
+    try:
+        outputs = run(draft.program.module())
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        outputs = Failed(f"{type(error).__name__}: {error}")
+    reference = judge_.reference(trial)
+    return _cases(judge_, trial, reference, outputs, "exported program", copy=False)
+
+
+def _randomised_cases(judge_: Judge, options: Options) -> list[Case]:
+    """The same proof on a copy whose statistics and affine values nothing can hide behind."""
+    other = randomised(judge_.subject)
+    rows = 2 if not options.static_batch else (other.signature.batch or 1)
+    trial = Trial(f"random inputs, batch {rows}", random_inputs(other, rows), rows)
+    with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
+        path = Path(folder) / "randomised.onnx"
+        write_program(other, path, options)
+        other_judge = Judge.of(other, tolerance=judge_.tolerance, half=judge_.half)
+        return _examine(path, other_judge, [trial], Here(), copy=True).cases
+
+
+def _blame(
+    file: OnnxFile, subject: Subject, options: Options, trial: Trial | None, runner: Runner
+) -> Divergence | None:
+    """Export the model again and find the first value of the file that is not the fresh one's."""
+    if trial is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
+        try:
+            good = write_program(subject, Path(folder) / "good.onnx", options)
+        except ExportError:
+            return None
+        return blame.against_file(file, good, trial.inputs, runner)
+
+
+def _options(file: OnnxFile, metadata: Metadata | None, subject: Subject) -> Options:
+    """How the file was exported: by its record, or by what its inputs look like."""
+    recorded = metadata.fields.get("export") if metadata is not None else None
+    facts = recorded if isinstance(recorded, dict) else {}
+    opset = max(
+        (o.version for o in file.proto.opset_import if o.domain in ("", "ai.onnx")), default=20
+    )
+    static = facts.get("static_batch")
+    if not isinstance(static, bool):
+        static = _fixed_batch(file, subject)
+    return Options(opset, static, facts.get("dynamic_size") is True)
+
+
+def _fixed_batch(file: OnnxFile, subject: Subject) -> bool:
+    initial = {tensor.name for tensor in file.proto.graph.initializer}
+    shapes = [v.type.tensor_type.shape for v in file.proto.graph.input if v.name not in initial]
+    first_axes = [shape.dim[0] for shape in shapes if shape.dim]
+    return (
+        any(axis.HasField("dim_value") for axis in first_axes)
+        and subject.signature.batch is not None
+    )
+
+
+def _recorded_inputs(file: OnnxFile, metadata: Metadata | None) -> Any:
+    import torch
+
+    try:
+        test = metadata.self_test() if metadata is not None and metadata.intact else None
+    except ValueError:
+        test = None
+    if test is None:
+        raise ExportError(
+            str(file.path),
+            got="a model without example_inputs",
+            need="inputs to run it on",
+            hint="example_inputs=torch.randn(2, 3, 224, 224)",
+        )
+    return tuple(torch.from_numpy(item.make()) for item in test.inputs)

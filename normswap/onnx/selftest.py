@@ -1,0 +1,206 @@
+"""A self-test that travels inside the file: a seed, and the outputs that belong to it.
+
+The inputs come from splitmix64 in plain integer arithmetic, so that every platform, numpy version
+and language makes the same ones; they are multiples of 2⁻²² and exact even in float32.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from normswap.onnx.parity import Array
+
+MAX_INPUT_ELEMENTS = 1 << 28
+MAX_STORED = 4096
+"""Outputs above this size keep an evenly spaced sample of their values."""
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def splitmix64(seed: int, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The first ``count`` numbers of the splitmix64 generator.
+
+    Example:
+        >>> [int(z) for z in splitmix64(1234567, 3)]
+        [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+    Reference: Steele, Lea and Flood, *Fast splittable pseudorandom number generators*,
+    OOPSLA 2014; the constants are those of Vigna's public-domain implementation.
+    """
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
+        return z ^ (z >> np.uint64(31))
+
+
+def uniform(seed: int, shape: Sequence[int]) -> Array:
+    """Float64 numbers in [−2, 2) on a grid of 2⁻²², variance 4/3, the same everywhere."""
+    bits = splitmix64(seed, math.prod(shape)) >> np.uint64(40)
+    return (bits.astype(np.float64) * 2.0**-22 - 2.0).reshape(tuple(shape))
+
+
+@dataclass(frozen=True)
+class TestInput:
+    """How one input of the self-test is made.
+
+    Attributes:
+        shape: its shape, batch included.
+        dtype: numpy name of its dtype.
+        seed: of the generator; for integers the value is ``low + z mod (high − low + 1)``.
+        low: smallest integer value.
+        high: largest integer value.
+    """
+
+    __test__ = False  # pytest collects classes of this name
+
+    shape: tuple[int, ...]
+    dtype: str
+    seed: int
+    low: int = 0
+    high: int = 0
+
+    def make(self) -> Array:
+        """The input itself."""
+        if np.dtype(self.dtype).kind == "f":
+            return uniform(self.seed, self.shape).astype(self.dtype)
+        draws = splitmix64(self.seed, math.prod(self.shape))
+        span = np.uint64(self.high - self.low + 1)
+        values = (draws % span).astype(np.int64) + self.low
+        return values.astype(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one output of the self-test must be.
+
+    Attributes:
+        name: of the output.
+        shape: its shape.
+        scale: ``max|ref|`` of the whole output.
+        tolerance: largest ``max|Δ| / scale`` that passes.
+        torch_error: torch's own error against float64.
+        values: the output, or an evenly spaced sample of it, flattened.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scale: float
+    tolerance: float
+    torch_error: float
+    values: Array
+
+    @classmethod
+    def of(cls, name: str, reference: Array, tolerance: float, torch_error: float) -> Expected:
+        """Keep what is needed of a reference output."""
+        scale = float(np.max(np.abs(reference.astype(np.float64)), initial=0.0))
+        kept = sample(reference).astype(np.float32)
+        return cls(name, tuple(reference.shape), scale, tolerance, torch_error, kept)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the values as base64 of little-endian float32."""
+        packed = base64.b64encode(self.values.astype("<f4").tobytes()).decode("ascii")
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "scale": self.scale,
+            "tolerance": self.tolerance,
+            "torch_error": self.torch_error,
+            "float32": packed,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Expected:
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: if ``data`` is not what ``to_json`` makes.
+        """
+        try:
+            values = np.frombuffer(base64.b64decode(data["float32"], validate=True), dtype="<f4")
+            found = cls(
+                str(data["name"]),
+                tuple(int(size) for size in data["shape"]),
+                float(data["scale"]),
+                float(data["tolerance"]),
+                float(data["torch_error"]),
+                values,
+            )
+        except (KeyError, TypeError, binascii.Error) as error:
+            raise ValueError(f"expected output: {error}") from error
+        if not (math.isfinite(found.scale) and 0 < found.tolerance < 1):
+            raise ValueError("expected output: scale or tolerance out of range")
+        return found
+
+
+def sample(array: Array) -> Array:
+    """At most ``MAX_STORED`` values of an array, evenly spaced over it."""
+    flat = array.reshape(-1)
+    if flat.size <= MAX_STORED:
+        return flat
+    positions = np.arange(MAX_STORED, dtype=np.int64) * flat.size // MAX_STORED
+    return flat[positions]
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Inputs to make and outputs to expect.
+
+    Attributes:
+        inputs: one per input of the graph, in order.
+        outputs: one per output of the graph, in order.
+    """
+
+    inputs: tuple[TestInput, ...]
+    outputs: tuple[Expected, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        inputs = [
+            {"shape": list(i.shape), "dtype": i.dtype, "seed": i.seed, "low": i.low, "high": i.high}
+            for i in self.inputs
+        ]
+        return {
+            "generator": "splitmix64; floats: (z >> 40) * 2**-22 - 2; integers: low + z % span",
+            "inputs": inputs,
+            "outputs": [output.to_json() for output in self.outputs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> SelfTest:
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: if ``data`` is not what ``to_json`` makes, or asks for too much memory.
+        """
+        try:
+            inputs = tuple(_input_from_json(item) for item in data["inputs"])
+            outputs = tuple(Expected.from_json(item) for item in data["outputs"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"self-test: {error}") from error
+        if sum(math.prod(item.shape) for item in inputs) > MAX_INPUT_ELEMENTS:
+            raise ValueError("self-test: inputs too large")
+        return cls(inputs, outputs)
+
+
+def _input_from_json(item: dict[str, Any]) -> TestInput:
+    found = TestInput(
+        tuple(int(size) for size in item["shape"]),
+        str(item["dtype"]),
+        int(item["seed"]),
+        int(item["low"]),
+        int(item["high"]),
+    )
+    if np.dtype(found.dtype).kind not in "fiub" or any(size < 0 for size in found.shape):
+        raise ValueError("self-test: an input that cannot be made")
+    if not (0 <= found.seed < 2**64 and -(2**62) < found.low <= found.high < 2**62):
+        raise ValueError("self-test: seed or range out of bounds")
+    return found

@@ -1,0 +1,231 @@
+"""The model under proof: a copy in eval mode, its inputs as flat arrays, its outputs with names."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from normswap.errors import ExportError
+from normswap.onnx.parity import Array
+
+_AXES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a model is called.
+
+    Attributes:
+        leaves: every leaf of (args, kwargs), tensors on the CPU.
+        spec: how the leaves nest.
+        batch: rows of the example inputs; None if no tensor has any.
+    """
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    batch: int | None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The leaves that are tensors: the inputs of the ONNX graph, in order."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The same as numpy arrays."""
+        return [as_array(tensor) for tensor in self.tensors]
+
+    def has_rows(self, tensor: torch.Tensor) -> bool:
+        """Whether the first axis of an input is the batch."""
+        return self.batch is not None and tensor.ndim > 0 and tensor.shape[0] == self.batch
+
+    def spatial(self, tensor: torch.Tensor) -> tuple[str, ...]:
+        """Names of the axes after batch and channels, for images alone."""
+        is_image = self.has_rows(tensor) and tensor.is_floating_point()
+        return _AXES.get(tensor.ndim, ()) if is_image else ()
+
+    def bind(self, arrays: Sequence[Array]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with other tensors in place of the examples."""
+        return self.bind_leaves([torch.from_numpy(np.ascontiguousarray(a)) for a in arrays])
+
+    def bind_leaves(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with anything in place of the example tensors."""
+        fresh = iter(values)
+        leaves = [next(fresh) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def with_rows(self, rows: int) -> Signature:
+        """The same call with the examples repeated or cut to ``rows``."""
+        cut = [
+            torch.cat([leaf] * -(-rows // max(1, leaf.shape[0])))[:rows]
+            if isinstance(leaf, torch.Tensor) and self.has_rows(leaf)
+            else leaf
+            for leaf in self.leaves
+        ]
+        return replace(self, leaves=tuple(cut), batch=rows)
+
+
+def signature_of(example_inputs: Any) -> Signature:
+    """Flatten example inputs.
+
+    A tuple is the positional arguments, a dict the keyword arguments, anything else one
+    positional argument.
+
+    Raises:
+        ExportError: no tensor among them.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, dict):
+        kwargs = example_inputs
+    else:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    plain = tuple(
+        torch.as_tensor(leaf).detach().cpu()
+        if isinstance(leaf, torch.Tensor | np.ndarray)
+        else leaf
+        for leaf in leaves
+    )
+    tensors = [leaf for leaf in plain if isinstance(leaf, torch.Tensor)]
+    if not tensors or any(tensor.device.type == "meta" for tensor in tensors):
+        raise ExportError(
+            "example_inputs",
+            got=type(example_inputs).__name__ if not tensors else "tensors on the meta device",
+            need="at least one tensor with values",
+            hint="torch.randn(2, 3, 224, 224)",
+        )
+    ranked = [tensor for tensor in tensors if tensor.ndim >= 2] or tensors
+    batch = int(ranked[0].shape[0]) if ranked[0].ndim else None
+    return Signature(plain, spec, batch)
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """A numpy copy of a tensor; bfloat16, which numpy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return tensor.resolve_conj().numpy()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is ready for export and proof.
+
+    Attributes:
+        model: a copy in eval mode on the CPU; the caller's model stays as it is.
+        signature: how it is called.
+        outputs: names of its output tensors.
+    """
+
+    model: nn.Module
+    signature: Signature
+    outputs: tuple[str, ...]
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """The outputs in the model's own precision."""
+        args, kwargs = self.signature.bind(arrays)
+        return _call(self.model, args, kwargs)
+
+    def call(self, arrays: Sequence[Array]) -> Callable[[nn.Module], list[Array]]:
+        """A function that calls another module in the same way."""
+        args, kwargs = self.signature.bind(arrays)
+        return lambda module: _call(module, args, kwargs)
+
+    def in_double(self) -> Subject | None:
+        """The same model in float64; None if it cannot run in it."""
+        double = replace(self, model=copy.deepcopy(self.model).double())
+        try:
+            double.run_double(self.signature.with_rows(1).arrays)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        return double
+
+    def run_double(self, arrays: Sequence[Array]) -> list[Array]:
+        """The outputs of a float64 model, its floating-point inputs widened."""
+        wide = [a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays]
+        return self.run(wide)
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Array]:
+    with torch.no_grad():
+        return [as_array(tensor) for tensor in flat_tensors(module(*args, **kwargs))]
+
+
+def flat_tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors of a nested output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
+    """Copy a model to the CPU, in eval mode, and run it once to learn its outputs.
+
+    Raises:
+        ExportError: a model that cannot be copied or run, or without tensors among its outputs.
+    """
+    signature = signature_of(example_inputs)
+    if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
+        raise ExportError(
+            type(model).__name__,
+            got="parameters on the meta device",
+            need="weights",
+            hint="loading a checkpoint first",
+        )
+    try:
+        ready = copy.deepcopy(model).cpu().eval().requires_grad_(requires_grad=False)
+        args, kwargs = signature.bind_leaves(signature.tensors)
+        with torch.no_grad():
+            output = ready(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise ExportError(
+            type(model).__name__,
+            got=f"{type(error).__name__} from its own forward in eval mode: {first(error)}",
+            need="a model that runs on them",
+            hint="other example_inputs",
+        ) from error
+    names = output_names(output)
+    if not names:
+        raise ExportError(
+            type(model).__name__,
+            got=f"an output of type {type(output).__name__} without tensors",
+            need="a tensor, or a list, tuple or dict of tensors",
+            hint="a wrapper that returns tensors",
+        )
+    taken = set(inspect.signature(ready.forward).parameters)
+    return Subject(ready, signature, tuple(f"{n}_out" if n in taken else n for n in names))
+
+
+def output_names(output: Any) -> list[str]:
+    """One unique name per tensor: ``output``, ``output_0``…, or the keys of a dict."""
+    names: list[str] = []
+    for path, leaf in pytree.tree_leaves_with_path(output):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        parts = [_key(entry) for entry in path]
+        name = "_".join(parts) if parts and not parts[0].isdigit() else "_".join(["output", *parts])
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _key(entry: Any) -> str:
+    for field in ("key", "idx", "name"):
+        if hasattr(entry, field):
+            return str(getattr(entry, field))
+    return str(entry)
+
+
+def first(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
