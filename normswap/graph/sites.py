@@ -30,19 +30,45 @@ class Producer:
 
 @dataclass(frozen=True)
 class CallSite:
-    """Where in a module's source an activation was called, as the interpreter reports it.
+    """Where in a module's source an activation is called, as the interpreter reports it.
 
     Attributes:
         owner: qualified name of the module whose method holds the call.
         method: name of that method.
         position: line, column, end line, end column; lines counted from the method's first.
-        removable: None, or the reason why the call cannot be taken out of the method.
+        digest: SHA-256 of the method's source.
+        obstacle: None, or the reason why the call cannot be taken out of the method.
+        moody: the method reads ``self.training``, so it may take another path in training.
     """
 
     owner: str
     method: str
     position: tuple[int, int, int, int]
-    removable: str | None = None
+    digest: str = ""
+    obstacle: str | None = None
+    moody: bool = False
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One way to take a ReLU out of a model, for a TLU to take its place.
+
+    Attributes:
+        how: ``absorb`` (it lives in the BN), ``module`` (it becomes an identity under all its
+            names), ``slot`` (one name in an ``nn.Sequential`` becomes an identity) or ``call``
+            (one call leaves the method of its block).
+        names: the names that become identities.
+        feeders: the BN modules whose outputs the ReLU is applied to by this route; all of them
+            have to get a TLU for the removal to be right.
+        obstacle: None, or why this way is closed.
+        call: for ``call``, where it is.
+    """
+
+    how: str
+    names: tuple[str, ...] = ()
+    feeders: tuple[str, ...] = ()
+    obstacle: str | None = None
+    call: CallSite | None = None
 
 
 @dataclass(frozen=True)
@@ -54,14 +80,14 @@ class Activation:
         name: qualified name of its module; None if it is functional.
         fused: it lives inside the BN module (timm's ``BatchNormAct2d``).
         uses: how many calls the activation's module has in one forward (1 if functional).
-        call: where it is called, if that could be told.
+        removals: for a ReLU, the ways to take it out, the least invasive first.
     """
 
     op: str
     name: str | None
     fused: bool = False
     uses: int = 1
-    call: CallSite | None = None
+    removals: tuple[Removal, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Run somebody's model and leave no trace: modes, attributes, hooks, buffers and RNG come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _copied_containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (dict, list, set)
+    return {key: value.copy() for key, value in attributes.items() if isinstance(value, plain)}
+
+
+def _restore_container(container: Any, saved: Any) -> None:
+    if isinstance(container, list):
+        container[:] = saved
+    else:
+        container.clear()
+        container.update(saved)
+
+
+def _same(container: Any, saved: Any) -> bool:
+    """Same members in the same places, compared by identity (``==`` on tensors is no bool)."""
+    if len(container) != len(saved):
+        return False
+    if isinstance(container, dict):
+        pairs = zip(container.items(), saved.items(), strict=True)
+        return all(k is l and v is w for (k, v), (l, w) in pairs)
+    if isinstance(container, list):
+        return all(v is w for v, w in zip(container, saved, strict=True))
+    return bool(container == saved)
+
+
+@contextmanager
+def preserved(model: nn.Module, *, values: bool) -> Iterator[None]:
+    """Restore every attribute, mode and RNG state of ``model`` on exit, also after an exception.
+
+    Args:
+        model: any module.
+        values: also copy and restore the values of all buffers. Needed where the model runs on
+            its own tensors; on the meta device nothing can change them.
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    containers = [_copied_containers(vars(module)) for module in modules]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if values else []
+    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for module, plain, nested in zip(modules, attributes, containers, strict=True):
+                vars(module).clear()
+                vars(module).update(plain)
+                for key, saved in nested.items():
+                    if not _same(plain[key], saved):
+                        _restore_container(plain[key], saved)
+            _restore_values(buffers)
+
+
+def _restore_values(saved: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in saved:
+            tensor.copy_(value)

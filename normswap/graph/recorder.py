@@ -1,0 +1,331 @@
+"""Record which call made each tensor and which calls used it, while a model runs.
+
+A *value* is a tensor between two changes: in-place operations return the same tensor, so the
+recorder numbers values by tensor and version. Norms, activations and convolutions are recorded as
+one call each, whatever they do inside. Nothing is kept alive: tensors are only referred to weakly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from normswap.graph import vocabulary
+from normswap.graph.callsites import find_call_site
+from normswap.graph.norms import is_batchnorm
+from normswap.graph.sites import CallSite
+
+_READS = frozenset({"item", "tolist", "numpy", "bool", "float", "int", "array"})
+
+
+@dataclass(eq=False)
+class Call:
+    """One operation that ran.
+
+    Attributes:
+        op: canonical name.
+        inputs: values it read, in order.
+        module: the norm, activation or producer module that ran, or None for a plain function.
+        slot: the name under which an ``nn.Sequential`` called the module, if one did.
+        site: where a ReLU was called.
+        view: for a view, what it did to the axes.
+        shape: shape of the first input.
+        own_weight: a producer's operation ran on the module's own input and stored weight.
+        output: the value it made or changed, the first if there are several.
+        output_shape: shape of that value.
+    """
+
+    op: str
+    inputs: tuple[int, ...]
+    module: nn.Module | None = None
+    slot: str | None = None
+    site: CallSite | None = None
+    view: View | None = None
+    shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    own_weight: bool = False
+    output: int | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What a view did to the axes: a permutation, or (None) a reshape between two shapes."""
+
+    permutation: tuple[int, ...] | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def source_axis(self, axis: int) -> int | None:
+        """The axis before the view that ``axis`` after it runs along, whole and alone."""
+        if self.permutation is not None:
+            return self.permutation[axis]
+        outer, inner = _product(self.after[:axis]), _product(self.after[axis + 1 :])
+        for candidate, size in enumerate(self.before):
+            if (
+                size == self.after[axis]
+                and _product(self.before[:candidate]) == outer
+                and _product(self.before[candidate + 1 :]) == inner
+            ):
+                return candidate
+        return None
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one forward pass did. Values are numbers; ``made`` and ``used`` index calls by value."""
+
+    calls: list[Call] = field(default_factory=list)
+    made: dict[int, Call] = field(default_factory=dict)
+    used: dict[int, list[Call]] = field(default_factory=dict)
+    stray_norms: set[int] = field(default_factory=set)
+
+
+def _product(sizes: Iterable[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Recorder(TorchFunctionMode):
+    """The torch-function half of the recorder; :func:`recording` adds the module hooks.
+
+    Args:
+        names: first qualified name by ``id`` of every module of the model.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._names = names
+        self._thread = threading.get_ident()
+        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._count = 0
+        self._opaque: list[tuple[nn.Module, Call, list[tuple[Tensor, int]]]] = []
+        self._stack: list[nn.Module] = []
+        self._children_run: list[int] = []
+
+    # values ------------------------------------------------------------------------------------
+
+    def _new_value(self, tensor: Tensor, maker: Call | None) -> int:
+        self._count += 1
+        self._values[tensor] = (self._count, _version(tensor))
+        if maker is not None:
+            self.trace.made[self._count] = maker
+        return self._count
+
+    def value(self, tensor: Tensor) -> int:
+        """Number of the value that ``tensor`` holds now."""
+        number, version = self._values.get(tensor, (0, None))
+        if version == _version(tensor):
+            return int(number)
+        # Unseen, or changed behind our back through a view of it: a new value of unknown origin.
+        maker = Call("in-place change through a view", ()) if number else None
+        return self._new_value(tensor, maker)
+
+    def _use(self, call: Call) -> None:
+        self.trace.calls.append(call)
+        for number in call.inputs:
+            self.trace.used.setdefault(number, []).append(call)
+
+    def _finish(self, call: Call, output: Any, before: list[tuple[Tensor, int]]) -> None:
+        """Give new values to what ``call`` made or changed in place."""
+        changed = [tensor for tensor, version in before if _version(tensor) != version]
+        inputs = {id(tensor) for tensor, _ in before}
+        fresh = [tensor for tensor in _tensors(output) if id(tensor) not in inputs]
+        numbers = [self._new_value(tensor, call) for tensor in (*fresh, *changed)]
+        if numbers:
+            call.output = numbers[0]
+            call.output_shape = tuple((*fresh, *changed)[0].shape)
+
+    # functions ---------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if threading.get_ident() != self._thread:
+            return func(*args, **kwargs)
+        if self._opaque:
+            self._look_inside(func, args, kwargs)
+            return _run(func, args, kwargs)
+        before = [(t, _version(t)) for t in _tensors((args, kwargs))]
+        numbers = tuple(self.value(t) for t, _ in before)
+        output = _run(func, args, kwargs)
+        op = vocabulary.op_of(func)
+        if not _consumes(op, output, before):
+            return output
+        call = Call(op, numbers, shape=tuple(before[0][0].shape) if before else ())
+        self._describe(call, func, args, kwargs, output)
+        self._use(call)
+        self._finish(call, output, before)
+        return output
+
+    def _describe(
+        self,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        if vocabulary.activation_op(func) == "relu":
+            call.site = find_call_site(self._names)
+        elif call.op in vocabulary.VIEWS and isinstance(output, Tensor):
+            call.view = _view_of(call.op, args, kwargs, tuple(output.shape))
+        elif call.op in vocabulary.PRODUCER_OPS and self._stack:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            module = self._stack[-1]
+            if weight is not None and weight is getattr(module, "weight", None):
+                call.module = module
+        elif call.op == "batch_norm":
+            self.trace.stray_norms.update(id(t) for t in _tensors((args[1:], kwargs)))
+
+    def _look_inside(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        module, call, before = self._opaque[-1]
+        if vocabulary.op_of(func) in vocabulary.PRODUCER_OPS and len(args) > 1:
+            stored = getattr(module, "weight", None)
+            call.own_weight = args[1] is stored and bool(before) and args[0] is before[0][0]
+
+    # modules -----------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module of the model starts to run."""
+        if threading.get_ident() != self._thread or id(module) not in self._names:
+            return
+        slot = self._slot()
+        self._stack.append(module)
+        self._children_run.append(0)
+        op = _opaque_op(module)
+        if self._opaque or op is None:
+            return
+        before = [(t, _version(t)) for t in _tensors(args)]
+        call = Call(op, tuple(self.value(t) for t, _ in before), module=module, slot=slot)
+        call.shape = tuple(before[0][0].shape) if before else ()
+        if op == "relu":
+            call.site = find_call_site(self._names)
+        self._opaque.append((module, call, before))
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """A module of the model has run, or has raised (``output`` None)."""
+        if threading.get_ident() != self._thread or id(module) not in self._names:
+            return
+        while self._stack and self._stack[-1] is not module:
+            self._stack.pop()
+            self._children_run.pop()
+        if self._stack:
+            self._stack.pop()
+            self._children_run.pop()
+        if self._opaque and self._opaque[-1][0] is module:
+            _, call, before = self._opaque.pop()
+            self._use(call)
+            self._finish(call, output, before)
+
+    def _slot(self) -> str | None:
+        """The name under which the running ``nn.Sequential`` calls its next child."""
+        if not self._stack:
+            return None
+        index = self._children_run[-1]
+        self._children_run[-1] += 1
+        parent = self._stack[-1]
+        if type(parent).forward is not nn.Sequential.forward:
+            return None
+        keys = list(parent._modules)
+        prefix = self._names[id(parent)]
+        return f"{prefix}.{keys[index]}".lstrip(".") if index < len(keys) else None
+
+    def output(self, output: Any) -> None:
+        """The model returned ``output``: its tensors are used by whoever called the model."""
+        with torch._C.DisableTorchFunction():
+            numbers = tuple(self.value(t) for t in _tensors(output))
+        self._use(Call("output", numbers))
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``func``; on meta, skip torch's long way round to the fact that BN keeps the shape."""
+    if func is F.batch_norm and args and args[0].is_meta:
+        return torch.empty_like(args[0])
+    return func(*args, **kwargs)
+
+
+def _opaque_op(module: nn.Module) -> str | None:
+    if is_batchnorm(module):
+        return "batch_norm"
+    return vocabulary.producer_module_op(module) or vocabulary.activation_module_op(module)
+
+
+def _consumes(op: str, output: Any, before: list[tuple[Tensor, int]]) -> bool:
+    """Whether a call reads values: shape and device queries do not, nor do identities."""
+    made = _tensors(output)
+    if not made:
+        return op in _READS or any(_version(t) != version for t, version in before)
+    inputs = {id(t) for t, _ in before}
+    unchanged = all(_version(t) == version for t, version in before)
+    identity = unchanged and all(id(t) in inputs for t in made)
+    return not identity or "dropout" in op
+
+
+def _view_of(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], after: tuple[int, ...]
+) -> View | None:
+    tensor = args[0] if args else None
+    if not isinstance(tensor, Tensor) or kwargs:
+        return None
+    before = tuple(tensor.shape)
+    if op not in {"permute", "transpose", "swapaxes", "movedim", "t"}:
+        return View(None, before, after)
+    # Let torch itself apply the call to a tensor whose sizes name its axes.
+    probe = torch.empty(tuple(range(len(before))), device="meta")
+    moved = getattr(probe, op)(*args[1:])
+    return View(tuple(moved.shape), before, after)
+
+
+@contextmanager
+def recording(model: nn.Module, names: Mapping[int, str]) -> Iterator[Recorder]:
+    """Record every call made in this thread until the block ends; hooks are removed again."""
+    recorder = Recorder(names)
+
+    # The hooks look at tensors themselves; that must not come back to the recorder as calls.
+    def enter(module: nn.Module, args: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            recorder.enter(module, args)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            recorder.leave(module, output)
+
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(recorder)
+        yield recorder

@@ -1,0 +1,112 @@
+"""The names of operations: what torch's functions and modules are called in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+PRODUCER_OPS = frozenset(
+    {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 2, 3)} | {"linear"}
+)
+
+VIEWS = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"}
+    | {"permute", "transpose", "swapaxes", "movedim", "t", "view_as", "reshape_as"}
+)
+
+# class name of an activation module -> canonical name of the operation
+_ACTIVATION_CLASSES = {
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "LeakyReLU": "leaky_relu",
+    "PReLU": "prelu",
+    "RReLU": "rrelu",
+    "ELU": "elu",
+    "SELU": "selu",
+    "CELU": "celu",
+    "GELU": "gelu",
+    "GELUTanh": "gelu",
+    "QuickGELU": "quick_gelu",
+    "SiLU": "silu",
+    "Swish": "silu",
+    "SwishMe": "silu",
+    "Mish": "mish",
+    "MishMe": "mish",
+    "HardMish": "hard_mish",
+    "HardMishMe": "hard_mish",
+    "Hardswish": "hardswish",
+    "HardSwish": "hardswish",
+    "HardSwishMe": "hardswish",
+    "Hardsigmoid": "hardsigmoid",
+    "HardSigmoid": "hardsigmoid",
+    "HardSigmoidMe": "hardsigmoid",
+    "Hardtanh": "hardtanh",
+    "Sigmoid": "sigmoid",
+    "LogSigmoid": "logsigmoid",
+    "Tanh": "tanh",
+    "Tanhshrink": "tanhshrink",
+    "Softplus": "softplus",
+    "Softsign": "softsign",
+    "Softshrink": "softshrink",
+    "Hardshrink": "hardshrink",
+    "Threshold": "threshold",
+    "StarReLU": "star_relu",
+    "SquaredReLU": "squared_relu",
+}
+
+ACTIVATION_FUNCTIONS = (
+    frozenset(_ACTIVATION_CLASSES.values()) - {"quick_gelu", "hard_mish", "star_relu"}
+) | {"relu6", "hard_swish", "hard_sigmoid"}
+
+_SYNONYMS = {
+    "iadd": "add",
+    "radd": "add",
+    "isub": "sub",
+    "rsub": "sub",
+    "imul": "mul",
+    "rmul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "rtruediv": "div",
+    "concat": "cat",
+    "concatenate": "cat",
+    "hard_swish": "hardswish",
+    "hard_sigmoid": "hardsigmoid",
+}
+
+
+def op_of(function: Callable[..., Any]) -> str:
+    """Canonical name of a torch function: in-place and operator forms share one name."""
+    name = getattr(function, "__name__", type(function).__name__).strip("_")
+    return _SYNONYMS.get(name, name)
+
+
+def activation_op(function: Callable[..., Any]) -> str | None:
+    """Canonical name of a functional activation, or None."""
+    name = op_of(function)
+    return name if name in ACTIVATION_FUNCTIONS else None
+
+
+def activation_module_op(module: nn.Module) -> str | None:
+    """Canonical name of an activation module, or None.
+
+    Only a module that runs ``nn.ReLU``'s own forward is called ``relu``: everything that takes a
+    ReLU's place relies on it.
+    """
+    cls = type(module)
+    if isinstance(module, nn.ReLU):
+        genuine = cls.forward is nn.ReLU.forward and "forward" not in vars(module)
+        return "relu" if genuine else cls.__name__.lower()
+    op = _ACTIVATION_CLASSES.get(cls.__name__)
+    return cls.__name__.lower() if op == "relu" else op
+
+
+def producer_module_op(module: nn.Module) -> str | None:
+    """``conv2d``, ``linear`` … for a module that can be a producer, or None."""
+    if isinstance(module, _ConvNd):
+        rank = len(module.kernel_size)
+        return f"conv_transpose{rank}d" if module.transposed else f"conv{rank}d"
+    return "linear" if isinstance(module, nn.Linear) else None

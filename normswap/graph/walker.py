@@ -1,0 +1,419 @@
+"""Run a model once under the recorder and turn the trace into sites.
+
+The model runs on the meta device where it can (no arithmetic, no memory), else on its own. It runs
+in eval mode, and once in training mode, because auxiliary heads run only there and because a call
+that may be removed has to mean the same in both. The model comes back exactly as it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from normswap.errors import WalkError
+from normswap.graph import norms
+from normswap.graph.preserved import preserved
+from normswap.graph.recorder import Call, Trace, recording
+from normswap.graph.sites import Activation, CallSite, Graph, Producer, Removal, Site
+from normswap.graph.vocabulary import ACTIVATION_FUNCTIONS, PRODUCER_OPS, activation_module_op
+
+_WRAPPERS = {
+    "DistributedDataParallel": "convert the module inside it before wrapping it",
+    "FullyShardedDataParallel": "convert the model before sharding it",
+    "DataParallel": "convert the module inside it (model.module)",
+    "OptimizedModule": "convert the original model, then torch.compile the result",
+    "ScriptModule": "convert the Python model, then script the result",
+    "RecursiveScriptModule": "convert the Python model, then script the result",
+    "GraphModuleImpl": "convert the eager model before tracing it",
+}
+
+
+@dataclass(frozen=True)
+class _Run:
+    mode: str
+    device: str
+    trace: Trace
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Call ``model`` on example inputs.
+
+    Args:
+        model: any module.
+        example_inputs: a tuple holds the positional arguments, a dict the keyword arguments;
+            anything else (a tensor, a list of images) is the one argument.
+    """
+    if isinstance(example_inputs, tuple):
+        return model(*example_inputs)
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    return model(example_inputs)
+
+
+def matches(names: Iterable[str], patterns: str | Sequence[str] | None) -> bool:
+    """Whether any name matches any shell-style pattern (``layer1.*``), or is one of them."""
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    return any(name == p or fnmatchcase(name, p) for name in names for p in wanted)
+
+
+def walk(
+    model: nn.Module, example_inputs: Any, *, exclude: str | Sequence[str] | None = None
+) -> Graph:
+    """Find every BatchNorm of a model, what feeds it and what consumes it.
+
+    Read-only: modes, hooks, attributes, buffers and RNG state are as before, also after an
+    exception.
+
+    Args:
+        model: any module, also on the meta device.
+        example_inputs: what the model is called with; see :func:`call`.
+        exclude: name patterns of BatchNorm modules to pass over, of unknown classes for example.
+
+    Returns:
+        Graph: its sites in the order in which they first ran.
+
+    Raises:
+        WalkError: if the model does not run on the inputs, is wrapped or compiled, or holds a
+            BatchNorm of a class whose computation is unknown.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> site = walk(net, torch.zeros(1, 3, 8, 8)).sites[0]
+        >>> site.name, site.producer.name, site.activation.op, site.spatial
+        ('1', '0', 'relu', (6, 6))
+    """
+    refuse_wrapped(model)
+    found = batchnorms(model, exclude=exclude)
+    if not found:
+        return Graph(())
+    runs, notes = _runs(model, example_inputs, found)
+    sites = _Reader(model, found, runs).sites()
+    device = runs[0].device
+    return Graph(tuple(sites), device, tuple(notes))
+
+
+def qualified_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every name of every module; a module registered twice has two."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return {module: tuple(found) for module, found in names.items()}
+
+
+def batchnorms(
+    model: nn.Module, *, exclude: str | Sequence[str] | None = None
+) -> dict[nn.Module, tuple[str, ...]]:
+    """Every BatchNorm module of ``model`` with all its names.
+
+    Raises:
+        WalkError: for a BatchNorm of unknown class that ``exclude`` does not name.
+    """
+    found = {m: n for m, n in qualified_names(model).items() if norms.is_batchnorm(m)}
+    found = {m: n for m, n in found.items() if not matches(n, exclude)}
+    for module, names in found.items():
+        norms.check_known(module, names[0])
+    return found
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if the model, or a part of it, is wrapped in a way that hides its modules.
+
+    Raises:
+        WalkError: with the advice that fits the wrapper.
+    """
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch"):
+                kind = type(module).__name__
+                raise WalkError(
+                    name or "the model",
+                    got=f"a {cls.__name__}" + ("" if kind == cls.__name__ else f" ({kind})"),
+                    need="a plain eager module",
+                    hint=f"to {_WRAPPERS[cls.__name__]}",
+                )
+
+
+def _runs(
+    model: nn.Module, example_inputs: Any, found: dict[nn.Module, tuple[str, ...]]
+) -> tuple[list[_Run], list[str]]:
+    notes: list[str] = []
+    on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    runs: list[_Run] = []
+    try:
+        runs.append(_run(model, example_inputs, mode="eval", meta=True))
+    except Exception as error:  # noqa: BLE001 - any failure on meta means: try the real device
+        if on_meta:
+            raise _cannot_run(error) from error
+    if not runs:
+        try:
+            runs.append(_run(model, example_inputs, mode="eval", meta=False))
+        except Exception as error:
+            raise _cannot_run(error) from error
+    unseen = _unseen(found, runs)
+    if runs[0].device == "meta" or unseen:
+        training = _training_run(model, example_inputs, meta=runs[0].device == "meta")
+        if training is None and unseen:
+            notes.append("the model did not run in training mode on these inputs")
+        runs.extend([training] if training is not None else [])
+    return runs, notes
+
+
+def _unseen(found: dict[nn.Module, tuple[str, ...]], runs: list[_Run]) -> bool:
+    ran = {call.module for run in runs for call in run.trace.calls if call.op == "batch_norm"}
+    return any(module not in ran for module in found)
+
+
+def _training_run(model: nn.Module, example_inputs: Any, *, meta: bool) -> _Run | None:
+    """Run in training mode; BN refuses one element per channel there, so try a doubled batch."""
+    doubled = tree_map(lambda leaf: torch.cat([leaf, leaf]) if _batched(leaf) else leaf, example_inputs)
+    for inputs in (example_inputs, doubled):
+        try:
+            return _run(model, inputs, mode="train", meta=meta)
+        except Exception:  # noqa: BLE001, PERF203 - the eval run is what counts; sites say what ran
+            continue
+    return None
+
+
+def _batched(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 1
+
+
+def _cannot_run(error: Exception) -> WalkError:
+    first_line = (str(error).strip().splitlines() or [""])[0][:300]
+    return WalkError(
+        "example inputs",
+        got=f"{type(error).__name__}: {first_line}",
+        need="inputs that the model can be called with in eval mode",
+        hint="a tensor of the model's input size, a tuple of positional arguments, or a dict of "
+        "keyword arguments, in the model's dtype",
+    )
+
+
+def _run(model: nn.Module, example_inputs: Any, *, mode: str, meta: bool) -> _Run:
+    names = {id(m): found[0] for m, found in qualified_names(model).items()}
+    device = torch.device("meta") if meta else _device_of(model)
+    inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_inputs)
+    with preserved(model, values=not meta), torch.no_grad():
+        model.train(mode == "train")
+        with recording(model, names) as recorder:
+            output = _call_on_meta(model, inputs) if meta else call(model, inputs)
+            recorder.output(output)
+    return _Run(mode, device.type, recorder.trace)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _call_on_meta(model: nn.Module, inputs: Any) -> Any:
+    tensors: dict[str, Tensor] = {
+        name: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    tensors.update((name, torch.empty_like(b, device="meta")) for name, b in model.named_buffers())
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    with torch.device("meta"):
+        return torch.func.functional_call(model, tensors, args, kwargs)
+
+
+class _Reader:
+    """Turns traces into sites."""
+
+    def __init__(
+        self, model: nn.Module, found: dict[nn.Module, tuple[str, ...]], runs: list[_Run]
+    ) -> None:
+        self._found = found
+        self._runs = runs
+        names = qualified_names(model)
+        self._names = {module: found_names[0] for module, found_names in names.items()}
+        trained = any(run.mode == "train" for run in runs)
+        self._relus = _ReluCalls(runs, names, trained)
+
+    def sites(self) -> list[Site]:
+        sites: dict[nn.Module, Site] = {}
+        for run in self._runs:
+            calls = [c for c in run.trace.calls if c.op == "batch_norm" and c.module in self._found]
+            for module in dict.fromkeys(c.module for c in calls):
+                if module is not None and module not in sites:
+                    own = [c for c in calls if c.module is module]
+                    sites[module] = self._site(module, run, own)
+        for module in self._found:
+            if module not in sites:
+                sites[module] = self._silent_site(module)
+        return self._with_shared_producers(list(sites.values()))
+
+    def _blank(self, module: nn.Module) -> Site:
+        state = norms.state_of(module)
+        return Site(
+            names=self._found[module],
+            kind=type(module).__name__,
+            channels=state.channels,
+            rank=norms.spatial_rank_of(module),
+            dtype=str(norms.dtype_of(module)),
+            affine=state.weight is not None,
+            tracked=state.mean is not None and state.var is not None,
+        )
+
+    def _silent_site(self, module: nn.Module) -> Site:
+        site = self._blank(module)
+        fused = self._fused(module)
+        return replace(
+            site,
+            calls=0,
+            mode=None,
+            no_producer="never ran",
+            activation=fused,
+            notes=("never ran, in eval or in training mode",),
+        )
+
+    def _site(self, module: nn.Module, run: _Run, calls: list[Call]) -> Site:
+        shapes = [c.shape for c in calls]
+        spatial = min((s[2:] for s in shapes), key=lambda s: torch.Size(s).numel())
+        producers = {self._producer(c, run.trace) for c in calls}
+        producer, reason = producers.pop() if len(producers) == 1 else (None, "calls disagree")
+        notes = [] if run.mode == "eval" else ["ran in training mode only"]
+        return replace(
+            self._blank(module),
+            rank=len(spatial),
+            calls=len(calls),
+            mode=run.mode,
+            spatial=spatial,
+            producer=producer,
+            no_producer=reason,
+            activation=self._activation(module, run, calls),
+            notes=tuple(notes),
+        )
+
+    # producers ---------------------------------------------------------------------------------
+
+    def _producer(self, norm: Call, trace: Trace) -> tuple[Producer | None, str | None]:
+        if not norm.inputs:
+            return None, "unknown input"
+        axis: int | None = 1
+        maker = trace.made.get(norm.inputs[0])
+        while maker is not None and maker.view is not None and axis is not None:
+            axis = maker.view.source_axis(axis)
+            maker = trace.made.get(maker.inputs[0])
+        if maker is None:
+            return None, "input"
+        if maker.op not in PRODUCER_OPS:
+            return None, maker.op
+        if axis is None or axis != _channel_axis(maker):
+            return None, "a view that does not keep the channel axis"
+        if maker.module is None:
+            return None, f"{maker.op} with a computed weight"
+        calls = sum(1 for c in trace.calls if c.module is maker.module and c.op == maker.op)
+        kind = type(maker.module).__name__
+        name = self._names[maker.module]
+        return Producer(name, maker.op, kind, calls, plain=maker.own_weight), None
+
+    @staticmethod
+    def _with_shared_producers(sites: list[Site]) -> list[Site]:
+        counts = Counter(site.producer.name for site in sites if site.producer)
+        return [
+            replace(site, producer=replace(site.producer, shared=True))
+            if site.producer and counts[site.producer.name] > 1
+            else site
+            for site in sites
+        ]
+
+    # activations -------------------------------------------------------------------------------
+
+    def _fused(self, module: nn.Module) -> Activation | None:
+        parts = norms.fused_parts(module)
+        if parts is None or isinstance(parts[1], nn.Identity):
+            return None
+        act = parts[1]
+        op = activation_module_op(act) or type(act).__name__.lower()
+        removals = (Removal("absorb"),) if op == "relu" else ()
+        return Activation(op, self._names.get(act), fused=True, removals=removals)
+
+    def _activation(self, module: nn.Module, run: _Run, calls: list[Call]) -> Activation | None:
+        fused = self._fused(module)
+        if fused is not None:
+            return fused
+        users = [run.trace.used.get(c.output or 0, []) for c in calls]
+        if any(len(u) != 1 for u in users):
+            return None
+        found = {self._activation_of(u[0], run.trace) for u in users}
+        return found.pop() if len(found) == 1 else None
+
+    def _activation_of(self, user: Call, trace: Trace) -> Activation | None:
+        if user.module is None:
+            op = user.op if user.op in ACTIVATION_FUNCTIONS else None
+            return Activation(op, None, removals=self._relus.removals(user)) if op else None
+        op = activation_module_op(user.module)
+        if op is None:
+            return None
+        uses = sum(1 for c in trace.calls if c.module is user.module)
+        name = user.slot or self._names[user.module]
+        return Activation(op, name, uses=uses, removals=self._relus.removals(user))
+
+
+class _ReluCalls:
+    """Every ReLU that ran, in all runs, by the ways in which it could be taken out."""
+
+    def __init__(
+        self, runs: list[_Run], names: dict[nn.Module, tuple[str, ...]], trained: bool
+    ) -> None:
+        self._names = names
+        self._trained = trained
+        self._sources: dict[Any, dict[str, None]] = defaultdict(dict)
+        for run in runs:
+            for call in run.trace.calls:
+                if call.op == "relu":
+                    source = self._source(call, run.trace)
+                    for key in (call.module, call.slot, _place(call.site)):
+                        self._sources[key].setdefault(source)
+
+    def _source(self, relu: Call, trace: Trace) -> str:
+        """Name of the BN that alone feeds ``relu``, else ``?`` and what does."""
+        maker = trace.made.get(relu.inputs[0]) if relu.inputs else None
+        if maker is None or maker.op != "batch_norm" or maker.module is None:
+            return "?" + (maker.op if maker else "an input")
+        alone = len(trace.used[relu.inputs[0]]) == 1
+        return self._names[maker.module][0] if alone else "?a BN output that has other uses"
+
+    def removals(self, relu: Call) -> tuple[Removal, ...]:
+        if relu.op != "relu":
+            return ()
+        found = []
+        if relu.module is not None:
+            names = self._names[relu.module]
+            found.append(self._removal("module", relu.module, names))
+            if relu.slot is not None and len(names) > 1:
+                found.append(self._removal("slot", relu.slot, (relu.slot,)))
+        if relu.site is not None:
+            removal = self._removal("call", _place(relu.site), ())
+            obstacle = relu.site.obstacle or removal.obstacle
+            if obstacle is None and relu.site.moody and not self._trained:
+                obstacle = f"{relu.site.method} depends on the mode and did not run in training"
+            found.append(replace(removal, call=relu.site, obstacle=obstacle))
+        return tuple(found)
+
+    def _removal(self, how: str, key: Any, names: tuple[str, ...]) -> Removal:
+        sources = tuple(self._sources[key])
+        others = [source[1:] for source in sources if source.startswith("?")]
+        obstacle = f"it is also applied to {others[0]}" if others else None
+        return Removal(how, names, tuple(s for s in sources if s[0] != "?"), obstacle)
+
+
+def _place(site: CallSite | None) -> tuple[Any, ...] | None:
+    return (site.owner, site.method, site.position) if site is not None else None
+
+
+def _channel_axis(maker: Call) -> int:
+    if maker.op == "linear":
+        return len(maker.output_shape) - 1
+    return len(maker.output_shape) - 1 - int(maker.op[-2])
