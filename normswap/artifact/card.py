@@ -1,0 +1,117 @@
+"""The model card: ``normswap.json`` as a page to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def model_card(document: Mapping[str, Any], name: str) -> str:
+    """The README of an artefact.
+
+    Args:
+        document: the content of ``normswap.json``.
+        name: of the directory.
+
+    Example:
+        >>> print(model_card({"model": "ResNet", "plans": []}, "out").splitlines()[0])
+        # out
+    """
+    parts = [
+        f"# {name}",
+        _facts(document),
+        _swaps(document.get("plans") or []),
+        _history(document.get("history") or []),
+        _loading(document, name),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(document: Mapping[str, Any]) -> str:
+    source = document.get("source") or {}
+    wanted = document.get("preprocessing") or {}
+    classes = document.get("class_names")
+    versions = document.get("versions") or {}
+    rows = [
+        ("model", document.get("model")),
+        ("source", source.get("spec") or "not known"),
+        ("weights it started from", source.get("weights")),
+        ("parameters", document.get("parameters")),
+        ("type", document.get("dtype")),
+        ("input", " × ".join(str(edge) for edge in wanted.get("input_size") or ())),
+        ("mean, std", _pair(wanted.get("mean"), wanted.get("std"))),
+        ("classes", None if classes is None else len(classes)),
+        ("made with", ", ".join(f"{key} {value}" for key, value in versions.items())),
+        ("SHA-256 of the weights", document.get("sha256")),
+    ]
+    return _table(("", ""), [(label, value) for label, value in rows if value not in (None, "")])
+
+
+def _pair(mean: Any, std: Any) -> str:
+    return f"{mean}, {std}" if mean and std else ""
+
+
+def _swaps(plans: Sequence[Mapping[str, Any]]) -> str:
+    if not plans:
+        return "## What was swapped\n\nNothing: this is the BatchNorm original."
+    sections = ["## What was swapped"]
+    for plan in plans:
+        entries = [entry for entry in plan.get("entries") or [] if isinstance(entry, Mapping)]
+        counts = Counter((entry.get("kind"), entry.get("becomes")) for entry in entries)
+        sections.append(f"Target `{plan.get('target')}`, {len(entries)} sites.")
+        sections.append(
+            _table(
+                ("from", "to", "sites"),
+                [(before, after, number) for (before, after), number in counts.items()],
+            )
+        )
+        details = [
+            (
+                f"`{entry.get('name')}`",
+                entry.get("becomes"),
+                _options(entry.get("recipe")),
+                entry.get("init"),
+                entry.get("reason"),
+            )
+            for entry in entries
+        ]
+        table = _table(("layer", "to", "options", "init", "why"), details)
+        sections.append(f"<details><summary>Every layer</summary>\n\n{table}\n\n</details>")
+    return "\n\n".join(sections)
+
+
+def _options(recipe: Any) -> str:
+    if not isinstance(recipe, Mapping):
+        return ""
+    return ", ".join(f"{key}={value}" for key, value in recipe.items() if value is not None)
+
+
+def _history(history: Sequence[Mapping[str, Any]]) -> str:
+    if not history:
+        return ""
+    rows = [
+        (entry.get("step"), _options({k: v for k, v in entry.items() if k != "step"}))
+        for entry in history
+    ]
+    return "## History\n\n" + _table(("step", "facts"), rows)
+
+
+def _loading(document: Mapping[str, Any], name: str) -> str:
+    into = "" if document.get("source") else ", into=your_freshly_built_batchnorm_model"
+    return (
+        "## How to load it\n\n```python\nimport normswap\n\n"
+        f'model = normswap.load("{name}"{into})\n```\n\n'
+        f"```sh\nnormswap export {name} -o model.onnx\n```"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,136 @@
+"""Load an artefact, or any other spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from normswap.artifact.rebuilding import fill, same_model
+from normswap.artifact.record import RECORD, WEIGHTS, Document, file_digest, read_record
+from normswap.data import Preprocessing
+from normswap.errors import ArtifactError
+from normswap.provenance import provenance_of, remember
+from normswap.sources import Source, build
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+) -> Source:
+    """Load a model from any spec: a library's name, a factory of one's own, or an artefact.
+
+    Args:
+        spec: ``timm/NAME[.TAG]``, ``torchvision/NAME[:WEIGHTS]``, ``hf-hub:ORG/REPO``,
+            ``python:package.module:factory`` or a directory that ``save`` wrote.
+        pretrained: with the library's own weights, through its own download code.
+        checkpoint: weights from a file instead; nothing is downloaded.
+        num_classes: outputs of the head; pretrained weights keep all but the head.
+        image_size: height and width, where they differ from the model's own.
+        device: where the model goes.
+
+    Returns:
+        The model in eval mode, with its preprocessing and example inputs.
+
+    Raises:
+        SpecError: unknown model, no weights to be had, no network.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ArtifactError: the directory is no artefact, or has been changed.
+
+    Example:
+        >>> source = load_model("torchvision/resnet18", pretrained=False)
+        >>> source.preprocessing.input_size
+        (3, 224, 224)
+    """
+    if not Path(spec).is_dir():
+        source = build(
+            str(spec),
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            num_classes=num_classes,
+            image_size=image_size,
+        )
+        source.model.to(device)
+        return source
+    if checkpoint is not None or num_classes is not None:
+        raise ArtifactError(
+            str(spec),
+            got="an artefact together with " + ("checkpoint" if checkpoint else "num_classes"),
+            need="an artefact alone: it brings its weights and its head",
+            hint="leaving the option out, or the spec the artefact was made from",
+        )
+    model = load(spec, device=device)
+    known = provenance_of(model)
+    preprocessing = Preprocessing.from_json(known.preprocessing or {}).resized(image_size)
+    task = str((known.source or {}).get("task", "image"))
+    return Source(model, str(spec), preprocessing, known.class_names, known.source, task)
+
+
+def load(
+    directory: str | Path,
+    *,
+    into: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Load what ``save`` wrote: build the BN original, swap it again, put the weights in.
+
+    Args:
+        directory: the artefact.
+        into: a freshly built BN original to use, for models that normswap cannot build; changed.
+        device: where the model goes.
+
+    Returns:
+        The model in eval mode, with its provenance; its outputs are those of the saved one, bit
+        for bit.
+
+    Raises:
+        ArtifactError: no artefact, a newer format, an edited file, or a model it does not fit.
+    """
+    folder = Path(directory)
+    document = Document(folder, read_record(folder))
+    state = _read_weights(document)
+    record = document.provenance()
+    model = same_model(document, record, into)
+    fill(model, state, document)
+    remember(
+        model,
+        source=record.source,
+        preprocessing=record.preprocessing,
+        class_names=record.class_names,
+        plans=record.plans,
+        history=record.history,
+    )
+    return model.to(device).eval()
+
+
+def _read_weights(document: Document) -> dict[str, Tensor]:
+    path = document.folder / WEIGHTS
+    expected = document.get("sha256", str)
+    try:
+        found = file_digest(path)
+        if found != expected:
+            raise ArtifactError(
+                str(path),
+                got=f"SHA-256 {found[:16]}…",
+                need=f"SHA-256 {expected[:16]}…, as {RECORD} says",
+                hint="copying the artefact again: the file has been edited or damaged",
+            )
+        state = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(
+            str(path), got=str(error), need="the saved weights", hint="copying the artefact again"
+        ) from error
+    for alias, name in document.aliases().items():
+        if name not in state:
+            raise document.malformed("aliases", {alias: name})
+        state[alias] = state[name]
+    return state

@@ -1,0 +1,338 @@
+"""Write an artefact, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import normswap
+from normswap.artifact.card import model_card
+from normswap.artifact.rebuilding import check_agreement, swapped_again
+from normswap.artifact.record import (
+    CARD,
+    FORMAT_VERSION,
+    OWN_FILES,
+    RECORD,
+    WEIGHTS,
+    file_digest,
+    read_record,
+    record_digest,
+)
+from normswap.errors import ArtifactError, NormSwapError
+from normswap.provenance import Provenance, provenance_of
+from normswap.sources import rebuild
+
+logger = logging.getLogger("normswap")
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    source: str | None = None,
+    force: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """Write a model as an artefact, all or nothing.
+
+    Args:
+        model: converted or not; not changed.
+        directory: to be made. One that exists and is not empty needs ``force``.
+        source: ``python:package.module:factory`` for a model that ``load_model`` did not build.
+        force: replace the artefact in ``directory``. Its other files stay; a directory that is no
+            artefact keeps all it has, and is refused if it has files of the artefact's names.
+        class_names: the labels in the order of the logits, if the model does not know them.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ArtifactError: the directory cannot be written, is not empty, or the model's source does
+            not build this model.
+    """
+    target = Path(directory).resolve()
+    _check_target(target, force)
+    document, tensors = _describe(model, source, class_names)
+    _check_source(model, document, str(target), explicit=source is not None)
+    with _one_clear_error(target), _sibling(target) as draft:
+        (draft / WEIGHTS).touch()
+        mode = (draft / WEIGHTS).stat().st_mode
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        (draft / WEIGHTS).chmod(mode)  # safetensors makes files for the owner alone
+        document["sha256"] = file_digest(draft / WEIGHTS)
+        document["record_sha256"] = record_digest(document)
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        (draft / CARD).write_text(model_card(document, target.name), encoding="utf-8")
+        (draft / RECORD).write_text(text + "\n", encoding="utf-8")
+        for name in OWN_FILES:
+            _flush(draft / name)
+        _put_in_place(draft, target)
+    return Path(directory)
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtifactError(str(target), got="a file", need="a directory", hint="another name")
+    present = {path.name for path in target.iterdir()}
+    if not present:
+        return
+    if not force:
+        raise ArtifactError(
+            str(target),
+            got="a directory that is not empty",
+            need="a new or empty one",
+            hint="another name, or --force (force=True) to replace the artefact in it",
+        )
+    clash = sorted(present & set(OWN_FILES))
+    if clash and not _is_artifact(target):
+        raise ArtifactError(
+            str(target),
+            got=f"a directory that is no artefact but holds {', '.join(clash)}",
+            need="an artefact to replace, or a directory without such files",
+            hint="another name",
+        )
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        read_record(folder)
+    except ArtifactError as error:
+        return "written by normswap" in error.got  # a newer one is one, too
+    return True
+
+
+def _describe(
+    model: nn.Module, source: str | None, class_names: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    record = provenance_of(model)
+    state = model.state_dict()
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ArtifactError(
+            odd[0],
+            got="extra state that is no tensor",
+            need="a model whose state dict holds tensors alone",
+            hint="removing get_extra_state from that module",
+        )
+    if any(value.is_meta for value in state.values()):
+        raise ArtifactError(
+            type(model).__name__,
+            got="tensors on the meta device",
+            need="a model with weights",
+            hint="loading weights first",
+        )
+    tensors, aliases = _without_duplicates(state)
+    names = record.class_names if class_names is None else class_names
+    document = {
+        "format_version": FORMAT_VERSION,
+        "normswap": normswap.__version__,
+        "versions": _versions(),
+        "model": type(model).__name__,
+        "source": _explicit_source(record, source),
+        "preprocessing": record.preprocessing,
+        "class_names": None if names is None else [str(name) for name in names],
+        "plans": list(record.plans),
+        "history": list(record.history),
+        "dtype": _main_dtype(model),
+        "frozen": [
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad
+        ],
+        "aliases": aliases,
+        "channels_last": [name for name, value in state.items() if _is_channels_last(value)],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sha256": "",
+    }
+    plain: dict[str, Any] = _plain(document)
+    return plain, tensors
+
+
+def _explicit_source(record: Provenance, source: str | None) -> dict[str, Any] | None:
+    if source is None:
+        return record.source
+    return {
+        "spec": source,
+        "num_classes": (record.source or {}).get("num_classes"),
+        "arguments": {},
+        "task": (record.source or {}).get("task", "image"),
+        "weights": "none",
+        "checkpoint": None,
+        "sha256": None,
+    }
+
+
+def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, on the CPU and in a row, and which further names it goes by."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in state.items():
+        identity = (
+            value.device,
+            value.data_ptr(),
+            value.dtype,
+            tuple(value.shape),
+            value.stride(),
+        )
+        if value.numel() and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        seen[identity] = name
+        # a copy, because safetensors refuses tensors that overlap in memory
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors, aliases
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() not in (4, 5):
+        return False
+    layout = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    plain, last = (
+        torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+        for memory_format in (torch.contiguous_format, layout)
+    )
+    # by strides: a 1x1 kernel counts as contiguous in both layouts, and kernels are chosen by them
+    return tensor.stride() == last != plain
+
+
+def _main_dtype(model: nn.Module) -> str:
+    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    main = max(set(kinds), key=kinds.count) if kinds else torch.float32
+    return str(main).removeprefix("torch.")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "timm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types alone: tuples, paths, tensors and NumPy scalars are brought to them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, str | int | type(None)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # JSON has no NaN
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _check_source(
+    model: nn.Module, document: dict[str, Any], where: str, *, explicit: bool
+) -> None:
+    """Make sure that what is written can be read again; else say so now, not after the training.
+
+    A model that no longer fits its recorded source (it was changed by hand) is saved without one.
+    """
+    if document["source"] is None:
+        return
+    try:
+        twin = _meta_twin(document)
+        check_agreement(where, _state_of(twin), model.state_dict())
+    except NormSwapError as error:
+        if explicit:
+            raise ArtifactError(
+                where,
+                got=f"source {document['source']['spec']}, which does not build this model "
+                f"({error.got})",
+                need="the factory of its BatchNorm original",
+                hint="another factory, or no source and load(directory, into=…)",
+            ) from error
+        logger.warning("%s: %s; it will load with into= only", where, error.got)
+        document["source"] = None
+
+
+def _meta_twin(document: Mapping[str, Any]) -> nn.Module:
+    def twin() -> nn.Module:
+        return swapped_again("source", rebuild(document["source"]), document["plans"])
+
+    try:
+        with torch.device("meta"):
+            return twin()
+    except (NormSwapError, NotImplementedError, RuntimeError):
+        return twin()  # some constructors compute with their weights
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+@contextlib.contextmanager
+def _one_clear_error(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ArtifactError(
+            str(target),
+            got=f"{reason}, so that nothing was written",
+            need="a place where a directory can be made, with room for the weights",
+            hint="another directory, or freeing space",
+        ) from error
+
+
+@contextlib.contextmanager
+def _sibling(target: Path) -> Iterator[Path]:
+    """A draft directory beside the target, gone at the end whatever happens."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.draft"
+    draft.mkdir()  # not tempfile's: that one would be closed to other users for good
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _put_in_place(draft: Path, target: Path) -> None:
+    if not target.exists():
+        draft.rename(target)
+    elif not (target / RECORD).exists():
+        for name in OWN_FILES:  # the record comes last: without it there is no artefact
+            (draft / name).replace(target / name)
+    else:
+        _exchange(draft, target)
+
+
+def _exchange(draft: Path, target: Path) -> None:
+    """The new artefact takes the old one's name; what else lay there moves along."""
+    old = draft.with_suffix(".old")
+    target.rename(old)
+    try:
+        draft.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    for path in old.iterdir():
+        if path.name not in OWN_FILES:
+            path.rename(target / path.name)
+    shutil.rmtree(old)

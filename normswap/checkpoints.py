@@ -1,0 +1,259 @@
+"""Weight files: read them without running what they hold, and fit them to a model.
+
+Safetensors, or what ``torch.save`` wrote, read with ``weights_only=True`` and never without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from normswap.errors import CheckpointError
+
+logger = logging.getLogger("normswap")
+
+# in the order of preference: averaged weights are the ones their makers report
+_WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "module",
+    "weights",
+)
+# torchvision renames these while loading its own densenet files
+_OLD_DENSENET = re.compile(
+    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$"
+)
+_SHOWN = 3
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Read a weight file into a flat state dict on the CPU.
+
+    The usual wrappers (``state_dict``, ``model``, ``state_dict_ema`` …) and prefixes (``module.``,
+    ``_orig_mod.``) are taken off; averaged weights are preferred where a file holds both.
+
+    Args:
+        path: ``.safetensors``, or a file of ``torch.save``. Of the classes a pickle may name, only
+            tensors and ``argparse.Namespace`` (timm's ``args``) are let in.
+
+    Raises:
+        CheckpointError: no such file, a truncated one, a pickle with code or foreign classes in it
+            (nothing of which runs), or no weights inside.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            str(path),
+            got="a folder" if path.is_dir() else "no such file",
+            need="a .safetensors, .pth, .pt or .bin file",
+            hint="the path",
+        )
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    state = _unwrap(content)
+    if not state:
+        raise CheckpointError(
+            str(path),
+            got=f"no weights ({_describe(content)})",
+            need="a state dict, bare or under " + ", ".join(_WRAPPERS[:5]),
+            hint="saving model.state_dict()",
+        )
+    return _without_prefixes(state)
+
+
+def _is_safetensors(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:  # some files are named .bin or .pth and are safetensors inside
+        return file.read(10)[8:] in (b'{"', b"{ ", b"{}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
+            warnings.simplefilter("ignore")  # remarks on TorchScript archives: an error follows
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = _foreign_names(path, error)
+        if foreign is None:
+            raise _unreadable(path, error) from error
+        raise CheckpointError(
+            str(path),
+            got=f"a pickle that holds more than tensors: {foreign}; nothing of it was run",
+            need="a state dict of tensors",
+            hint="torch.save(model.state_dict(), …) or safetensors, where the file was made",
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
+    except (AttributeError, IndexError, AssertionError, ImportError) as error:  # garbled opcodes
+        raise _unreadable(path, error) from error
+
+
+def _foreign_names(path: Path, error: Exception) -> str | None:
+    """The classes or functions a pickle asks for, or None if it is merely broken."""
+    blocked = re.search(r"(?:GLOBAL|instruction|class|import)\s+`?([\w.]+\.[\w.]+)`?", str(error))
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001  (legacy or broken files: the message has to do)
+        names = []
+    names = [name for name in names if name != "argparse.Namespace"]
+    if names:
+        return ", ".join(sorted(names)[:_SHOWN])
+    return blocked.group(1) if blocked else None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+    return CheckpointError(
+        str(path),
+        got=f"an unreadable file of {path.stat().st_size} bytes ({reason})",
+        need="a complete .safetensors, .pth, .pt or .bin file",
+        hint="downloading or copying it again",
+    )
+
+
+def _unwrap(content: Any) -> dict[str, Tensor]:
+    """The first mapping with tensors in it, looked for under the usual names."""
+    if not isinstance(content, Mapping):
+        return {}
+    for name in _WRAPPERS:
+        found = _unwrap(content.get(name))
+        if found:
+            return found
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors and len(tensors) < len(content):
+        logger.info("ignored %d checkpoint entries: no tensors", len(content) - len(tensors))
+    return tensors
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    state.pop("n_averaged", None)  # torch's AveragedModel counts here
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        state.pop("n_averaged", None)
+    return state
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return "keys: " + (_some([str(key) for key in content]) or "none")
+    return f"a {type(content).__name__}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def fit_checkpoint(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    where: str = "checkpoint",
+    num_classes: int | None = None,
+) -> None:
+    """Load a state dict that must fit the model in every key and shape.
+
+    Args:
+        model: changed in place.
+        state: as ``load_checkpoint`` gives it.
+        where: named in the error.
+        num_classes: of the model as built; used to recognise a head of another size.
+
+    Raises:
+        CheckpointError: keys are missing or left over, or shapes differ; the text says which.
+    """
+    state = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
+    state = _adapted(model, state)
+    own = model.state_dict()
+    differing = [name for name in own if name in state and _shape(own[name]) != _shape(state[name])]
+    if differing:
+        raise _wrong_shapes(where, differing, own, state, num_classes)
+    missing, unexpected = model.load_state_dict(dict(state), strict=False)
+    # files from before torch 0.4.1 have no such counter, and nothing depends on it
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise CheckpointError(
+            where,
+            got=_key_report(missing, unexpected),
+            need=f"the {len(own)} tensors of this model",
+            hint="the model that the file was made with",
+        )
+
+
+def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Old or foreign key names brought up to date by the model's own library, if it can."""
+    import sys
+
+    if set(state) == set(model.state_dict()):
+        return state
+    home = sys.modules.get(type(model).__module__)
+    adapt = getattr(home, "checkpoint_filter_fn", None)
+    if not callable(adapt) or not type(model).__module__.startswith("timm."):
+        return state
+    try:
+        adapted = adapt(dict(state), model)
+    except Exception as error:  # noqa: BLE001  (made for other files; the check that follows tells)
+        logger.info("timm could not adapt the checkpoint: %s", error)
+        return state
+    return adapted if isinstance(adapted, dict) else state
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+
+
+def _wrong_shapes(
+    where: str,
+    names: list[str],
+    own: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    num_classes: int | None,
+) -> CheckpointError:
+    lines = [f"{n} {_shape(state[n])} for {_shape(own[n])}" for n in names]
+    heads = {(_shape(own[n])[:1], _shape(state[n])[:1]) for n in names}
+    hint = "the model that the file was made with"
+    if len(heads) == 1:
+        (mine,), (theirs,) = heads.pop()
+        if mine != theirs and mine == (num_classes if num_classes is not None else mine):
+            hint = f"--num-classes {theirs} (num_classes={theirs}): the head has that many outputs"
+    return CheckpointError(
+        where,
+        got=f"{len(names)} tensors of another shape: {_some(lines)}",
+        need="the shapes of this model",
+        hint=hint,
+    )
+
+
+def _key_report(missing: list[str], unexpected: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing keys: {_some(missing)}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} extra keys: {_some(unexpected)}")
+    return "; ".join(parts)

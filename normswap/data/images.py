@@ -1,0 +1,232 @@
+"""Image files to tensors: reading, converting, transforming; unlabelled folders."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from normswap.data.preprocessing import Preprocessing
+from normswap.errors import DataError
+from normswap.libraries import library
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger("normswap")
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+)
+# what Pillow's decoders raise on files that are cut off, mislabelled or hostile
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def transform(
+    preprocessing: Preprocessing, train: bool = False, **augmentation: Any
+) -> Callable[[Image], Tensor]:
+    """Timm's transform for one image.
+
+    Args:
+        preprocessing: what the model wants.
+        train: timm's training augmentation (random resized crop, flip, colour jitter) in place of
+            resize and crop.
+        augmentation: options of ``timm.data.create_transform``, for example
+            ``auto_augment="rand-m9-mstd0.5"`` or ``re_prob=0.25``.
+
+    Returns:
+        A function from a PIL image to a (C, H, W) tensor.
+
+    Raises:
+        DataError: the model takes no images of one or three channels.
+    """
+    channels = channels_of(preprocessing)
+    timm_data = library("timm.data")
+    make = timm_data.create_transform(
+        input_size=preprocessing.input_size,
+        is_training=train,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+        **augmentation,
+    )
+    return _Pipeline(channels, make)
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """A class and not a closure, so that data loaders can send it to their workers."""
+
+    channels: int
+    make: Callable[[Image], Tensor]
+
+    def __call__(self, image: Image) -> Tensor:
+        return self.make(to_channels(image, self.channels))
+
+
+def channels_of(preprocessing: Preprocessing) -> int:
+    """1 or 3; an error for models that take no images."""
+    size = preprocessing.input_size
+    if len(size) != 3 or size[0] not in (1, 3):
+        raise DataError(
+            "preprocessing.input_size",
+            got=str(size),
+            need="(1, H, W) or (3, H, W) to read image files",
+            hint="passing a tensor of your own, or a Dataset",
+        )
+    return size[0]
+
+
+def to_channels(image: Image, channels: int = 3) -> Image:
+    """Any PIL image (grey, 16 bit, palette, RGBA, CMYK …) as 8-bit RGB or grey.
+
+    Pillow clips 16-bit and float images at 255 when asked for RGB; here they are scaled first.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def _to_8_bit(image: Image) -> Image:
+    import numpy as np
+    import PIL.Image
+
+    values = np.asarray(image, dtype=np.float64)
+    peak = float(values.max(initial=0.0))
+    if image.mode == "F" and peak <= 1.0:
+        scale = 255.0
+    elif peak <= 255.0 and image.mode in ("F", "I"):
+        scale = 1.0
+    else:
+        scale = 255.0 / max(peak, 65535.0)
+    return PIL.Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+
+
+def read_image(path: Path, channels: int = 3) -> Image:
+    """Read and decode one image file.
+
+    Raises:
+        DataError: the file cannot be decoded; the text names it.
+    """
+    import PIL.Image
+
+    try:
+        with warnings.catch_warnings(), PIL.Image.open(path) as image:
+            warnings.simplefilter("ignore")  # remarks on odd but readable metadata
+            image.load()
+            return to_channels(image, channels)
+    except (*UNREADABLE, PIL.Image.DecompressionBombError) as error:
+        raise DataError(
+            str(path),
+            got=f"a broken image ({type(error).__name__}: {str(error)[:80]})",
+            need="a complete image file",
+            hint="removing it, or skipping broken images (on_broken='skip')",
+        ) from error
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Every image below a folder, at any depth, sorted; hidden files are left out.
+
+    Raises:
+        DataError: there is no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise DataError(
+            str(folder), got="nothing there", need="a folder of images", hint="the path"
+        )
+    if folder.is_file():
+        return [folder]
+    found = images_below(folder)
+    if not found:
+        raise DataError(
+            str(folder),
+            got="a folder without images",
+            need=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}",
+            hint="another folder",
+        )
+    return found
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted; none is no error."""
+
+    def wanted(path: Path) -> bool:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
+
+    return sorted(path for path in folder.rglob("*") if wanted(path))
+
+
+def load_images(
+    folder: str | Path,
+    preprocessing: Preprocessing,
+    *,
+    limit: int | None = None,
+    on_broken: str = "error",
+) -> Tensor:
+    """Unlabelled images as one preprocessed batch.
+
+    Args:
+        folder: images at any depth, or one image.
+        preprocessing: what the model wants.
+        limit: at most so many, taken evenly over the sorted files, so that a folder sorted by
+            class is not cut down to its first classes.
+        on_broken: ``"error"``, or ``"skip"`` to leave broken images out and log how many.
+
+    Shape:
+        (N, C, H, W).
+
+    Raises:
+        DataError: no image, or a broken one; the text names the file.
+    """
+    check_on_broken(on_broken)
+    if limit is not None and limit < 1:
+        raise DataError("limit", got=str(limit), need="at least 1", hint="leaving it out")
+    make = transform(preprocessing)
+    channels = channels_of(preprocessing)
+    files = _evenly(image_files(folder), limit)
+    tensors, broken = [], 0
+    for path in files:
+        try:
+            tensors.append(make(read_image(path, channels)))
+        except DataError:
+            if on_broken == "error":
+                raise
+            broken += 1
+    if broken:
+        logger.warning("%s: skipped %d of %d images: broken", folder, broken, len(files))
+    if not tensors:
+        raise DataError(
+            str(folder),
+            got=f"{broken} images, all broken",
+            need="images that can be decoded",
+            hint="another folder",
+        )
+    return torch.stack(tensors)
+
+
+def _evenly(files: list[Path], limit: int | None) -> list[Path]:
+    if limit is None or limit >= len(files):
+        return files
+    return [files[(2 * i + 1) * len(files) // (2 * limit)] for i in range(limit)]
+
+
+def check_on_broken(on_broken: str) -> None:
+    """Refuse anything but the two known ways of treating broken images."""
+    if on_broken not in ("error", "skip"):
+        raise DataError(
+            "on_broken", got=repr(on_broken), need="'error' or 'skip'", hint="one of them"
+        )

@@ -1,0 +1,126 @@
+"""What a model wants of its input, as plain checked data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from normswap.errors import DataError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_INTERPOLATIONS = frozenset(
+    {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"}
+)
+_CROP_MODES = frozenset({"center", "squash", "border"})
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model wants of its input.
+
+    Args:
+        input_size: (C, H, W), or (C, T, H, W) for video; (C, L) or (C,) where there is no image.
+        mean: per channel, on the scale 0 to 1.
+        std: per channel, on the scale 0 to 1.
+        interpolation: of the resize, for example ``"bicubic"``.
+        crop_pct: edge of the crop over edge of the resized image.
+        crop_mode: ``"center"`` (keeps the aspect ratio, cuts the rest away), ``"squash"`` (keeps
+            all, bends the aspect ratio) or ``"border"`` (keeps all, pads).
+
+    Raises:
+        DataError: a field is out of its range.
+
+    Example:
+        >>> Preprocessing(input_size=(1, 28, 28), mean=(0.5,), std=(0.5,)).input_size
+        (1, 28, 28)
+    """
+
+    input_size: tuple[int, ...] = (3, 224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        size = _positive_ints("input_size", self.input_size)
+        object.__setattr__(self, "input_size", size)
+        for name in ("mean", "std"):
+            values = _finite_floats(name, getattr(self, name))
+            if len(values) != size[0]:
+                raise _bad_field(
+                    name, f"{len(values)} numbers", f"one for each of {size[0]} channels"
+                )
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise _bad_field("std", str(self.std), "positive numbers")
+        if not is_number(self.crop_pct) or not 0 < self.crop_pct <= 2:
+            raise _bad_field("crop_pct", repr(self.crop_pct), "a number above 0, at most 2")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise _bad_field(
+                "interpolation", repr(self.interpolation), f"one of {sorted(_INTERPOLATIONS)}"
+            )
+        if self.crop_mode not in _CROP_MODES:
+            raise _bad_field("crop_mode", repr(self.crop_mode), f"one of {sorted(_CROP_MODES)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Preprocessing:
+        """The inverse of ``to_json``.
+
+        Raises:
+            DataError: ``data`` is no such thing.
+
+        Example:
+            >>> Preprocessing.from_json(Preprocessing().to_json()) == Preprocessing()
+            True
+        """
+        known = {field.name for field in fields(cls)}
+        if not isinstance(data, Mapping) or not set(data) <= known:
+            raise _bad_field("fields", repr(data)[:80], f"a mapping with {sorted(known)}")
+        return cls(**data)
+
+    def resized(self, image_size: int | Sequence[int] | None) -> Preprocessing:
+        """The same for images of another height and width (one number: square)."""
+        if image_size is None:
+            return self
+        if len(self.input_size) < 3:
+            raise _bad_field("image_size", repr(image_size), "a model that takes images")
+        edges = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(edges) != 2:
+            raise _bad_field("image_size", repr(image_size), "one number, or height and width")
+        values = asdict(self)
+        values["input_size"] = (*self.input_size[:-2], *edges)
+        return Preprocessing(**values)
+
+
+def _bad_field(name: str, got: str, need: str) -> DataError:
+    return DataError(f"preprocessing.{name}", got=got, need=need, hint="correcting that field")
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number, booleans left out."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive_ints(name: str, values: Any) -> tuple[int, ...]:
+    good = isinstance(values, list | tuple) and 1 <= len(values) <= 4
+    if not good or any(type(v) is not int or v < 1 for v in values):
+        raise _bad_field(name, repr(values), "one to four positive integers, channels first")
+    return tuple(values)
+
+
+def _finite_floats(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not all(is_number(v) for v in values):
+        raise _bad_field(name, repr(values), "a list of finite numbers")
+    return tuple(float(v) for v in values)

@@ -1,0 +1,13 @@
+"""How timm's, torchvision's and one's own factories are called: one file per kind of spec.
+
+Each takes a ``Request`` and gives a ``Built``. Weights come through the libraries' own download
+code; a request without weights never touches the network.
+"""
+
+from normswap.factories.heads import graft_head
+from normswap.factories.python_models import from_python
+from normswap.factories.request import Built, Request
+from normswap.factories.timm_models import from_timm
+from normswap.factories.torchvision_models import from_torchvision
+
+__all__ = ["Built", "Request", "from_python", "from_timm", "from_torchvision", "graft_head"]

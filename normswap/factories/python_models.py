@@ -1,0 +1,200 @@
+"""``python:package.module:factory``: models of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap.data import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from normswap.errors import NormSwapError, SpecError
+from normswap.factories.request import Built, Request
+from normswap.factories.timm_models import timm_preprocessing
+
+
+def from_python(request: Request) -> Built:
+    """``python:package.module:factory``, also below the current folder.
+
+    The factory gets ``num_classes``, ``pretrained`` and ``image_size`` if it names them. The input
+    size comes from ``image_size``, or from an attribute ``preprocessing``, ``pretrained_cfg`` or
+    ``input_size`` of the model or the factory, or is 224 with the channels of the first layer.
+
+    Raises:
+        SpecError: no such module or attribute, or it gives no ``nn.Module``.
+    """
+    module_name, _, attribute = request.name.partition(":")
+    if not module_name or not attribute:
+        raise SpecError(
+            request.spec,
+            got="no module or no factory",
+            need="python:package.module:factory",
+            hint="for example python:my_models:make_net",
+        )
+    with _current_folder_importable():
+        factory = _find_factory(request.spec, module_name, attribute)
+        model = _call(factory, request)
+    if not isinstance(model, nn.Module):
+        raise SpecError(
+            request.spec,
+            got=f"a {type(model).__name__}",
+            need="a factory that returns a torch.nn.Module",
+            hint="naming the function that builds the model",
+        )
+    names = getattr(model, "class_names", None)
+    return Built(
+        model,
+        _python_preprocessing(model, factory).resized(request.image_size),
+        dict(request.arguments or {}),
+        tuple(str(name) for name in names) if isinstance(names, list | tuple) else None,
+        str(getattr(model, "task", "image")),
+    )
+
+
+def _call(factory: Callable[..., Any], request: Request) -> Any:
+    options = _factory_options(factory, request)
+    try:
+        return factory(**options)
+    except NormSwapError:
+        raise
+    except Exception as error:
+        raise SpecError(
+            request.spec,
+            got=f"{type(error).__name__} from the factory ({_first_line(error)})",
+            need="a factory that builds its model from " + (", ".join(options) or "no arguments"),
+            hint="calling it from Python, or --debug for the traceback",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or "no text").splitlines()[0][:160]
+
+
+@contextlib.contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    folder = str(Path.cwd())
+    if folder in sys.path:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[..., Any]:
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        # an artefact names its factory too: keep it from calling os.abort and the like
+        raise SpecError(
+            spec,
+            got="a module of Python's own library",
+            need="a module that builds models",
+            hint="python:your_package.module:factory",
+        )
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise SpecError(
+            spec,
+            got=f"{type(error).__name__} on importing {module_name} ({_first_line(error)})",
+            need="a module that Python can import from here",
+            hint="running in the folder that holds it, or installing it",
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), 3)
+            raise SpecError(
+                spec,
+                got=f"no {part} in {getattr(found, '__name__', module_name)}",
+                need="the name of a factory",
+                hint=", ".join(near) or "another name",
+            )
+        found = getattr(found, part)
+    if not isinstance(found, type | types.FunctionType | types.MethodType) and not hasattr(
+        found, "__wrapped__"
+    ):
+        raise SpecError(
+            spec,
+            got=f"a {type(found).__name__}",
+            need="a function or class that builds a model",
+            hint="wrapping it in a function",
+        )
+    factory: Callable[..., Any] = found
+    return factory
+
+
+def _factory_options(factory: Callable[..., Any], request: Request) -> dict[str, Any]:
+    parameters = inspect.signature(factory).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    options: dict[str, Any] = dict(request.arguments or {})
+    if request.num_classes is not None:
+        if "num_classes" not in parameters and not open_ended:
+            raise SpecError(
+                request.spec,
+                got=f"num_classes={request.num_classes}",
+                need="a factory that takes num_classes",
+                hint="adding that argument to the factory, or leaving num_classes out",
+            )
+        options["num_classes"] = request.num_classes
+    if "pretrained" in parameters:
+        options["pretrained"] = request.pretrained
+    if request.image_size is not None and "image_size" in parameters:
+        height, width = request.image_size
+        options["image_size"] = height if height == width else request.image_size
+    return options
+
+
+def _python_preprocessing(model: nn.Module, factory: Callable[..., Any]) -> Preprocessing:
+    for owner in (model, factory):
+        given = getattr(owner, "preprocessing", None)
+        if isinstance(given, Preprocessing):
+            return given
+        if isinstance(given, Mapping):
+            return Preprocessing.from_json(given)
+        for name in ("pretrained_cfg", "default_cfg"):
+            cfg = getattr(owner, name, None)
+            if isinstance(cfg, Mapping) and cfg.get("input_size"):
+                return timm_preprocessing(cfg)
+        size = getattr(owner, "input_size", None)
+        if size is not None:
+            return _plain_preprocessing(_full_size(size, model))
+    return _plain_preprocessing(_full_size(None, model))
+
+
+def _plain_preprocessing(size: tuple[int, ...]) -> Preprocessing:
+    channels = size[0]
+    if channels == 3:
+        return Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+    return Preprocessing(size, (0.0,) * channels, (1.0,) * channels, "bilinear")
+
+
+def _full_size(size: Any, model: nn.Module) -> tuple[int, ...]:
+    channels, rank = _first_layer(model)
+    if size is None:
+        return (channels, *{0: (), 1: (224,), 2: (224, 224), 3: (16, 112, 112)}[rank])
+    if isinstance(size, int):
+        return (channels, *([size] * rank)) if rank else (size,)
+    edges = tuple(int(edge) for edge in size)
+    return (channels, *edges) if len(edges) == rank and rank else edges
+
+
+def _first_layer(model: nn.Module) -> tuple[int, int]:
+    """Channels and spatial rank of the first layer that fixes them; an RGB image if none does."""
+    ranks = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+    for module in model.modules():
+        for kind, rank in ranks.items():
+            if isinstance(module, kind):
+                channels = getattr(module, "in_channels", None)
+                return int(channels or getattr(module, "num_features", None) or 3), rank
+        if isinstance(module, nn.Linear):
+            return module.in_features, 0
+    return 3, 2

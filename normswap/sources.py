@@ -1,0 +1,342 @@
+"""Model specs: where a BatchNorm model comes from, its weights, and inputs that fit it.
+
+    timm/NAME[.TAG] · torchvision/NAME[:WEIGHTS] · hf-hub:ORG/REPO · python:package.module:factory
+
+A source is recorded on the model (``provenance.py``), so that an artefact can build it again. This
+room refuses to guess: a checkpoint fits in every key and shape or is an error.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.checkpoints import fit_checkpoint, load_checkpoint
+from normswap.data import Preprocessing
+from normswap.errors import CheckpointError, NormSwapError, SpecError
+from normswap.factories import (
+    Built,
+    Request,
+    from_python,
+    from_timm,
+    from_torchvision,
+    graft_head,
+)
+from normswap.libraries import library
+from normswap.provenance import provenance_of, remember
+
+__all__ = [
+    "Source",
+    "build",
+    "count_batchnorms",
+    "list_models",
+    "load_checkpoint",
+    "original",
+    "rebuild",
+    "resize_head",
+    "weights_digest",
+]
+
+_FAMILIES = {
+    "timm/": from_timm,
+    "hf-hub:": from_timm,
+    "torchvision/": from_torchvision,
+    "python:": from_python,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with what is known about it.
+
+    Attributes:
+        model: in eval mode; carries its provenance.
+        spec: where it came from.
+        preprocessing: what it wants of its input.
+        class_names: the labels in the order of its logits, or None.
+        origin: plain data from which ``rebuild`` makes the same model without weights; None if
+            unknown.
+        task: ``"image"``, ``"video"``, ``"detection"`` (takes a list of images) or ``"flow"``
+            (takes two batches).
+    """
+
+    model: nn.Module
+    spec: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    origin: dict[str, Any] | None = None
+    task: str = "image"
+
+    def example_inputs(
+        self, batch_size: int = 1, image_size: int | Sequence[int] | None = None, seed: int = 0
+    ) -> Any:
+        """Random inputs that the model takes, on its device; the same for the same seed.
+
+        Returns:
+            A tensor, a list of images for a detector (one argument), or a tuple of two tensors for
+            an optical-flow model (two arguments).
+        """
+        size = self.preprocessing.resized(image_size).input_size
+        generator = torch.Generator().manual_seed(seed)
+        like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+        def batch() -> Tensor:
+            values = torch.randn(batch_size, *size, generator=generator)
+            return values.to(device=like.device, dtype=like.dtype)
+
+        if self.task == "detection":
+            return list(batch().sigmoid())
+        return (batch(), batch()) if self.task == "flow" else batch()
+
+
+def build(
+    spec: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | Sequence[int] | None = None,
+) -> Source:
+    """Build a model from a spec, with weights.
+
+    Args:
+        spec: see the module's docstring.
+        pretrained: with the library's own weights, through its own download code.
+        checkpoint: weights from a file instead; nothing is downloaded.
+        num_classes: outputs of the head; pretrained weights keep all but the head.
+        image_size: height and width, where they differ from the model's own.
+
+    Returns:
+        The model in eval mode with its provenance.
+
+    Raises:
+        SpecError: unknown model, no weights to be had, no network.
+        CheckpointError: the file cannot be read or does not fit.
+
+    Example:
+        >>> source = build("timm/resnet18", pretrained=False, num_classes=10)
+        >>> source.model(source.example_inputs(batch_size=2)).shape
+        torch.Size([2, 10])
+    """
+    family, name = _family(spec)
+    if num_classes is not None and num_classes < 1:
+        raise SpecError(
+            "num_classes", got=str(num_classes), need="at least 1", hint="leaving it out"
+        )
+    state = None if checkpoint is None else load_checkpoint(checkpoint)
+    built = family(
+        Request(
+            spec,
+            name,
+            pretrained=pretrained and state is None,
+            filled_later=state is not None,
+            num_classes=num_classes,
+            image_size=_edges(image_size),
+            keys=frozenset(state or ()),
+        )
+    )
+    if state is not None:
+        classes = num_classes or getattr(built.model, "num_classes", None)
+        fit_checkpoint(
+            built.model,
+            state,
+            where=str(checkpoint),
+            num_classes=classes if isinstance(classes, int) else None,
+        )
+    return _recorded(spec, built, num_classes, pretrained=pretrained, checkpoint=checkpoint)
+
+
+def _family(spec: str) -> tuple[Any, str]:
+    for prefix, family in _FAMILIES.items():
+        if spec.startswith(prefix) and len(spec) > len(prefix):
+            return family, spec.removeprefix(prefix)
+    bare = spec.strip("/").partition(":")[0]
+    near = list_models(f"*/{bare}") if bare.isidentifier() else []
+    raise SpecError(
+        repr(spec),
+        got="neither a known kind of spec nor a folder",
+        need="timm/NAME, torchvision/NAME, hf-hub:ORG/REPO, python:module:factory "
+        "or a normswap directory",
+        hint=" or ".join(near) or "`normswap list` for names",
+    )
+
+
+def _edges(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    size = Preprocessing().resized(image_size).input_size
+    return size[1], size[2]
+
+
+def _recorded(
+    spec: str,
+    built: Built,
+    num_classes: int | None,
+    *,
+    pretrained: bool,
+    checkpoint: str | Path | None,
+) -> Source:
+    weights = "checkpoint" if checkpoint is not None else "pretrained" if pretrained else "none"
+    origin = {
+        "spec": spec,
+        "num_classes": num_classes,
+        "arguments": built.arguments,
+        "task": built.task,
+        "weights": weights,
+        "checkpoint": None if checkpoint is None else str(Path(checkpoint).resolve()),
+        "sha256": None if weights == "none" else weights_digest(built.model),
+    }
+    model = built.model.eval()
+    remember(
+        model,
+        source=origin,
+        preprocessing=built.preprocessing.to_json(),
+        class_names=built.class_names,
+    )
+    return Source(model, spec, built.preprocessing, built.class_names, origin, built.task)
+
+
+def rebuild(origin: Mapping[str, Any]) -> nn.Module:
+    """The same BatchNorm model as ``origin`` tells of, without its weights and without a network.
+
+    Raises:
+        SpecError: the record is malformed, or the model can no longer be built.
+    """
+    spec, classes = origin.get("spec"), origin.get("num_classes")
+    arguments = origin.get("arguments", {})
+    if not isinstance(spec, str) or not isinstance(arguments, Mapping):
+        raise _bad_record("spec and arguments")
+    if classes is not None and (type(classes) is not int or classes < 1):
+        raise _bad_record("num_classes")
+    family, name = _family(spec)
+    request = Request(spec, name, filled_later=True, num_classes=classes, arguments=dict(arguments))
+    model: nn.Module = family(request).model
+    return model.eval()
+
+
+def _bad_record(what: str) -> SpecError:
+    return SpecError(
+        "source",
+        got=f"a record with a bad {what}",
+        need="a record made by normswap",
+        hint="saving again",
+    )
+
+
+def original(origin: Mapping[str, Any]) -> nn.Module:
+    """The BatchNorm model with the weights it had when it was loaded, proven by their SHA-256.
+
+    Raises:
+        SpecError, CheckpointError: they cannot be had again, or are not the same.
+    """
+    if origin.get("weights") not in ("pretrained", "checkpoint"):
+        raise SpecError(
+            str(origin.get("spec")),
+            got="a model that started from random weights",
+            need="one from pretrained weights or a checkpoint",
+            hint="naming the original explicitly",
+        )
+    source = build(
+        str(origin["spec"]),
+        checkpoint=origin.get("checkpoint"),
+        num_classes=origin.get("num_classes"),
+    )
+    if source.origin is None or source.origin["sha256"] != origin.get("sha256"):
+        raise CheckpointError(
+            str(origin.get("checkpoint") or origin["spec"]),
+            got="other weights than those the model was converted from",
+            need=f"SHA-256 {str(origin.get('sha256'))[:12]}…",
+            hint="the original file",
+        )
+    return source.model
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def resize_head(
+    model: nn.Module, num_classes: int, class_names: Sequence[str] | None = None
+) -> list[str]:
+    """Give a model (converted or not) a fresh head of another size, and record it.
+
+    The layers are those whose shapes change when its source is built with ``num_classes``, so
+    auxiliary and detection heads are included.
+
+    Returns:
+        The names of the replaced layers; empty if the head had that size already.
+
+    Raises:
+        SpecError: the model's source is unknown or takes no ``num_classes``.
+    """
+    origin = provenance_of(model).source
+    if origin is None:
+        raise SpecError(
+            "num_classes",
+            got="a model of unknown source",
+            need="one from load_model",
+            hint="replacing its last layer before, or load_model('python:module:factory')",
+        )
+    origin = {**origin, "num_classes": num_classes}
+    fresh = rebuild(origin)
+    names = graft_head(model, fresh)
+    if hasattr(model, "num_classes"):
+        setattr(model, "num_classes", num_classes)  # noqa: B010  (nn.Module has no such field)
+    names_tuple = None if class_names is None else tuple(class_names)
+    remember(model, source=origin, class_names=names_tuple)
+    return names
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """Names of timm's and torchvision's models, without building or downloading anything.
+
+    Args:
+        pattern: shell pattern over the whole name (``"timm/resnet*"``), or a part of it
+            (``"resnet"``). With a dot in it, timm's weight tags are listed too.
+
+    Example:
+        >>> list_models("torchvision/resnet5*")
+        ['torchvision/resnet50']
+    """
+    timm = library("timm")
+    names = [f"timm/{name}" for name in timm.list_models()]
+    if pattern and "." in pattern:
+        names += [f"timm/{name}" for name in timm.list_pretrained()]
+    names += [f"torchvision/{name}" for name in library("torchvision.models").list_models()]
+    if not pattern:
+        return names
+    if not any(sign in pattern for sign in "*?["):
+        pattern = f"*{pattern}*"
+    return fnmatch.filter(names, pattern)
+
+
+def count_batchnorms(spec: str) -> int:
+    """How many BatchNorm modules a model has; nothing is downloaded or computed.
+
+    Raises:
+        SpecError: unknown model.
+    """
+    family, name = _family(spec)
+    request = Request(spec, name, filled_later=True)
+    try:
+        with torch.device("meta"):
+            model = family(request).model
+    except NormSwapError:  # some constructors compute with their weights
+        model = family(request).model
+    kind = nn.modules.batchnorm._BatchNorm
+    return sum(isinstance(module, kind) for module in model.modules())
