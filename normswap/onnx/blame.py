@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,74 +29,127 @@ def against_file(
 ) -> Divergence | None:
     """The first node of ``file`` whose output is not the one of the freshly exported ``good``."""
     right = node_values(good.file, inputs, Here())
-    wrong = node_values(file, inputs, runner)
-    owners = {name: node for node in good.file.proto.graph.node for name in node.output}
     if isinstance(right, Failed):
         return None
+    pair = _Pair(file.proto, right, _owners(good.file.proto))
+    wrong = node_values(file, inputs, runner)
     if isinstance(wrong, Failed):
-        return _from_message(file, wrong.message, owners)
-    return _first(file.proto, wrong, right, owners, SAME_KERNELS)
+        return pair.named_in(wrong.message) or _other_inputs(file.proto, good.file.proto)
+    return pair.first(wrong, SAME_KERNELS)
 
 
 def against_program(
     draft: Draft, inputs: Sequence[Array], subject: Subject, tolerance: float
 ) -> Divergence | None:
     """The first node of a fresh file whose output is not the one of the exported program."""
+    right = program_values(draft, inputs, subject)
+    pair = _Pair(draft.file.proto, right, _owners(draft.file.proto))
     found = node_values(draft.file, inputs, Here())
-    owners = {name: node for node in draft.file.proto.graph.node for name in node.output}
     if isinstance(found, Failed):
-        return _from_message(draft.file, found.message, owners)
-    return _first(
-        draft.file.proto, found, program_values(draft, inputs, subject), owners, tolerance
-    )
+        return pair.named_in(found.message)
+    return pair.first(found, tolerance)
 
 
-def _first(
-    proto: onnx.ModelProto,
-    found: Mapping[str, Array],
-    right: Mapping[str, Array],
-    owners: Mapping[str, onnx.NodeProto],
-    limit: float,
-) -> Divergence | None:
-    fallback: Divergence | None = None
-    for node in proto.graph.node:
+def _owners(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in proto.graph.node for name in node.output if name}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A graph in doubt beside the right values.
+
+    Attributes:
+        proto: the graph in doubt.
+        right: every right value, by name.
+        owners: the node of the right graph that makes a value.
+    """
+
+    proto: onnx.ModelProto
+    right: Mapping[str, Array]
+    owners: Mapping[str, onnx.NodeProto]
+
+    def first(self, found: Mapping[str, Array], limit: float) -> Divergence | None:
+        """The first node beyond ``limit``; failing that, the first that differs at all."""
+        slight: Divergence | None = None
+        for node in self.proto.graph.node:
+            for name in node.output:
+                if name not in found or name not in self.right:
+                    continue
+                error = _difference(found[name], self.right[name])
+                if error > limit:
+                    return self.divergence(node, name, found[name], error)
+                if error > 0 and slight is None:
+                    slight = self.divergence(node, name, found[name], error)
+        return slight
+
+    def divergence(self, node: onnx.NodeProto, name: str, value: Array, error: float) -> Divergence:
+        """What is to be said of a node whose output is wrong."""
+        good, smuggled = self.owners.get(name), self.smuggled(node)
+        detail = ""
+        if smuggled is not None:
+            detail = f"behind a {smuggled.op_type} that the model does not have"
+        elif value.shape != self.right[name].shape:
+            detail = f"shape {list(value.shape)} where {list(self.right[name].shape)} is right"
+        elif good is not None and good.op_type != node.op_type:
+            detail = f"{node.op_type} where {good.op_type} is right"
+        elif value.dtype.kind == "f" and not np.isfinite(value).all():
+            detail = "NaN or Inf"
+        modules = self.modules(node)
+        renamed = smuggled is not None and good is not None and good.op_type == smuggled.op_type
+        if smuggled is not None and not renamed:  # the fault is between the two: name both
+            upstream = [m for i in smuggled.input if i in self.owners for m in self.of_value(i)]
+            modules = tuple(dict.fromkeys([*upstream, *modules]))
+        return Divergence(modules[0], modules, node.name or None, node.op_type, error, detail)
+
+    def of_value(self, name: str) -> tuple[str, ...]:
+        """The modules that make a value in the right graph."""
+        return modules_of(self.owners[name]) if name in self.owners else ()
+
+    def modules(self, node: onnx.NodeProto) -> tuple[str, ...]:
+        """The modules of a node; the right graph's word counts, the doubtful file's comes last."""
         for name in node.output:
-            if name not in found or name not in right:
-                continue
-            error = relative_error(found[name], right[name])
-            if error > limit:
-                return _divergence(node, owners.get(name), error, found[name], right[name])
-            if error > 0 and fallback is None:
-                fallback = _divergence(node, owners.get(name), error, found[name], right[name])
-    return fallback
+            if self.of_value(name):
+                return self.of_value(name)
+        return modules_of(node) or ("",)
+
+    def smuggled(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """The node that makes an input of ``node`` which the right graph does not have."""
+        makers = _owners(self.proto)
+        for name in node.input:
+            if name in makers and name not in self.right and name not in self.owners:
+                return makers[name]
+        return None
+
+    def named_in(self, message: str) -> Divergence | None:
+        """The node that onnxruntime names in an error."""
+        names = re.findall(r"[Nn]ode[^'(\"]{0,20}['(\"]+([^'()\"]+)['\")]", message)
+        for node in self.proto.graph.node:
+            if node.name and node.name in names:
+                modules = self.modules(node)
+                return Divergence(modules[0], modules, node.name, node.op_type, None, message)
+        return None
 
 
-def _divergence(
-    node: onnx.NodeProto, good: onnx.NodeProto | None, error: float, found: Array, right: Array
-) -> Divergence:
-    modules = modules_of(good) if good is not None else modules_of(node)
-    modules = modules or modules_of(node) or ("",)
-    detail = ""
-    if found.shape != right.shape:
-        detail = f"shape {list(found.shape)} where {list(right.shape)} is right"
-    elif good is not None and good.op_type != node.op_type:
-        detail = f"{node.op_type} where {good.op_type} is right"
-    elif found.dtype.kind == "f" and not np.isfinite(found).all():
-        detail = "NaN or Inf"
-    return Divergence(modules[0], modules, node.name or None, node.op_type, error, detail)
-
-
-def _from_message(
-    file: OnnxFile, message: str, owners: Mapping[str, onnx.NodeProto]
-) -> Divergence | None:
-    """The node that onnxruntime names in its error."""
-    named = re.findall(r"[Nn]ode[^'(\"]{0,20}['(\"]+([^'()\"]+)['\")]", message)
-    for node in file.proto.graph.node:
-        if node.name and node.name in named:
-            good = next((owners[name] for name in node.output if name in owners), node)
-            modules = modules_of(good) or modules_of(node) or ("",)
-            return Divergence(modules[0], modules, node.name, node.op_type, None, message)
+def _other_inputs(proto: onnx.ModelProto, good: onnx.ModelProto) -> Divergence | None:
+    """An input of the graph whose axes are not the right ones."""
+    for mine, right in zip(proto.graph.input, good.graph.input, strict=False):
+        if _axes(mine) != _axes(right):
+            detail = f"input {mine.name!r} has axes {_axes(mine)} where {_axes(right)} is right"
+            return Divergence("", ("",), None, None, None, detail)
     return None
+
+
+def _axes(value: onnx.ValueInfoProto) -> list[str | int]:
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_param or dim.dim_value for dim in dims]
+
+
+def _difference(value: Array, right: Array) -> float:
+    if value.shape == right.shape and np.array_equal(
+        value, right, equal_nan=value.dtype.kind == "f"
+    ):
+        return 0.0  # a mask may hold infinities on purpose
+    return relative_error(value, right)
 
 
 def node_values(
@@ -118,7 +172,7 @@ def node_values(
         opened = Path(stream.name)
     try:
         opened.write_bytes(proto.SerializeToString())
-        found = runner.run(opened, "off", [list(inputs)])[0]
+        found = runner.run(opened, ["off"], [list(inputs)])[0][0]
     finally:
         opened.unlink(missing_ok=True)
     return found if isinstance(found, Failed) else dict(zip(names, found, strict=True))

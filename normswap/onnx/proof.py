@@ -141,8 +141,8 @@ def _examine(
     references = judge_.references(trials)
     cases: list[Case] = []
     failing: Trial | None = None
-    for level in LEVELS:
-        found = runner.run(path, level, [trial.inputs for trial in trials])
+    runs = runner.run(path, LEVELS, [trial.inputs for trial in trials])
+    for level, found in zip(LEVELS, runs, strict=True):
         for trial, reference, outputs in zip(trials, references, found, strict=True):
             fresh = _cases(judge_, trial, reference, outputs, f"onnxruntime {level}", copy=copy)
             cases += fresh

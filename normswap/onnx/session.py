@@ -41,15 +41,17 @@ class Failed:
 
 
 Outputs = list[Array]
+Found = list[Outputs | Failed]
+"""One list of outputs per batch, or why there is none."""
 
 
 class Runner(Protocol):
     """Runs a file on batches of inputs."""
 
     def run(
-        self, path: Path, level: str, batches: Sequence[Sequence[Array]]
-    ) -> list[Outputs | Failed]:
-        """One list of outputs per batch, or why there is none."""
+        self, path: Path, levels: Sequence[str], batches: Sequence[Sequence[Array]]
+    ) -> list[Found]:
+        """What every batch gives at every optimisation level."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,12 @@ class Here:
     provider: str = CPU
 
     def run(
-        self, path: Path, level: str, batches: Sequence[Sequence[Array]]
-    ) -> list[Outputs | Failed]:
-        """One list of outputs per batch, or why there is none."""
+        self, path: Path, levels: Sequence[str], batches: Sequence[Sequence[Array]]
+    ) -> list[Found]:
+        """What every batch gives at every optimisation level."""
+        return [self._run_at(path, level, batches) for level in levels]
+
+    def _run_at(self, path: Path, level: str, batches: Sequence[Sequence[Array]]) -> Found:
         try:
             session = open_session(path, level, self.provider)
         except Exception as error:  # noqa: BLE001  onnxruntime raises half a dozen unrelated types
@@ -86,14 +91,14 @@ class Apart:
     seconds: float = CHILD_SECONDS
 
     def run(
-        self, path: Path, level: str, batches: Sequence[Sequence[Array]]
-    ) -> list[Outputs | Failed]:
-        """One list of outputs per batch, or why there is none."""
+        self, path: Path, levels: Sequence[str], batches: Sequence[Sequence[Array]]
+    ) -> list[Found]:
+        """What every batch gives at every optimisation level."""
         with tempfile.TemporaryDirectory(prefix="normswap-") as name:
             folder = Path(name)
             request = {
                 "path": str(path.resolve()),
-                "level": level,
+                "levels": list(levels),
                 "provider": self.provider,
                 "batches": [len(batch) for batch in batches],
             }
@@ -103,8 +108,9 @@ class Apart:
                     np.save(folder / f"in-{index}-{position}.npy", array, allow_pickle=False)
             problem = self._spawn(folder)
             if problem is not None:
-                return [Failed(problem)] * len(batches)
-            return _read_answer(folder, len(batches))
+                return [[Failed(problem)] * len(batches)] * len(levels)
+            flat = _read_answer(folder, len(batches) * len(levels))
+        return [flat[i : i + len(batches)] for i in range(0, len(flat), len(batches))]
 
     def _spawn(self, folder: Path) -> str | None:
         root = str(Path(__file__).resolve().parents[2])
@@ -122,9 +128,9 @@ class Apart:
         return None
 
 
-def _read_answer(folder: Path, count: int) -> list[Outputs | Failed]:
+def _read_answer(folder: Path, count: int) -> Found:
     answer = json.loads((folder / "answer.json").read_text())
-    found: list[Outputs | Failed] = []
+    found: Found = []
     for index, item in enumerate(answer[:count]):
         if isinstance(item, str):
             found.append(Failed(item))

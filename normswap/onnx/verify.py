@@ -101,9 +101,8 @@ def run_self_test(path: Path, test: SelfTest, runner: Runner) -> list[Case]:
     """Make the inputs, run the file at every optimisation level, compare with what is recorded."""
     inputs = [item.make() for item in test.inputs]
     cases: list[Case] = []
-    for level in LEVELS:
-        found = runner.run(path, level, [inputs])[0]
-        cases += _self_test_cases(found, test.outputs, f"self-test, onnxruntime {level}")
+    for level, found in zip(LEVELS, runner.run(path, LEVELS, [inputs]), strict=True):
+        cases += _self_test_cases(found[0], test.outputs, f"self-test, onnxruntime {level}")
     return cases
 
 

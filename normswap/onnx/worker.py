@@ -21,9 +21,9 @@ def main(folder: Path) -> None:
         [np.load(folder / f"in-{index}-{i}.npy", allow_pickle=False) for i in range(count)]
         for index, count in enumerate(request["batches"])
     ]
-    found = Here(request["provider"]).run(Path(request["path"]), request["level"], batches)
+    found = Here(request["provider"]).run(Path(request["path"]), request["levels"], batches)
     answer: list[str | int] = []
-    for index, item in enumerate(found):
+    for index, item in enumerate(item for level in found for item in level):
         if isinstance(item, Failed):
             answer.append(item.message)
             continue
