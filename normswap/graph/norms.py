@@ -18,6 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from normswap import layers
 from normswap.errors import WalkError
 
+_OWN_FROZEN = (layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
+_OWN_TRACKING = tuple(
+    getattr(layers, f"{family}{rank}d")
+    for family in ("BatchRenorm", "CrossIterationBatchNorm")
+    for rank in (1, 2, 3)
+)
+
 _OPTIONAL = {
     "BatchNormAct2d": "timm.layers.norm_act",
     "SyncBatchNormAct": "timm.layers.norm_act",
@@ -58,7 +65,7 @@ def _optional_class(name: str) -> type[nn.Module] | None:
 
 def _frozen_classes() -> tuple[type[nn.Module], ...]:
     found = (_optional_class("FrozenBatchNorm2d"), _optional_class("FrozenBatchNormAct2d"))
-    return (layers.FrozenBatchNorm, *(cls for cls in found if cls is not None))
+    return (*_OWN_FROZEN, *(cls for cls in found if cls is not None))
 
 
 def _known_forwards() -> set[Callable[..., Any]]:
@@ -66,7 +73,9 @@ def _known_forwards() -> set[Callable[..., Any]]:
     classes: list[type[nn.Module]] = [
         _BatchNorm,
         nn.SyncBatchNorm,
-        *layers.BATCH_STATISTICS,
+        *_OWN_FROZEN,
+        *_OWN_TRACKING,
+        *layers.fused_classes.values(),
         *(cls for cls in optional if cls is not None),
     ]
     return {cls.forward for cls in classes}

@@ -1,0 +1,446 @@
+"""Decide, per site, what becomes what and why not. Reads models, never changes one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.errors import PlanError
+from normswap.graph import (
+    CallSite,
+    Graph,
+    Removal,
+    Site,
+    batchnorms,
+    matches,
+    qualified_names,
+    walk,
+)
+from normswap.provenance import provenance_of
+from normswap.recipes import Recipe, recipe_for, recipe_from_json
+from normswap.targets import FALLBACKS, INITS
+
+PLAN_FORMAT = 1
+KEEP = "keep"
+
+Target = str | Recipe | Mapping[str, "str | Recipe"]
+Patterns = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What happens to one BatchNorm.
+
+    Attributes:
+        names: every qualified name of the module.
+        kind: its class name.
+        channels: number of features C.
+        rank: number of spatial dimensions of its input.
+        becomes: name of the target, or ``keep``.
+        recipe: the target's hyper-parameters, settled for this site; None if kept.
+        init: ``match``, ``copy`` or ``reset``.
+        reason: why the site does not get the target that was asked for; None if it does.
+        notes: what else a user should know.
+        producer: name of the module that makes its input; wired to CBN.
+        removal: how the ReLU behind it is taken out, for a TLU to take its place.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    channels: int
+    rank: int
+    becomes: str
+    recipe: dict[str, Any] | None = None
+    init: str = "match"
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    producer: str | None = None
+    removal: Removal | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of the module's names."""
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes what in one model; plain data, JSON both ways, and an input of ``convert``.
+
+    Attributes:
+        target: what was asked for, in words.
+        entries: one per BatchNorm, in data-flow order.
+        notes: what the walker said about the model as a whole.
+    """
+
+    target: str
+    entries: tuple[PlanEntry, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __iter__(self) -> Iterator[PlanEntry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def swapped(self) -> tuple[PlanEntry, ...]:
+        """The entries that change a module."""
+        return tuple(e for e in self.entries if e.becomes != KEEP)
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Name → reason of every BatchNorm that stays as it is."""
+        return {e.name: e.reason or "" for e in self.entries if e.becomes == KEEP}
+
+    def counts(self) -> dict[str, int]:
+        """How many sites become what."""
+        return dict(Counter(e.becomes for e in self.entries))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return {
+            "plan_format": PLAN_FORMAT,
+            "target": self.target,
+            "entries": [asdict(entry) for entry in self.entries],
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> Plan:
+        """The plan that :meth:`to_json` wrote down.
+
+        Raises:
+            PlanError: if the data is no plan, or one of a newer format.
+        """
+        try:
+            if data["plan_format"] > PLAN_FORMAT:
+                raise _unreadable(f"plan_format {data['plan_format']}")
+            entries = tuple(_entry_from_json(entry) for entry in data["entries"])
+            return Plan(str(data["target"]), entries, tuple(map(str, data.get("notes", ()))))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _unreadable(f"{type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n} {name}" for name, n in self.counts().items())
+        width = max((len(e.name) for e in self.entries), default=0)
+        lines = [f"Plan to {self.target}: {len(self.entries)} BatchNorm layers: {counts}"]
+        lines += [f"  {_line(entry, width)}" for entry in self.entries]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _line(entry: PlanEntry, width: int) -> str:
+    arguments = {k: v for k, v in (entry.recipe or {}).items() if k != "target"}
+    settings = ", ".join(f"{k}={v}" for k, v in arguments.items())
+    becomes = f"{entry.becomes}({settings})" if settings else entry.becomes
+    parts = [f"{entry.name or '(root)':{width}}  {entry.kind}({entry.channels}) → {becomes}"]
+    if entry.producer:
+        parts.append(f"wired to {entry.producer}")
+    if entry.removal:
+        parts.append("takes the ReLU's place")
+    parts += [text for text in (entry.reason, *entry.notes) if text]
+    return "; ".join(parts)
+
+
+def _unreadable(got: str) -> PlanError:
+    return PlanError(
+        "plan", got=got, need=f"a plan of format {PLAN_FORMAT}", hint="normswap convert --dry-run --json"
+    )
+
+
+def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
+    known = {f.name for f in fields(PlanEntry)}
+    if not isinstance(data, dict) or set(data) - known:
+        raise TypeError(f"unknown fields in {data!r:.80}")
+    removal = data.get("removal")
+    if removal is not None:
+        call = removal.get("call")
+        if call is not None:
+            call = CallSite(**{**call, "position": tuple(call["position"])})
+        lists = {key: tuple(removal[key]) for key in ("names", "feeders")}
+        removal = Removal(**{**removal, **lists, "call": call})
+    lists = {key: tuple(map(str, data[key])) for key in ("names", "notes")}
+    entry = PlanEntry(**{**data, **lists, "removal": removal})
+    if not entry.names or not isinstance(entry.becomes, str):
+        raise TypeError(f"no names in {data!r:.80}")
+    return entry
+
+
+def plan(
+    model: nn.Module,
+    target: Target,
+    *,
+    example_inputs: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    fallback: str | Recipe | None = None,
+    init: str = "match",
+) -> Plan:
+    """Say what would become what, and why not. Read-only.
+
+    Args:
+        model: any module, also on the meta device.
+        target: name of a target, a recipe, or a mapping from name patterns to either (the first
+            pattern that matches counts; sites that no pattern matches are kept).
+        example_inputs: what the model is called with: a tensor, a tuple of positional arguments,
+            or a dict of keyword arguments. May be left out for models from ``load_model``.
+        include: shell-style patterns of the BatchNorm names to convert; None: all.
+        exclude: patterns of names to leave alone.
+        fallback: what a site becomes that the target cannot take: ``frozen``, ``keep``, ``brn``,
+            ``gn``, ``error``, or a recipe. None: ``frozen`` for gn, ln, in and frn, ``brn`` for
+            cbn, ``keep`` otherwise.
+        init: ``match`` (keep the pretrained function), ``copy`` (γ and β as they are) or
+            ``reset`` (1 and 0); it concerns the per-sample targets only.
+
+    Raises:
+        PlanError: unknown target, fallback or init; a pattern that matches nothing; a model
+            without BatchNorm; a recipe that does not fit a site; ``fallback="error"`` and a site
+            that the target cannot take.
+        WalkError: the model cannot be run or understood.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> print(plan(net, "gn", example_inputs=torch.zeros(1, 3, 8, 8)))
+        Plan to gn: 1 BatchNorm layers: 1 gn
+          1  BatchNorm2d(8) → gn(groups=4, max_groups=32, eps=1e-05)
+    """
+    choice = _Choice(target, fallback)
+    _check_init(init)
+    inputs = _inputs_for(model, example_inputs)
+    graph = walk(model, inputs, exclude=exclude)
+    left_alone = _left_alone(model, exclude)
+    names = [site.names for site in graph] + [entry.names for entry in left_alone]
+    if not names:
+        raise PlanError(
+            "the model",
+            got="no BatchNorm layer",
+            need="at least one",
+            hint="normswap inspect to see the model, or another model",
+        )
+    _check_patterns(names, include, "include")
+    _check_patterns(names, exclude, "exclude")
+    choice.check_patterns(names)
+    modules = {n: m for m, found in qualified_names(model).items() for n in found}
+    planner = _Planner(model, modules, choice, include, init)
+    entries = _settle_removals(graph, [planner.entry(site) for site in graph])
+    return Plan(choice.label, (*entries, *left_alone), graph.notes)
+
+
+class _Choice:
+    """Which recipe a site is to get, and which if that one refuses."""
+
+    def __init__(self, target: Target, fallback: str | Recipe | None) -> None:
+        if isinstance(target, Mapping):
+            self.rules = [(pattern, recipe_for(wanted)) for pattern, wanted in target.items()]
+            self.mixed = True
+        else:
+            self.rules = [("*", recipe_for(target))]
+            self.mixed = False
+        if isinstance(fallback, str) and fallback not in FALLBACKS:
+            raise PlanError(
+                "fallback",
+                got=repr(fallback),
+                need="one of " + ", ".join(FALLBACKS) + ", or a recipe",
+                hint="fallback='frozen'",
+            )
+        self.fallback = fallback
+
+    @property
+    def label(self) -> str:
+        if not self.mixed:
+            return self.rules[0][1].target
+        return ", ".join(f"{pattern}: {recipe.target}" for pattern, recipe in self.rules)
+
+    def check_patterns(self, names: list[tuple[str, ...]]) -> None:
+        if self.mixed:
+            _check_patterns(names, [pattern for pattern, _ in self.rules], "target")
+
+    def recipe(self, site: Site) -> Recipe | None:
+        found = (recipe for pattern, recipe in self.rules if matches(site.names, pattern))
+        return next(found, None) if self.mixed else self.rules[0][1]
+
+    def fallback_for(self, recipe: Recipe) -> str | Recipe:
+        return recipe.fallback if self.fallback is None else self.fallback
+
+
+class _Planner:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        choice: _Choice,
+        include: Patterns,
+        init: str,
+    ) -> None:
+        self._model = model
+        self._modules = modules
+        self._choice = choice
+        self._include = include
+        self._init = init
+
+    def entry(self, site: Site) -> PlanEntry:
+        if self._include is not None and not matches(site.names, self._include):
+            return _kept(site, "not included")
+        recipe = self._choice.recipe(site)
+        if recipe is None:
+            return _kept(site, "no pattern of the target matches it")
+        refusal = recipe.refusal(site, self._model)
+        if refusal is None:
+            return self._entry_for(site, recipe, None)
+        return self._fall_back(site, recipe, f"no {recipe.target}: {refusal}")
+
+    def _fall_back(self, site: Site, recipe: Recipe, reason: str) -> PlanEntry:
+        fallback = self._choice.fallback_for(recipe)
+        if fallback == "error":
+            raise PlanError(
+                site.name,
+                got=reason,
+                need=f"a site that {recipe.target} can take",
+                hint=f"fallback='frozen' or exclude={site.name!r}",
+            )
+        if fallback == KEEP or site.calls == 0:
+            return _kept(site, reason)
+        second = recipe_for(fallback)
+        refusal = second.refusal(site, self._model)
+        if refusal is not None:
+            return _kept(site, f"{reason}; no {second.target}: {refusal}")
+        return self._entry_for(site, second, reason)
+
+    def _entry_for(self, site: Site, recipe: Recipe, reason: str | None) -> PlanEntry:
+        settled = recipe.settle(site, self._modules[site.name])
+        wired = settled.target == "cbn" and site.producer is not None
+        return PlanEntry(
+            names=site.names,
+            kind=site.kind,
+            channels=site.channels,
+            rank=site.rank,
+            becomes=settled.target,
+            recipe=settled.to_json(),
+            init=self._init,
+            reason=reason,
+            notes=(*site.notes, *settled.warnings(site, init=self._init)),
+            producer=site.producer.name if wired and site.producer else None,
+        )
+
+
+def _kept(site: Site, reason: str) -> PlanEntry:
+    return PlanEntry(
+        names=site.names,
+        kind=site.kind,
+        channels=site.channels,
+        rank=site.rank,
+        becomes=KEEP,
+        reason=reason,
+        notes=site.notes,
+    )
+
+
+def _settle_removals(graph: Graph, entries: list[PlanEntry]) -> list[PlanEntry]:
+    """Decide which ReLUs a TLU replaces.
+
+    A ReLU may be fed by several BNs (a module or a line of code used in a loop); it can go only if
+    all of them get a TLU. So start from every BN that might, and drop those that cannot until
+    nothing changes.
+    """
+    sites = dict(zip((e.name for e in entries), graph.sites, strict=True))
+    willing = {e.name for e in entries if _wants_tlu(e) and _has_relu(sites[e.name])}
+    while True:
+        chosen = {name: _removal(sites[name], willing) for name in willing}
+        closed = {name for name, removal in chosen.items() if removal is None}
+        if not closed:
+            break
+        willing -= closed
+    return [_with_removal(e, sites[e.name], chosen.get(e.name)) for e in entries]
+
+
+def _wants_tlu(entry: PlanEntry) -> bool:
+    return entry.becomes == "frn" and (entry.recipe or {}).get("tlu") is not False
+
+
+def _has_relu(site: Site) -> bool:
+    return site.activation is not None and site.activation.op == "relu"
+
+
+def _removal(site: Site, willing: set[str]) -> Removal | None:
+    assert site.activation is not None
+    open_ways = (r for r in site.activation.removals if r.obstacle is None)
+    return next((r for r in open_ways if willing.issuperset(r.feeders)), None)
+
+
+def _with_removal(entry: PlanEntry, site: Site, removal: Removal | None) -> PlanEntry:
+    if not _wants_tlu(entry):
+        return entry
+    if removal is not None:
+        return replace(entry, removal=removal)
+    if not _has_relu(site):
+        why = "no TLU: no ReLU alone consumes its output"
+    else:
+        assert site.activation is not None
+        obstacles = [r.obstacle for r in site.activation.removals if r.obstacle]
+        why = "no TLU: the ReLU stays, " + (obstacles[-1] if obstacles else "it serves others too")
+    if (entry.recipe or {}).get("tlu") is True:
+        return _kept(site, why)
+    return replace(entry, notes=(*entry.notes, why))
+
+
+def _check_init(init: str) -> None:
+    if init not in INITS:
+        raise PlanError(
+            "init", got=repr(init), need="one of " + ", ".join(INITS), hint="init='match'"
+        )
+
+
+def _left_alone(model: nn.Module, exclude: Patterns) -> tuple[PlanEntry, ...]:
+    from normswap.graph import norms
+
+    every = {m: n for m, n in qualified_names(model).items() if norms.is_batchnorm(m)}
+    taken = batchnorms(model, exclude=exclude)
+    return tuple(
+        PlanEntry(
+            names=names,
+            kind=type(module).__name__,
+            channels=norms.channels_of(module),
+            rank=norms.spatial_rank_of(module),
+            becomes=KEEP,
+            reason="excluded",
+        )
+        for module, names in every.items()
+        if module not in taken
+    )
+
+
+def _check_patterns(names: list[tuple[str, ...]], patterns: Patterns, option: str) -> None:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        if not any(matches(found, pattern) for found in names):
+            nested = f"{pattern}.*"
+            hint = nested if any(matches(n, nested) for n in names) else names[0][0] or "*"
+            raise PlanError(
+                option,
+                got=f"{pattern!r}, which matches none of {len(names)} BatchNorm layers",
+                need="a name or a shell-style pattern of names",
+                hint=repr(hint),
+            )
+
+
+def _inputs_for(model: nn.Module, example_inputs: Any) -> Any:
+    if example_inputs is not None:
+        return example_inputs
+    preprocessing = provenance_of(model).preprocessing
+    if preprocessing is not None:
+        parameters = (p for p in model.parameters() if p.is_floating_point())
+        dtype = next((p.dtype for p in parameters), torch.get_default_dtype())
+        return torch.zeros(1, *preprocessing["input_size"], dtype=dtype)
+    raise PlanError(
+        "example_inputs",
+        got="None",
+        need="what the model is called with",
+        hint="example_inputs=torch.zeros(1, 3, 224, 224)",
+    )
+
+
+__all__ = ["Plan", "PlanEntry", "plan", "recipe_from_json"]

@@ -1,0 +1,203 @@
+"""What every recipe shares: how a replacement takes over from the BatchNorm it replaces."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from normswap import layers
+from normswap.graph.norms import BatchNormState, fused_parts, state_of
+from normswap.graph.sites import Site
+from normswap.recipes.matching import Affine
+
+SMALLEST_MAP = 4
+"""Per-sample statistics of fewer elements than this say nothing: such sites take the fallback."""
+
+_TRANSFERRED_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+_ORIGIN = "_normswap_origin"
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """How one family of targets takes a BatchNorm's place.
+
+    A recipe says whether it can take a site (``refusal``), settles what depends on the site
+    (``settle``) and builds the new module from the old one (``build``). It changes nothing.
+    """
+
+    target: ClassVar[str] = ""
+    fallback: ClassVar[str] = "keep"
+    takes_relu: ClassVar[bool] = False
+
+    @abstractmethod
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        """Why this recipe cannot take ``site`` of ``model``; None if it can."""
+
+    def settle(self, site: Site, norm: nn.Module) -> Recipe:
+        """This recipe with everything decided that depends on the site."""
+        del site, norm
+        return self
+
+    @abstractmethod
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        """The module that takes the place of ``norm``.
+
+        Args:
+            norm: the BatchNorm; it is not changed, but parameters may be shared with it.
+            rank: number of spatial dimensions of its input.
+            init: ``match``, ``copy`` or ``reset``.
+            relu: whether the new module also takes the place of a ReLU.
+        """
+
+    def warnings(self, site: Site, *, init: str) -> tuple[str, ...]:
+        """What a user should know about this conversion of ``site``."""
+        del site, init
+        return ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Target name and hyper-parameters as plain data."""
+        return {"target": self.target, **asdict(self)}
+
+
+def ranked(family: str, rank: int) -> type[nn.Module]:
+    """The class of ``family`` in :mod:`normswap.layers` for ``rank`` spatial dimensions."""
+    found: type[nn.Module] = getattr(layers, f"{family}{max(rank, 1)}d")
+    return found
+
+
+def needs_running_statistics(site: Site) -> str | None:
+    """The refusal of a target that cannot do without running statistics."""
+    if site.calls == 0:
+        return NEVER_RAN
+    return None if site.tracked else "it has no running statistics (track_running_stats=False)"
+
+
+NEVER_RAN = "it never ran, in eval or in training mode"
+
+
+def needs_a_map(site: Site) -> str | None:
+    """The refusal of a per-sample target where a sample has too few elements per channel."""
+    if site.elements is None:
+        return NEVER_RAN
+    if site.rank == 0:
+        return "its input is (N, C): one element per channel and sample (or token)"
+    if site.elements < SMALLEST_MAP:
+        size = "x".join(map(str, site.spatial or ()))
+        return f"its smallest map is {size}, fewer than {SMALLEST_MAP} elements"
+    return None
+
+
+def factory(norm: nn.Module) -> dict[str, Any]:
+    """``device`` and ``dtype`` of a BatchNorm, for the constructor of its replacement."""
+    tensors = (*norm.parameters(recurse=False), *norm.buffers(recurse=False))
+    floats = [t for t in tensors if t.is_floating_point()]
+    if not floats:
+        return {"device": None, "dtype": None}
+    return {"device": floats[0].device, "dtype": floats[0].dtype}
+
+
+def share_tensors(norm: nn.Module, new: nn.Module) -> nn.Module:
+    """Give ``new`` the very parameters and buffers of ``norm``; optimizers and ties stay valid.
+
+    A γ or β that ``norm`` holds as a buffer (frozen classes) becomes a parameter without gradient.
+    """
+    state = state_of(norm)
+    for name, tensor in (("weight", state.weight), ("bias", state.bias)):
+        new.register_parameter(name, _as_parameter(tensor))
+    for name, tensor in (("running_mean", state.mean), ("running_var", state.var)):
+        if name in new._buffers:
+            new._buffers[name] = tensor
+    if state.batches is not None and "num_batches_tracked" in new._buffers:
+        new._buffers["num_batches_tracked"] = state.batches
+    return new
+
+
+def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+def set_affine(norm: nn.Module, new: nn.Module, matched: Affine | None, init: str) -> nn.Module:
+    """Give a per-sample normaliser its γ and β, with the dtype and gradient flags of ``norm``.
+
+    Args:
+        norm: the BatchNorm that is replaced.
+        new: its replacement, with parameters ``weight`` and ``bias`` of shape (C,).
+        matched: what the match says; None if ``norm`` has no running statistics to match.
+        init: ``match``, ``copy`` or ``reset``; ``match`` without ``matched`` copies.
+    """
+    old = state_of(norm)
+    for name in ("weight", "bias"):
+        parameter = getattr(new, name)
+        source = getattr(old, name)
+        if init == "match" and matched is not None:
+            value = getattr(matched, name)
+        else:
+            value = source if init != "reset" else None
+        with torch.no_grad():
+            if value is not None:
+                parameter.copy_(value.detach())
+        parameter.requires_grad_(source.requires_grad if source is not None else True)
+    return new
+
+
+def take_over(norm: nn.Module, new: nn.Module, *, act: nn.Module | None = None) -> nn.Module:
+    """Carry mode, hooks, origin and fused children from ``norm`` to ``new``.
+
+    Args:
+        norm: the BatchNorm that is replaced.
+        new: its replacement.
+        act: what stands in the place of a fused activation; None keeps the activation itself.
+    """
+    parts = fused_parts(norm)
+    if parts is not None:
+        layers.fuse(new, parts[0], parts[1] if act is None else act)
+    new.training = norm.training
+    for name in _TRANSFERRED_HOOKS:
+        hooks = vars(norm).get(name)
+        if hooks:
+            vars(new)[name] = hooks
+    vars(new)[_ORIGIN] = origin_of(norm)
+    return new
+
+
+def origin_of(norm: nn.Module) -> dict[str, Any]:
+    """What ``bn`` needs to restore the first BatchNorm: its momentum."""
+    origin = vars(norm).get(_ORIGIN)
+    return dict(origin) if origin else {"momentum": state_of(norm).momentum}
+
+
+def timm_norm_act(name: str) -> type[nn.Module] | None:
+    """A class of timm's norm-act family, if timm is loaded; only timm models need it."""
+    home = sys.modules.get("timm.layers.norm_act")
+    return getattr(home, name, None) if home is not None else None
+
+
+def has_statistics(state: BatchNormState) -> bool:
+    """Whether ``state`` has running statistics to match."""
+    return state.mean is not None and state.var is not None
+
+
+def affine_warnings(site: Site, init: str) -> tuple[str, ...]:
+    """What a per-sample target has to do about γ, β or statistics that are not there."""
+    found = []
+    if not site.tracked and init == "match":
+        found.append("no running statistics to match: γ and β are copied")
+    if not site.affine:
+        found.append("the BN had no γ and β: they are created")
+    return tuple(found)

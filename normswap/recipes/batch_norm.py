@@ -1,0 +1,103 @@
+"""The targets that are BatchNorm itself: synchronised, frozen, and plain again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from normswap.graph.norms import fused_parts, state_of
+from normswap.graph.sites import Site
+from normswap.recipes import base
+
+_PLAIN = frozenset({"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct2d"})
+_SYNCHRONISED = frozenset({"SyncBatchNorm", "SyncBatchNormAct"})
+
+
+@dataclass(frozen=True)
+class SyncBatchNorm(base.Recipe):
+    """BatchNorm over all processes: ``torch.nn.SyncBatchNorm``, or timm's with an activation.
+
+    It trains on GPUs only; in eval mode it is BN everywhere.
+    """
+
+    target: ClassVar[str] = "syncbn"
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        del model
+        if site.calls == 0:
+            return base.NEVER_RAN
+        return "it is SyncBatchNorm already" if site.kind in _SYNCHRONISED else None
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        del rank, init, relu
+        return _standard(norm, nn.SyncBatchNorm, "SyncBatchNormAct")
+
+
+@dataclass(frozen=True)
+class FrozenBatchNorm(base.Recipe):
+    """BatchNorm in eval form for good.
+
+    Args:
+        trainable: γ and β keep their gradient flags; False freezes them too.
+    """
+
+    target: ClassVar[str] = "frozen"
+
+    trainable: bool = True
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        del model
+        return base.needs_running_statistics(site)
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        del init, relu
+        state = state_of(norm)
+        new = base.ranked("FrozenBatchNorm", rank)(
+            state.channels, eps=state.eps, affine=state.weight is not None, **base.factory(norm)
+        )
+        base.share_tensors(norm, new)
+        if not self.trainable:
+            for name, parameter in list(new.named_parameters(recurse=False)):
+                # A parameter of its own: the original's gradient flag is not ours to change.
+                fixed = nn.Parameter(parameter.detach(), requires_grad=False)
+                new.register_parameter(name, fixed)
+        return base.take_over(norm, new)
+
+
+@dataclass(frozen=True)
+class BatchNorm(base.Recipe):
+    """Plain BatchNorm again, from ``brn``, ``cbn``, ``frozen`` or ``syncbn``, exactly."""
+
+    target: ClassVar[str] = "bn"
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        del model
+        return "it is BatchNorm already" if site.kind in _PLAIN else None
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        del init, relu
+        cls = getattr(nn, f"BatchNorm{max(rank, 1)}d")
+        return _standard(norm, cls, "BatchNormAct2d")
+
+
+def _standard(norm: nn.Module, cls: type[nn.Module], fused_name: str) -> nn.Module:
+    """A BatchNorm of torch's own class, or timm's if ``norm`` carries an activation."""
+    state = state_of(norm)
+    parts = fused_parts(norm)
+    fused = base.timm_norm_act(fused_name) if parts is not None else None
+    new = (fused or cls)(
+        state.channels,
+        eps=state.eps,
+        momentum=base.origin_of(norm)["momentum"],
+        affine=state.weight is not None,
+        track_running_stats=state.mean is not None,
+        **base.factory(norm),
+    )
+    base.share_tensors(norm, new)
+    if fused is None:
+        return base.take_over(norm, new)
+    assert parts is not None
+    new.drop, new.act = parts
+    return base.take_over(norm, new)

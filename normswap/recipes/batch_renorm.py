@@ -1,0 +1,59 @@
+"""BRN: batch statistics in training, corrected towards the running ones; BN in eval mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from normswap.graph.norms import state_of
+from normswap.graph.sites import Site
+from normswap.recipes import base
+
+
+@dataclass(frozen=True)
+class BatchRenorm(base.Recipe):
+    """Batch Renormalization; exactly BN in eval mode.
+
+    Args:
+        r_max: bound of the scale correction r, 1 or more.
+        d_max: bound of the shift correction d, 0 or more.
+        momentum: share of the newest batch in the running statistics.
+        warmup: training iterations of plain BN before r and d open.
+        r_ramp: iterations over which r's bound grows from 1 to ``r_max``.
+        d_ramp: iterations over which d's bound grows from 0 to ``d_max``.
+
+    Reference:
+        Ioffe 2017, Batch Renormalization, arXiv 1702.03275, algorithm 1.
+    """
+
+    target: ClassVar[str] = "brn"
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    momentum: float = 0.01
+    warmup: int = 0
+    r_ramp: int = 0
+    d_ramp: int = 0
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        del model
+        return base.needs_running_statistics(site)
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        del init, relu
+        state = state_of(norm)
+        new = base.ranked("BatchRenorm", rank)(
+            state.channels,
+            eps=state.eps,
+            momentum=self.momentum,
+            affine=state.weight is not None,
+            r_max=self.r_max,
+            d_max=self.d_max,
+            warmup=self.warmup,
+            r_ramp=self.r_ramp,
+            d_ramp=self.d_ramp,
+            **base.factory(norm),
+        )
+        return base.take_over(norm, base.share_tensors(norm, new))

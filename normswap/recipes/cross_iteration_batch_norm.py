@@ -1,0 +1,76 @@
+"""CBN: statistics over the last iterations, brought to today's weights; BN in eval mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from normswap.graph.norms import state_of
+from normswap.graph.sites import Site
+from normswap.layers import producer_problem
+from normswap.recipes import base
+
+
+@dataclass(frozen=True)
+class CrossIterationBatchNorm(base.Recipe):
+    """Cross-Iteration Batch Normalization; exactly BN in eval mode.
+
+    Args:
+        window: number of iterations k whose statistics are averaged, the current one included.
+        burn_in: training iterations of plain BN before the window opens.
+        variance_rule: ``"max"`` as in the paper, ``"drop"`` as in its reference implementation.
+
+    Reference:
+        Yao et al. 2020, Cross-Iteration Batch Normalization, arXiv 2002.05712, section 3.
+    """
+
+    target: ClassVar[str] = "cbn"
+    fallback: ClassVar[str] = "brn"
+    compensate: ClassVar[bool] = True
+
+    window: int = 8
+    burn_in: int = 0
+    variance_rule: Literal["max", "drop"] = "max"
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        refusal = base.needs_running_statistics(site)
+        if refusal is not None or not self.compensate:
+            return refusal
+        producer = site.producer
+        if producer is None:
+            return f"no convolution or linear layer makes its input ({site.no_producer})"
+        if producer.shared:
+            return f"{producer.name} feeds several BatchNorms"
+        if producer.calls > 1 or site.calls > 1:
+            return f"{producer.name} or the BatchNorm runs more than once in a forward"
+        problem = producer_problem(model.get_submodule(producer.name))
+        if problem is None and not producer.plain and producer.kind != "Conv2dSame":
+            problem = f"{producer.kind} does not run on its stored weight"
+        return problem
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        del init, relu
+        state = state_of(norm)
+        new = base.ranked("CrossIterationBatchNorm", rank)(
+            state.channels,
+            eps=state.eps,
+            momentum=base.origin_of(norm)["momentum"],
+            affine=state.weight is not None,
+            window=self.window,
+            burn_in=self.burn_in,
+            compensate=self.compensate,
+            variance_rule=self.variance_rule,
+            **base.factory(norm),
+        )
+        return base.take_over(norm, base.share_tensors(norm, new))
+
+
+@dataclass(frozen=True)
+class NaiveCrossIterationBatchNorm(CrossIterationBatchNorm):
+    """CBN without its Taylor compensation: known to be worse, needs no producer."""
+
+    target: ClassVar[str] = "naive-cbn"
+    fallback: ClassVar[str] = "keep"
+    compensate: ClassVar[bool] = False

@@ -1,0 +1,167 @@
+"""GN, LN and IN: per-sample statistics over groups of channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from normswap.errors import PlanError
+from normswap.graph.norms import state_of
+from normswap.graph.sites import Site
+from normswap.recipes import base
+from normswap.recipes.matching import match_groups, predicted_group_drift
+
+PAPER_GROUPS = 32
+
+
+def divisors(channels: int) -> tuple[int, ...]:
+    """All divisors of ``channels``, ascending."""
+    return tuple(n for n in range(1, channels + 1) if channels % n == 0)
+
+
+def nearest_groups(channels: int, most: int = PAPER_GROUPS) -> int:
+    """The largest number of groups up to ``most`` that divides C and keeps two channels a group.
+
+    Example:
+        >>> [nearest_groups(c) for c in (64, 32, 72, 20, 7, 1)]
+        [32, 16, 24, 10, 1, 1]
+    """
+    fitting = [n for n in divisors(channels) if n <= most and channels // n >= 2]
+    return max(fitting, default=1)
+
+
+@dataclass(frozen=True)
+class _Grouped(base.Recipe):
+    fallback: ClassVar[str] = "frozen"
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        del model
+        return base.needs_a_map(site)
+
+    def warnings(self, site: Site, *, init: str) -> tuple[str, ...]:
+        return base.affine_warnings(site, init)
+
+
+@dataclass(frozen=True)
+class GroupNorm(_Grouped):
+    """Group Normalization, ``torch.nn.GroupNorm``.
+
+    Args:
+        groups: number of groups, which must divide C at every site; ``"auto"`` chooses per site
+            from the running statistics; None takes the paper's 32, or the nearest smaller divisor
+            of C that leaves two channels in a group.
+        max_groups: with ``groups=None``, the bound to use in place of 32.
+        eps: ε; None keeps BN's.
+
+    Reference:
+        Wu & He 2018, Group Normalization, arXiv 1803.08494.
+    """
+
+    target: ClassVar[str] = "gn"
+
+    groups: int | Literal["auto"] | None = None
+    max_groups: int = PAPER_GROUPS
+    eps: float | None = None
+
+    def settle(self, site: Site, norm: nn.Module) -> GroupNorm:
+        eps = state_of(norm).eps if self.eps is None else self.eps
+        return replace(self, groups=self._choose(site, norm), eps=eps)
+
+    def _choose(self, site: Site, norm: nn.Module) -> int:
+        if self.groups is None:
+            return nearest_groups(site.channels, self.max_groups)
+        if self.groups == "auto":
+            return automatic_groups(norm)
+        if self.groups < 1 or site.channels % self.groups:
+            fitting = divisors(site.channels)
+            below = [n for n in fitting if n <= max(self.groups, 1)][-2:]
+            raise PlanError(
+                site.name,
+                got=f"groups={self.groups} for {site.channels} channels",
+                need=f"a divisor of {site.channels}",
+                hint="groups=" + " or ".join(map(str, below)),
+            )
+        return self.groups
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        del rank, relu
+        state = state_of(norm)
+        assert isinstance(self.groups, int)
+        eps = state.eps if self.eps is None else self.eps
+        new = nn.GroupNorm(self.groups, state.channels, eps=eps, **base.factory(norm))
+        matched = match_groups(state, self.groups, eps) if base.has_statistics(state) else None
+        return base.take_over(norm, base.set_affine(norm, new, matched, init))
+
+
+def automatic_groups(norm: nn.Module) -> int:
+    """The number of groups with the smallest predicted drift, among the divisors of C up to 32."""
+    state = state_of(norm)
+    choices = [n for n in divisors(state.channels) if n <= PAPER_GROUPS]
+    choices = [n for n in choices if state.channels // n >= 2] or [1]
+    if not base.has_statistics(state) or state.mean is None or state.mean.is_meta:
+        return nearest_groups(state.channels)
+    return min(choices, key=lambda n: (round(predicted_group_drift(state, n), 6), n))
+
+
+@dataclass(frozen=True)
+class LayerNorm(_Grouped):
+    """Layer Normalization in the GN paper's sense: one group over C, H and W.
+
+    ConvNeXt's ``LayerNorm2d`` (per pixel, over C) is another layer.
+
+    Args:
+        eps: ε; None keeps BN's.
+
+    Reference:
+        Ba, Kiros & Hinton 2016, arXiv 1607.06450; Wu & He 2018, section 3.1.
+    """
+
+    target: ClassVar[str] = "ln"
+
+    eps: float | None = None
+
+    def settle(self, site: Site, norm: nn.Module) -> LayerNorm:
+        del site
+        return replace(self, eps=state_of(norm).eps if self.eps is None else self.eps)
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        one_group = GroupNorm(groups=1, eps=self.eps)
+        return one_group.build(norm, rank=rank, init=init, relu=relu)
+
+
+@dataclass(frozen=True)
+class InstanceNorm(_Grouped):
+    """Instance Normalization, ``torch.nn.InstanceNormNd`` with γ and β.
+
+    It erases every sample's channel means and so cannot keep a pretrained function.
+
+    Args:
+        eps: ε; None keeps BN's.
+
+    Reference:
+        Ulyanov, Vedaldi & Lempitsky 2016, arXiv 1607.08022.
+    """
+
+    target: ClassVar[str] = "in"
+
+    eps: float | None = None
+
+    def settle(self, site: Site, norm: nn.Module) -> InstanceNorm:
+        del site
+        return replace(self, eps=state_of(norm).eps if self.eps is None else self.eps)
+
+    def warnings(self, site: Site, *, init: str) -> tuple[str, ...]:
+        erased = "instance norm erases each sample's channel means: fine-tune before use"
+        return (erased, *super().warnings(site, init=init))
+
+    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+        del relu
+        state = state_of(norm)
+        eps = state.eps if self.eps is None else self.eps
+        cls = getattr(nn, f"InstanceNorm{max(rank, 1)}d")
+        new = cls(state.channels, eps=eps, affine=True, **base.factory(norm))
+        known = base.has_statistics(state)
+        matched = match_groups(state, state.channels, eps) if known else None
+        return base.take_over(norm, base.set_affine(norm, new, matched, init))

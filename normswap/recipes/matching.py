@@ -1,0 +1,103 @@
+"""From BatchNorm's running statistics to the affine parameters of a per-sample normaliser.
+
+BN's running statistics say what per-sample statistics are on average. Putting them in their place
+and solving for γ′ and β′ makes the new layer equal BN wherever a sample is an average one. All
+arithmetic is float64; all arguments and results have shape (C,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normswap.graph.norms import BatchNormState
+
+DEAD = 1e-10
+"""A channel whose variance is this small a part of its group's carries no signal, only β."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """γ′ and β′ of shape (C,), float64."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class _Population:
+    """BN in float64: y = slope·(x − mean) + bias, with x of variance var."""
+
+    mean: Tensor
+    var: Tensor
+    slope: Tensor
+    bias: Tensor
+
+
+def _population(state: BatchNormState) -> _Population:
+    assert state.mean is not None
+    assert state.var is not None
+    mean, var = state.mean.detach().double(), state.var.detach().double()
+    weight = torch.ones_like(mean) if state.weight is None else state.weight.detach().double()
+    bias = torch.zeros_like(mean) if state.bias is None else state.bias.detach().double()
+    return _Population(mean, var, weight * (var + state.eps).rsqrt(), bias)
+
+
+def group_moments(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Population mean and variance of each group, spread back over its channels.
+
+    ``m_g = mean_{c∈g} μ_c``, ``v_g = mean_{c∈g}(σ²_c + (μ_c − m_g)²)``.
+    """
+    by_group = mean.view(groups, -1)
+    centre = by_group.mean(1, keepdim=True)
+    spread = (var.view(groups, -1) + (by_group - centre) ** 2).mean(1, keepdim=True)
+    return centre.expand_as(by_group).reshape(-1), spread.expand_as(by_group).reshape(-1)
+
+
+def match_groups(state: BatchNormState, groups: int, eps: float) -> Affine:
+    """γ′ and β′ with which a GroupNorm equals BN at population statistics.
+
+    ``γ′_c = γ_c·s_c·√(v_g + ε′)``, ``β′_c = β_c + γ_c·s_c·(m_g − μ_c)``. LayerNorm is one group,
+    InstanceNorm is C groups. A dead channel keeps β alone: its slope would only amplify the noise
+    of its group's statistics.
+    """
+    bn = _population(state)
+    centre, spread = group_moments(bn.mean, bn.var, groups)
+    alive = bn.var > DEAD * spread
+    weight = bn.slope * (spread + eps).sqrt()
+    bias = bn.bias + bn.slope * (centre - bn.mean)
+    return Affine(
+        torch.where(alive, weight, torch.zeros_like(weight)), torch.where(alive, bias, bn.bias)
+    )
+
+
+def match_filter_response(state: BatchNormState, eps: float | Tensor) -> Affine:
+    """γ′ and β′ with which FRN equals BN at population statistics.
+
+    ``γ′_c = γ_c·s_c·√(σ²_c + μ²_c + ε_f)``, ``β′_c = β_c − γ_c·s_c·μ_c``.
+    """
+    bn = _population(state)
+    power = bn.var + bn.mean**2
+    alive = bn.var > DEAD * power
+    weight = bn.slope * (power + eps).sqrt()
+    bias = bn.bias - bn.slope * bn.mean
+    return Affine(
+        torch.where(alive, weight, torch.zeros_like(weight)), torch.where(alive, bias, bn.bias)
+    )
+
+
+def predicted_group_drift(state: BatchNormState, groups: int) -> float:
+    """Predicted relative output error of a matched GroupNorm, from the running statistics alone.
+
+    The error of a matched group grows with ``√v_g / σ_c``: a sample's group mean that is off by a
+    share of √v_g moves channel c by that share over σ_c. The root mean square over the channels,
+    weighted by what each contributes to the output.
+    """
+    bn = _population(state)
+    _, spread = group_moments(bn.mean, bn.var, groups)
+    alive = bn.var > DEAD * spread
+    share = torch.where(alive, bn.slope**2 * spread, torch.zeros_like(spread))
+    total = (bn.slope**2 * bn.var).sum().clamp_min(1e-300)
+    return float((share.sum() / total).sqrt())
