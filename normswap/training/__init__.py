@@ -1,0 +1,33 @@
+"""Fine-tuning and scoring: the small-batch loop on accelerate, with exact resume.
+
+This room knows normalisation layers and classifiers in general, and no architecture.
+"""
+
+from normswap.training.checkpoints import read_checkpoint, write_checkpoint
+from normswap.training.curves import draw_learning_curve
+from normswap.training.interrupts import TrainingInterrupted
+from normswap.training.loop import finetune
+from normswap.training.objective import distillation_loss
+from normswap.training.options import FineTune
+from normswap.training.parameters import classifier_of, is_norm, parameter_groups
+from normswap.training.records import Epoch, History, Progress, read_metrics
+from normswap.training.scoring import Metrics, evaluate
+
+__all__ = [
+    "Epoch",
+    "FineTune",
+    "History",
+    "Metrics",
+    "Progress",
+    "TrainingInterrupted",
+    "classifier_of",
+    "distillation_loss",
+    "draw_learning_curve",
+    "evaluate",
+    "finetune",
+    "is_norm",
+    "parameter_groups",
+    "read_checkpoint",
+    "read_metrics",
+    "write_checkpoint",
+]

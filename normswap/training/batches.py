@@ -1,0 +1,369 @@
+"""Training and validation data, in whatever form they come, as batches in a known order.
+
+The order of an epoch depends on the seed and the epoch's number alone, and so does everything that
+is drawn at random while a sample is read. A run that is resumed in the middle of an epoch therefore
+sees the samples it would have seen, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from normswap.errors import DataError, TrainingError
+from normswap.training.randomness import load_rng_state, rng_kept, rng_state
+from normswap.training.reading import (
+    Batch,
+    PlainReader,
+    SeededReader,
+    checked,
+    collate,
+    ignore_interrupts,
+    mixed,
+)
+
+
+class Share(NamedTuple):
+    """Which process this is, and of how many."""
+
+    rank: int = 0
+    world: int = 1
+
+
+class Batches:
+    """Batches of one process, epoch by epoch.
+
+    Attributes:
+        samples: size of the data set, over all processes.
+        batch_size: samples in a full batch of this process.
+        count: batches of this process in one epoch.
+    """
+
+    samples: int
+    batch_size: int
+    count: int
+
+    def epoch(self, number: int, start: int) -> Iterator[Batch]:
+        """The batches of one epoch from number ``start`` on."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to find the place again."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``state`` gave."""
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """A permutation that depends on nothing but its arguments."""
+    generator = torch.Generator().manual_seed(mixed(seed, epoch))
+    return torch.randperm(samples, generator=generator)
+
+
+def slices(samples: int, batch_size: int, share: Share) -> list[tuple[int, int]]:
+    """Where in an epoch's order the batches of one process begin and end.
+
+    Consecutive stretches of ``batch_size · world`` samples are dealt out to the processes. What is
+    left at the end makes one smaller batch for each of them; if that would be a single sample where
+    a batch holds several, it is dropped (BN cannot normalise one sample on a 1×1 map, and the next
+    epoch's order leaves out another one).
+    """
+    stride = batch_size * share.world
+    found = [
+        (start + share.rank * batch_size, start + (share.rank + 1) * batch_size)
+        for start in range(0, samples - stride + 1, stride)
+    ]
+    rest = (samples % stride) // share.world
+    if rest >= min(2, batch_size) or (rest and not found):
+        start = samples - samples % stride + share.rank * rest
+        found.append((start, start + rest))
+    return found
+
+
+class TensorBatches(Batches):
+    """Batches of a pair of tensors that are in memory."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, seed: int, share: Share
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.samples, self.batch_size, self.seed = len(images), batch_size, seed
+        self.slices = slices(self.samples, batch_size, share)
+        self.count = len(self.slices)
+
+    def epoch(self, number: int, start: int) -> Iterator[Batch]:
+        """The batches of one epoch from number ``start`` on."""
+        order = epoch_order(self.samples, self.seed, number)
+        for begin, end in self.slices[start:]:
+            chosen = order[begin:end]
+            yield Batch(self.images[chosen], self.labels[chosen])
+
+
+class DatasetBatches(Batches):
+    """Batches of a map-style data set."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        share: Share,
+        *,
+        workers: int,
+        on_broken: str,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.samples = _length(dataset)
+        self.workers, self.on_broken, self.pin_memory = workers, on_broken, pin_memory
+        self.slices = slices(self.samples, batch_size, share)
+        self.count = len(self.slices)
+
+    def epoch(self, number: int, start: int) -> Iterator[Batch]:
+        """The batches of one epoch from number ``start`` on."""
+        order = epoch_order(self.samples, self.seed, number)
+        loader = DataLoader(
+            SeededReader(self.dataset, self.samples, self.seed, number, self.on_broken),
+            batch_sampler=[order[begin:end].tolist() for begin, end in self.slices[start:]],
+            num_workers=self.workers,
+            collate_fn=collate,
+            worker_init_fn=ignore_interrupts,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(0),  # the global one stays untouched
+        )
+        yield from map(checked, loader)
+
+
+class LoaderBatches(Batches):
+    """Batches of a loader that the caller made; its order is its own.
+
+    A resumed epoch is found again by putting the random generators back to where they were when the
+    epoch began and reading the loader up to the place.
+    """
+
+    def __init__(self, loader: Any, share: Share, prepared: Any) -> None:
+        self.loader = prepared
+        self.generator = getattr(loader, "generator", None)
+        self.batch_size = getattr(loader, "batch_size", None) or 1
+        self.count = _loader_length(prepared)
+        dataset: Any = getattr(loader, "dataset", None)
+        self.samples = (
+            len(dataset)
+            if hasattr(dataset, "__len__")
+            else self.count * self.batch_size * share.world
+        )
+        if share.world == 1 and self._ends_with_one():
+            self.count -= 1
+        self._before_epoch: dict[str, Any] = {}
+        self._resumed: dict[str, Any] | None = None
+
+    def _ends_with_one(self) -> bool:
+        regular = getattr(self.loader, "batch_size", None) is not None
+        dropped = getattr(self.loader, "drop_last", False)
+        return (
+            regular
+            and not dropped
+            and self.count > 1
+            and self.batch_size > 1
+            and self.samples % self.batch_size == 1
+        )
+
+    def epoch(self, number: int, start: int) -> Iterator[Batch]:
+        """The batches of one epoch from number ``start`` on."""
+        sampler: Any = getattr(self.loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(number)
+        batches = self._found_again(start) if start else self._fresh()
+        for batch in itertools.islice(batches, self.count - start):
+            yield _as_batch(batch)
+
+    def _fresh(self) -> Iterator[Any]:
+        self._before_epoch = {"rng": rng_state(), "generator": self._generator_state()}
+        return iter(self.loader)
+
+    def _found_again(self, start: int) -> Iterator[Any]:
+        state = self._resumed or self._before_epoch
+        with rng_kept():
+            load_rng_state(state["rng"])
+            if self.generator is not None:
+                self.generator.set_state(state["generator"])
+            self._before_epoch = state
+            batches: Iterator[Any] = iter(self.loader)
+            for _ in range(start):
+                next(batches)
+        return batches
+
+    def _generator_state(self) -> Tensor | None:
+        return None if self.generator is None else self.generator.get_state()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to find the place again."""
+        return self._before_epoch | {"generator_now": self._generator_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``state`` gave."""
+        self._resumed = state
+        if self.generator is not None and state.get("generator_now") is not None:
+            self.generator.set_state(state["generator_now"])
+
+
+def training_batches(
+    data: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    share: Share,
+    accelerator: Any,
+    workers: int = 0,
+    on_broken: str = "error",
+) -> Batches:
+    """The batches of this process from any form of training data.
+
+    Args:
+        data: a ``Dataset`` of (tensor, class), an (images, labels) pair of tensors, or a
+            ``DataLoader`` (which is used as it is: its order, its batch size, its workers).
+        batch_size: samples per batch; a loader has its own.
+        seed: of the order.
+        share: this process and the number of processes.
+        accelerator: prepares a loader where there are several processes.
+        workers: loading processes of a data set.
+        on_broken: ``"error"`` or ``"skip"``.
+
+    Raises:
+        DataError: no samples, or a form that is none of these.
+    """
+    data = _in_memory(data)
+    if isinstance(data, tuple):
+        return _non_empty(TensorBatches(data[0], data[1], batch_size, seed, share))
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=batch_size, num_workers=workers)
+    if _is_loader(data):
+        prepared = accelerator.prepare_data_loader(data) if share.world > 1 else data
+        return _non_empty(LoaderBatches(data, share, prepared))
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        pin_memory = accelerator.device.type == "cuda"
+        batches = DatasetBatches(
+            data,
+            batch_size,
+            seed,
+            share,
+            workers=workers,
+            on_broken=on_broken,
+            pin_memory=pin_memory,
+        )
+        return _non_empty(batches)
+    raise _unusable(data)
+
+
+def evaluation_batches(
+    data: Any, *, batch_size: int, workers: int = 0, on_broken: str = "error", share: Share
+) -> tuple[Iterator[Batch], bool]:
+    """Every sample once and in order, and whether they are this process's share only."""
+    data = _in_memory(data)
+    if isinstance(data, tuple):
+        data = TensorDataset(*data)
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=batch_size, num_workers=workers)
+    if _is_loader(data):
+        return map(_as_batch, _quietly(data)), False
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise _unusable(data)
+    mine = range(share.rank, _length(data), share.world)
+    loader = DataLoader(
+        PlainReader(data, on_broken),
+        batch_sampler=[list(mine[at : at + batch_size]) for at in range(0, len(mine), batch_size)],
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return map(checked, loader), True
+
+
+def _as_batch(batch: Any) -> Batch:
+    try:
+        images, labels = batch[0], batch[1]
+    except (KeyError, IndexError, TypeError):
+        images, labels = None, None
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise DataError(
+            "data",
+            got=f"a batch of type {type(batch).__name__}",
+            need="(images, labels), both tensors",
+            hint="a collate_fn that returns such a pair",
+        )
+    return Batch(images, labels)
+
+
+def _in_memory(data: Any) -> Any:
+    """(images, labels) where the data are tensors in memory, else the data as they are."""
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        return data
+    if not isinstance(data[0], Tensor):
+        return data
+    images, labels = data[0], torch.as_tensor(data[1])
+    if labels.shape != images.shape[:1]:
+        raise DataError(
+            "data",
+            got=f"images {tuple(images.shape)} and labels {tuple(labels.shape)}",
+            need="as many labels as images, one class number each",
+            hint="labels of shape (N,)",
+        )
+    return images, labels
+
+
+def _is_loader(data: Any) -> bool:
+    return isinstance(data, DataLoader) or (
+        hasattr(data, "__iter__") and not hasattr(data, "__getitem__")
+    )
+
+
+def _quietly(loader: Any) -> Iterator[Any]:
+    """Start a loader without taking from the global random generator."""
+    with rng_kept():
+        batches: Iterator[Any] = iter(loader)
+    return batches
+
+
+def _length(dataset: Any) -> int:
+    return len(dataset)
+
+
+def _loader_length(loader: Any) -> int:
+    try:
+        return len(loader)
+    except TypeError as error:
+        raise TrainingError(
+            "train_data",
+            got="a loader without a length",
+            need="one, so that warm-up, decay and time left can be worked out",
+            hint="a __len__ on its data set",
+        ) from error
+
+
+def _non_empty(batches: Batches) -> Batches:
+    if batches.count == 0:
+        raise DataError(
+            "train_data",
+            got=f"{batches.samples} samples",
+            need="at least one per process",
+            hint="more data or fewer processes",
+        )
+    return batches
+
+
+def _unusable(data: Any) -> DataError:
+    return DataError(
+        "data",
+        got=type(data).__name__,
+        need="a Dataset of (tensor, class), a DataLoader, or a pair of tensors (images, labels)",
+        hint="normswap.data.labelled_dataset for a folder",
+    )

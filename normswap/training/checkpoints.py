@@ -1,0 +1,86 @@
+"""Checkpoints of a run: plain data, written so that a crash never leaves half a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normswap.errors import TrainingError
+
+FORMAT = 1
+LAST = "last.pt"
+BEST = "best.pt"
+_PART = ".part"
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint under its name only when all of it is on the disk.
+
+    Args:
+        path: final name.
+        state: tensors, numbers, strings, lists, tuples and dicts; nothing that needs unpickling.
+
+    Raises:
+        TrainingError: it cannot be written, for example because the disk is full. The earlier
+            checkpoint under that name is untouched then.
+    """
+    part = path.with_name(path.name + _PART)
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
+        part.unlink(missing_ok=True)
+        raise TrainingError(
+            str(path),
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            need="room for the checkpoint and the right to write it",
+            hint="freeing disk space; the checkpoint written before is still whole, resume from it",
+        ) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without unpickling code.
+
+    Raises:
+        TrainingError: the file is damaged or no checkpoint of a fine-tune.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise _unreadable(path, f"format {found!r}")
+    return state
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a killed process left half written."""
+    for name in (LAST, BEST):
+        (folder / (name + _PART)).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there, and a rename needs no help
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unreadable(path: Path, got: str) -> TrainingError:
+    return TrainingError(
+        str(path),
+        got=got,
+        need=f"a training checkpoint of format {FORMAT}",
+        hint="another output directory, or removing the file to start afresh",
+    )

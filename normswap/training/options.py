@@ -1,0 +1,204 @@
+"""What a fine-tune does: every choice in one frozen dataclass, checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import TrainingError
+
+_FREE_ON_RESUME = frozenset(
+    {"checkpoint_every", "device", "eval_batch_size", "log_every", "tensorboard", "workers"}
+)
+_SAMPLES_OF_THE_RULE = 256
+_ADAPTIVE = ("adam", "lamb", "lion", "rmsprop", "adopt", "mars", "soap", "laprop", "adan")
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """The recipe of a fine-tune.
+
+    The defaults suit a pretrained network at a batch of one to eight.
+
+    Args:
+        batch_size: samples per process in one forward.
+        epochs: passes over the training data.
+        learning_rate: at the top of the schedule; None takes the linear rule, 0.1 · b/256 for SGD
+            and 0.0005 · b/256 for Adam's relatives, where b counts the samples of one update over
+            all processes.
+        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows.
+        momentum: of optimizers that have one.
+        weight_decay: never applied to norm parameters (γ, β, τ, ε) and biases.
+        scheduler: a name that ``timm.scheduler.create_scheduler_v2`` knows, stepped per update.
+        warmup_epochs: linear ramp from 1 % of the learning rate; may be a fraction. None takes a
+            tenth of the run.
+        gradient_accumulation: forwards per update. It does not enlarge a BN's batch.
+        clip_grad: largest norm of the gradient, or None.
+        label_smoothing: of the cross-entropy.
+        mixup: timm's mixup α; 0 is off.
+        cutmix: timm's cutmix α; 0 is off.
+        ema: decay of timm's ``ModelEmaV3`` (with its warm-up), or None. With it the average is
+            what is validated, kept as best, and left in the model at the end.
+        amp: ``"bf16"``, ``"fp16"``, or None for what ``accelerate launch`` says, else full
+            precision.
+        freeze_backbone: train the classifier only; the rest stands still, running statistics too.
+        norms_only: train the parameters of normalisation layers only.
+        teacher: a network whose logits the model shall keep, usually the BN original.
+        distillation_weight: share of the teacher in the loss, 0 to 1.
+        distillation_temperature: T of the softened softmax.
+        keep: which weights the model holds at the end: ``"last"``, or ``"best"`` on ``val_data``.
+        checkpoint_every: seconds between two writes of the last checkpoint (besides the end of
+            every epoch); 0 writes one after each update.
+        log_every: updates between two lines in ``metrics.jsonl``.
+        seed: of everything drawn at random.
+        workers: processes that load data. The result does not depend on their number.
+        on_broken: a sample that cannot be read: ``"error"``, or ``"skip"`` to take the next
+            readable one in its place and count it.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes what accelerate finds.
+        eval_batch_size: samples per forward on ``val_data``.
+        tensorboard: write TensorBoard's event files into ``out`` when it is installed.
+
+    Example:
+        >>> FineTune(batch_size=2, epochs=5).learning_rate_for(samples_per_update=2)
+        0.00078125
+    """
+
+    batch_size: int = 2
+    epochs: int = 5
+    learning_rate: float | None = None
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    scheduler: str = "cosine"
+    warmup_epochs: float | None = None
+    gradient_accumulation: int = 1
+    clip_grad: float | None = None
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float | None = None
+    amp: str | None = None
+    freeze_backbone: bool = False
+    norms_only: bool = False
+    teacher: nn.Module | None = field(default=None, repr=False)
+    distillation_weight: float = 0.5
+    distillation_temperature: float = 2.0
+    keep: str = "last"
+    checkpoint_every: float = 300.0
+    log_every: int = 50
+    seed: int = 0
+    workers: int = 0
+    on_broken: str = "error"
+    device: str | None = None
+    eval_batch_size: int = 32
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "gradient_accumulation", "log_every"):
+            _require(name, getattr(self, name), _whole(getattr(self, name), 1), "an integer ≥ 1")
+        _require("eval_batch_size", self.eval_batch_size, _whole(self.eval_batch_size, 1), "≥ 1")
+        for name in ("workers", "seed"):
+            _require(name, getattr(self, name), _whole(getattr(self, name), 0), "an integer ≥ 0")
+        for name in ("weight_decay", "checkpoint_every", "mixup", "cutmix"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number ≥ 0")
+        for name in ("learning_rate", "clip_grad"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value > 0, "a number > 0, or None")
+        self._check_shares()
+        self._check_choices()
+
+    def _check_shares(self) -> None:
+        for name in ("label_smoothing", "momentum", "distillation_weight"):
+            value = getattr(self, name)
+            _require(name, value, 0 <= value <= 1, "a number from 0 to 1")
+        _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1, or None")
+        _require(
+            "distillation_temperature",
+            self.distillation_temperature,
+            self.distillation_temperature > 0,
+            "a number > 0",
+        )
+        _require(
+            "warmup_epochs",
+            self.warmup_epochs,
+            self.warmup_epochs is None or 0 <= self.warmup_epochs < self.epochs,
+            f"0 or more and less than epochs={self.epochs}",
+        )
+
+    def _check_choices(self) -> None:
+        _require("amp", self.amp, self.amp in (None, "bf16", "fp16"), "'bf16', 'fp16' or None")
+        _require("keep", self.keep, self.keep in ("last", "best"), "'last' or 'best'")
+        _require(
+            "on_broken", self.on_broken, self.on_broken in ("error", "skip"), "'error' or 'skip'"
+        )
+        _require(
+            "freeze_backbone",
+            "True together with norms_only",
+            not (self.freeze_backbone and self.norms_only),
+            "one of the two at most",
+        )
+        _require(
+            "mixup",
+            "mixup or cutmix at batch_size=1",
+            not (self.mixes and self.batch_size == 1),
+            "two samples to mix",
+        )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or cutmix is on."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up, with the default filled in."""
+        return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
+
+    def learning_rate_for(self, samples_per_update: int) -> float:
+        """The learning rate at the top of the schedule, by the linear rule if none was given."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        adaptive = any(name in self.optimizer.lower() for name in _ADAPTIVE)
+        base = 0.0005 if adaptive else 0.1
+        return base * samples_per_update / _SAMPLES_OF_THE_RULE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the teacher appears as its class and a hash of its weights."""
+        data = {item.name: getattr(self, item.name) for item in fields(self)}
+        data["teacher"] = None if self.teacher is None else _fingerprint(self.teacher)
+        return data
+
+    def differences(self, earlier: dict[str, Any]) -> list[str]:
+        """What changed since ``earlier`` (a ``to_json()``) and would make another run of it."""
+        now = self.to_json()
+        return [
+            f"{name}={now[name]!r} (was {earlier.get(name)!r})"
+            for name in now
+            if name not in _FREE_ON_RESUME and now[name] != earlier.get(name)
+        ]
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _require(name: str, got: Any, fine: bool, need: str) -> None:
+    if not fine:
+        raise TrainingError(f"FineTune.{name}", got=repr(got), need=need, hint="another value")
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=_bytes()).numpy())
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8

@@ -1,0 +1,142 @@
+"""Samples read one by one: seeded each by itself, and with broken ones named or replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from normswap.errors import DataError, NormSwapError
+from normswap.training.randomness import rng_kept
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, NormSwapError)
+_PATIENCE = 100
+
+
+class Batch(NamedTuple):
+    """Samples of one forward; ``broken`` are the indices that could not be read for it."""
+
+    images: Tensor
+    labels: Tensor
+    broken: tuple[int, ...] = ()
+
+
+class Trouble(NamedTuple):
+    """Why a sample could not be read; errors do not travel well out of worker processes."""
+
+    sample: int
+    reason: str
+
+
+class PlainReader(Dataset[Any]):
+    """Reads a sample and says what went wrong instead of raising."""
+
+    def __init__(self, dataset: Dataset[Any], on_broken: str) -> None:
+        self.dataset, self.on_broken = dataset, on_broken
+
+    def __getitem__(self, index: int) -> Any:
+        found = _read(self.dataset, index)
+        if isinstance(found, Trouble):
+            return (None, None, (index,)) if self.on_broken == "skip" else found
+        return (*found, ())
+
+
+class SeededReader(Dataset[Any]):
+    """Reads a sample with random generators that depend on seed, epoch and index alone."""
+
+    def __init__(
+        self, dataset: Dataset[Any], samples: int, seed: int, epoch: int, on_broken: str
+    ) -> None:
+        self.dataset, self.samples, self.seed, self.epoch = dataset, samples, seed, epoch
+        self.on_broken = on_broken
+
+    def __getitem__(self, index: int) -> Any:
+        with _seeded(mixed(self.seed, self.epoch, index)):
+            found = _read(self.dataset, index)
+        if isinstance(found, Trouble):
+            return self._next_readable(found) if self.on_broken == "skip" else found
+        return (*found, ())
+
+    def _next_readable(self, trouble: Trouble) -> Any:
+        """The first sample after a broken one, so that every batch keeps its size."""
+        broken = [trouble.sample]
+        for step in range(1, min(_PATIENCE, self.samples)):
+            index = (trouble.sample + step) % self.samples
+            with _seeded(mixed(self.seed, self.epoch, index)):
+                found = _read(self.dataset, index)
+            if not isinstance(found, Trouble):
+                return (*found, tuple(broken))
+            broken.append(index)
+        return trouble._replace(reason=f"{len(broken)} broken in a row; {trouble.reason}")
+
+
+def _read(dataset: Any, index: int) -> tuple[Any, Any] | Trouble:
+    try:
+        image, label = dataset[index]
+    except _UNREADABLE as error:
+        return Trouble(index, f"{type(error).__name__}: {error}")
+    if not isinstance(image, Tensor):
+        return Trouble(index, f"an image of type {type(image).__name__}; a tensor is needed")
+    return image, label
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """One batch of samples, or the first trouble among them."""
+    for sample in samples:
+        if isinstance(sample, Trouble):
+            return sample
+    broken = tuple(itertools.chain.from_iterable(sample[2] for sample in samples))
+    pairs = [(image, label) for image, label, _ in samples if image is not None]
+    if len({image.shape for image, _ in pairs}) > 1:
+        shapes = sorted({tuple(image.shape) for image, _ in pairs})
+        return Trouble(-1, f"images of different shapes in one batch: {shapes}")
+    return (*(default_collate(pairs) if pairs else (None, None)), broken)
+
+
+def checked(collated: Any) -> Batch:
+    """What ``collate`` gave as a batch.
+
+    Raises:
+        DataError: it was trouble.
+    """
+    if isinstance(collated, Trouble):
+        where = "data" if collated.sample < 0 else f"sample {collated.sample}"
+        raise DataError(
+            where,
+            got=collated.reason,
+            need="(tensor, class) pairs of one shape that can be read",
+            hint="repairing or removing it, or on_broken='skip'",
+        )
+    images, labels, broken = collated
+    if images is None:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), broken)
+    return Batch(images, labels, broken)
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Let Ctrl-C pass by a worker process."""
+    # Ctrl-C reaches every process of the terminal; the main one finishes its step and needs these
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def mixed(*numbers: int) -> int:
+    """One seed from several numbers."""
+    words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    return int(words[0]) << 31 | int(words[1]) >> 1
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with rng_kept(accelerators=False):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  (timm's transforms draw from the global one)
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,171 @@
+"""What a run leaves on record: its history, ``metrics.jsonl``, TensorBoard's events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is; handed to the ``progress`` callable after every update.
+
+    Attributes:
+        step: updates done.
+        steps: updates of the whole run.
+        epoch: number of the epoch, from 1.
+        epochs: how many there are.
+        loss: mean training loss of this epoch so far.
+        accuracy: training top-1 of this epoch so far.
+        learning_rate: of the next update.
+        images_per_second: over this call of ``finetune``, all processes together.
+        eta_seconds: time left at this speed, validation included.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    images_per_second: float
+    eta_seconds: float
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a history.
+
+    Attributes:
+        epoch: its number, from 1.
+        step: updates done at its end.
+        learning_rate: at its end.
+        train_loss: mean over the epoch, as optimised (smoothing and teacher included).
+        train_top1: over the epoch, in training mode.
+        val_loss: after the epoch; None without validation data.
+        val_top1: likewise.
+        val_top5: likewise.
+        seconds: of training, without validation.
+        images_per_second: of training, all processes together.
+    """
+
+    epoch: int
+    step: int
+    learning_rate: float
+    train_loss: float
+    train_top1: float
+    val_loss: float | None
+    val_top1: float | None
+    val_top5: float | None
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What a fine-tune did.
+
+    Attributes:
+        epochs: one entry per finished epoch, those before a resume included.
+        steps: updates done.
+        learning_rate: at the top of the schedule.
+        best: the epoch with the highest ``val_top1``, or None without validation.
+        kept: ``"last"`` or ``"best"``: which weights the model holds.
+        broken: indices of samples that could not be read and were replaced.
+        resumed_from: the step at which this call took over, or None.
+        interrupted: the signal that ended it early, or None.
+    """
+
+    epochs: tuple[Epoch, ...]
+    steps: int
+    learning_rate: float
+    best: Epoch | None
+    kept: str
+    broken: tuple[int, ...] = ()
+    resumed_from: int | None = None
+    interrupted: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return asdict(self)
+
+
+class Recorder:
+    """Writes ``metrics.jsonl`` and TensorBoard's events below a folder.
+
+    Args:
+        folder: where; None records nothing.
+        step: lines beyond it come from a run that was killed after its last checkpoint, and go.
+        tensorboard: write events too, where TensorBoard is installed.
+    """
+
+    def __init__(self, folder: Path | None, *, step: int, tensorboard: bool) -> None:
+        self._file = None
+        self._board: Any = None
+        if folder is None:
+            return
+        path = folder / METRICS
+        _truncate(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._board = _board(folder, step)
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one line; ``values`` holds the ``step`` it belongs to."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, without one that a killed process left half written."""
+    path = Path(folder) / METRICS
+    return [row for row, _ in _rows(path)] if path.exists() else []
+
+
+def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append((json.loads(line), line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _truncate(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for row, line in _rows(path) if row["step"] <= step] if step else []
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
