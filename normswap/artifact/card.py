@@ -68,7 +68,7 @@ def _swaps(plans: Sequence[Mapping[str, Any]]) -> str:
         )
         details = [
             (
-                f"`{entry.get('name')}`",
+                ", ".join(f"`{name}`" for name in entry.get("names") or ()),
                 entry.get("becomes"),
                 _options(entry.get("recipe")),
                 entry.get("init"),
@@ -84,7 +84,9 @@ def _swaps(plans: Sequence[Mapping[str, Any]]) -> str:
 def _options(recipe: Any) -> str:
     if not isinstance(recipe, Mapping):
         return ""
-    return ", ".join(f"{key}={value}" for key, value in recipe.items() if value is not None)
+    return ", ".join(
+        f"{key}={value}" for key, value in recipe.items() if value is not None and key != "target"
+    )
 
 
 def _history(history: Sequence[Mapping[str, Any]]) -> str:

@@ -12,10 +12,8 @@ from normswap.errors import DataError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_INTERPOLATIONS = frozenset(
-    {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"}
-)
-_CROP_MODES = frozenset({"center", "squash", "border"})
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+_CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,10 @@ class Preprocessing:
             raise _bad_field("crop_pct", repr(self.crop_pct), "a number above 0, at most 2")
         if self.interpolation not in _INTERPOLATIONS:
             raise _bad_field(
-                "interpolation", repr(self.interpolation), f"one of {sorted(_INTERPOLATIONS)}"
+                "interpolation", repr(self.interpolation), f"one of {', '.join(_INTERPOLATIONS)}"
             )
         if self.crop_mode not in _CROP_MODES:
-            raise _bad_field("crop_mode", repr(self.crop_mode), f"one of {sorted(_CROP_MODES)}")
+            raise _bad_field("crop_mode", repr(self.crop_mode), f"one of {', '.join(_CROP_MODES)}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``."""

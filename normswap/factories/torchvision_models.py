@@ -107,13 +107,15 @@ def _torchvision_model(
     if not request.pretrained:
         model = builder(weights=None, **options, **resized)
         return _with_eps(model, arguments.get("frozen_eps"))
+    if not options.get("aux_logits", True):
+        del options["aux_logits"]  # what weights imply; saying it aloud is refused
     model = builder(weights=weights, **options)
     frozen_eps = _thaw(model)
     if frozen_eps is not None:
         arguments["frozen_eps"] = frozen_eps
     if request.num_classes is not None:
-        fresh = builder(weights=None, **options, **resized)
-        graft_head(model, fresh)
+        options |= {key: arguments[key] for key in ("aux_logits",) if key in arguments}
+        graft_head(model, builder(weights=None, **options, **resized))
     return model
 
 
