@@ -1,0 +1,64 @@
+"""Normalisers that train with small batches: one file each, torch only.
+
+They know of tensors and of the layer before them, never of models. ``GroupNorm``,
+``InstanceNorm`` and ``SyncBatchNorm`` are torch's own.
+"""
+
+from __future__ import annotations
+
+from normswap.layers.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normswap.layers.cross_iteration_batch_norm import (
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNorm3d,
+)
+from normswap.layers.filter_response_norm import (
+    FilterResponseNorm1d,
+    FilterResponseNorm2d,
+    FilterResponseNorm3d,
+)
+from normswap.layers.frozen_batch_norm import (
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+)
+from normswap.layers.fused import (
+    BatchRenormAct2d,
+    CrossIterationBatchNormAct2d,
+    FilterResponseNormAct2d,
+    FrozenBatchNormAct2d,
+    GroupNormAct,
+    InstanceNormAct2d,
+    fuse,
+    fused_classes,
+)
+from normswap.layers.producers import producer_problem
+from normswap.layers.thresholded_linear_unit import ThresholdedLinearUnit
+from normswap.layers.training_state import load_training_state, training_state
+
+__all__ = [
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "BatchRenormAct2d",
+    "CrossIterationBatchNorm1d",
+    "CrossIterationBatchNorm2d",
+    "CrossIterationBatchNorm3d",
+    "CrossIterationBatchNormAct2d",
+    "FilterResponseNorm1d",
+    "FilterResponseNorm2d",
+    "FilterResponseNorm3d",
+    "FilterResponseNormAct2d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "FrozenBatchNormAct2d",
+    "GroupNormAct",
+    "InstanceNormAct2d",
+    "ThresholdedLinearUnit",
+    "fuse",
+    "fused_classes",
+    "load_training_state",
+    "producer_problem",
+    "training_state",
+]

@@ -1,0 +1,258 @@
+"""Batch Renormalization: BatchNorm whose training output is tied to its running statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normswap.errors import LayerError
+from normswap.layers.batch_statistics import (
+    TracksBatches,
+    batch_moments,
+    check_rank,
+    in_eager,
+    is_recomputation,
+)
+
+_UNBOUNDED = 1e15  # what an infinite bound grows to within a ramp, where infinity times 0 is NaN
+
+
+class _Renormalise(torch.autograd.Function):
+    """y = γ·((x − μ_B)/σ_B·r + d) + β, with r and d constants.
+
+    r and d fold into the affine (γ·r and γ·d + β), so BatchNorm's own kernels do the work in both
+    directions. The backward is made of differentiable operations: second derivatives are right.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        r: Tensor,
+        d: Tensor,
+        eps: float,
+    ) -> Tensor:
+        scale, shift = (r, d) if weight is None else (r * weight, d * weight)
+        if bias is not None:
+            shift = shift + bias
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, bias, mean, torch.rsqrt(variance + eps), r, d)
+        y: Tensor = torch.native_batch_norm(x, scale, shift, mean, variance, False, 0.0, eps)[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, inverse_deviation, r, d = ctx.saved_tensors
+        grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
+            grad,
+            x,
+            r if weight is None else r * weight,
+            None,
+            None,
+            mean,
+            inverse_deviation,
+            True,
+            ctx.eps,
+            [True, True, True],
+        )
+        grad_weight = grad_bias = None
+        if weight is not None:
+            grad_weight = (grad_scale * r + grad_shift * d).to(weight.dtype)
+        if bias is not None:
+            grad_bias = grad_shift.to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+class _BatchRenorm(TracksBatches):
+    _ranks: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        warmup: int = 0,
+        r_ramp: int = 0,
+        d_ramp: int = 0,
+        *,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not (r_max >= 1.0 and d_max >= 0.0):
+            raise LayerError(
+                type(self).__name__,
+                got=f"r_max={r_max}, d_max={d_max}",
+                need="r_max of 1 or more and d_max of 0 or more",
+                hint="r_max=3, d_max=5",
+            )
+        self.r_max, self.d_max = float(r_max), float(d_max)
+        self.set_schedule(warmup=warmup, r_ramp=r_ramp, d_ramp=d_ramp)
+
+    def set_schedule(self, warmup: int = 0, r_ramp: int = 0, d_ramp: int = 0) -> None:
+        """Open r and d over time, counted in training forwards from now on.
+
+        Args:
+            warmup: iterations with r = 1 and d = 0, which is plain BatchNorm.
+            r_ramp: iterations after the warm-up in which the bound of r grows from 1 to ``r_max``.
+            d_ramp: iterations after the warm-up in which the bound of d grows from 0 to ``d_max``.
+
+        Raises:
+            LayerError: a negative number.
+        """
+        if min(warmup, r_ramp, d_ramp) < 0:
+            raise LayerError(
+                type(self).__name__,
+                got=f"warmup={warmup}, r_ramp={r_ramp}, d_ramp={d_ramp}",
+                need="iterations, 0 or more",
+                hint="0 for bounds that are constant",
+            )
+        self.warmup, self.r_ramp, self.d_ramp = int(warmup), int(r_ramp), int(d_ramp)
+        self.iteration = 0
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The bounds of r and d at the present iteration."""
+        since = self.iteration - self.warmup
+        if since < 0:
+            return 1.0, 0.0
+        r_limit = _ramp(1.0, self.r_max, since, self.r_ramp)
+        return r_limit, _ramp(0.0, self.d_max, since, self.d_ramp)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        check_rank(self, x, self._ranks)
+
+    def _train(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean, variance = batch_moments(x)
+            r, d = self._corrections(mean, variance)
+        self._recent.remember(mean, (r, d))
+        y: Tensor = _Renormalise.apply(x, self.weight, self.bias, mean, variance, r, d, self.eps)
+        return y
+
+    def _corrections(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """R and d of this batch; takes the batch into the running statistics, once."""
+        if is_recomputation():
+            recalled = self._recent.recall(mean, variance, self.eps)
+            if recalled is not None:
+                r, d = recalled
+                return r, d
+        running_mean, running_variance = self._running(mean.dtype)
+        running_deviation = torch.sqrt(running_variance + self.eps)
+        deviation = torch.sqrt(variance + self.eps)
+        r_limit, d_limit = self._next_limits()
+        r = (deviation / running_deviation).clamp(1.0 / r_limit, r_limit)
+        d = ((mean - running_mean) / running_deviation).clamp(-d_limit, d_limit)
+        rate = self._count_batch()
+        new_deviation = running_deviation + rate * (deviation - running_deviation)
+        self._store_running(
+            running_mean + rate * (mean - running_mean),
+            (new_deviation * new_deviation - self.eps).clamp_min(0.0),
+            mean,
+            variance,
+        )
+        return r, d
+
+    def _next_limits(self) -> tuple[float, float]:
+        if self.iteration < self.warmup + max(self.r_ramp, self.d_ramp):
+            return self._advance()
+        return self.limits
+
+    @in_eager
+    def _advance(self) -> tuple[float, float]:
+        # outside compiled code, where a counter would mean one recompilation per iteration
+        limits = self.limits
+        self.iteration += 1
+        return limits
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        schedule = f"warmup={self.warmup}, r_ramp={self.r_ramp}, d_ramp={self.d_ramp}"
+        bounds = f"r_max={self.r_max}, d_max={self.d_max}"
+        return f"{super().extra_repr()}, {bounds}, {schedule}"
+
+
+def _ramp(start: float, end: float, since: int, length: int) -> float:
+    if since >= length:
+        return end
+    return start + (min(end, _UNBOUNDED) - start) * since / length
+
+
+class BatchRenorm1d(_BatchRenorm):
+    """Batch Renormalization of (N, C) or (N, C, L); see :class:`BatchRenorm2d`.
+
+    Example:
+        >>> BatchRenorm1d(4)(torch.randn(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchRenorm2d(_BatchRenorm):
+    """Normalise by the batch, then correct towards the running statistics within bounds.
+
+    ``x̂ = (x − μ_B)/σ_B·r + d``, ``y = γ·x̂ + β`` with ``r = σ_B/σ`` clipped to [1/r_max, r_max] and
+    ``d = (μ_B − μ)/σ`` clipped to ±d_max, both constants for the gradient. Afterwards
+    ``μ += α(μ_B − μ)`` and ``σ += α(σ_B − σ)``, where ``σ = √(running_var + ε)``. Eval is
+    BatchNorm's own, to the bit, and so are the state dict's keys.
+
+    One element per channel works (BatchNorm raises there). A channel whose batch statistics are not
+    finite gives NaN in the output and leaves its running statistics alone. Under gradient
+    checkpointing the repeated forward uses the r and d of the first and updates nothing (BatchNorm
+    updates its running statistics twice). The iteration counter is training state: see
+    :func:`normswap.layers.training_state`.
+
+    Args:
+        num_features: number of channels C.
+        eps: ε, added to variances.
+        momentum: α; None for a cumulative average, as in BatchNorm.
+        affine: have γ (``weight``) and β (``bias``).
+        r_max: bound of r, at least 1; ``float("inf")`` for none.
+        d_max: bound of d, at least 0; ``float("inf")`` for none.
+        warmup: iterations of plain BatchNorm first.
+        r_ramp: iterations in which the bound of r grows to ``r_max``.
+        d_ramp: iterations in which the bound of d grows to ``d_max``.
+        track_running_stats: must stay True.
+        device: where parameters and buffers live.
+        dtype: their dtype.
+
+    Shape:
+        (N, C, H, W) to the same.
+
+    Raises:
+        LayerError: bounds or schedule out of range, no running statistics, or an input with
+            another number of axes or channels.
+
+    Example:
+        >>> layer = BatchRenorm2d(4, r_max=float("inf"), d_max=float("inf"), momentum=0.0)
+        >>> x = torch.randn(2, 4, 3, 3)
+        >>> torch.allclose(layer(x), layer.eval()(x), atol=1e-5)
+        True
+
+    Reference:
+        Ioffe, "Batch Renormalization", arXiv 1702.03275, algorithm 1.
+    """
+
+    _ranks = (4,)
+
+
+class BatchRenorm3d(_BatchRenorm):
+    """Batch Renormalization of (N, C, D, H, W); see :class:`BatchRenorm2d`.
+
+    Example:
+        >>> BatchRenorm3d(4)(torch.randn(1, 4, 2, 3, 3)).shape
+        torch.Size([1, 4, 2, 3, 3])
+    """
+
+    _ranks = (5,)

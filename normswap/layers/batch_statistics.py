@@ -1,0 +1,233 @@
+"""What the layers that train on batch statistics share.
+
+The moments of a batch, the update of running statistics, and the way to tell a forward that
+gradient checkpointing repeats from one that is new. Nothing here knows a normaliser's formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normswap.errors import LayerError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_REMEMBERED = 16
+_SAME_BATCH = 1e-2
+
+
+def in_eager(function: _Function) -> _Function:
+    """Decorator: ``torch.compile`` leaves this function alone."""
+    left_alone: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return left_alone
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are computed in float32 at least: squares above 256² overflow float16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """View a (C,) vector so that it broadcasts over the channel axis of ``x``."""
+    return vector.reshape(1, -1, *([1] * (x.dim() - 2)))
+
+
+def reduced_axes(x: Tensor) -> list[int]:
+    """Every axis but the channels'."""
+    return [0, *range(2, x.dim())]
+
+
+def centred_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance, and ``x`` minus its mean; per channel, in the statistics' dtype.
+
+    Two passes: torch's own single-pass CPU kernel for contiguous batches is five times slower, and
+    ``E[x²] − μ²`` cancels.
+    """
+    x = x.detach().to(statistics_dtype(x.dtype))
+    mean = x.mean(reduced_axes(x))
+    centred = x - per_channel(mean, x)
+    variance = (centred * centred).mean(reduced_axes(x))
+    return mean, variance, centred
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, in the statistics' dtype."""
+    if _has_fast_kernel(x):
+        return torch.batch_norm_update_stats(x.detach(), None, None, 0.0)
+    x = x.detach().to(statistics_dtype(x.dtype))
+    mean = x.mean(reduced_axes(x))
+    # squared in place: one temporary of the size of the batch, not two
+    variance = (x - per_channel(mean, x)).square_().mean(reduced_axes(x))
+    return mean, variance
+
+
+def _has_fast_kernel(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # inductor fuses the plain form
+    if x.is_cuda:
+        return True
+    full_precision = x.dtype in (torch.float32, torch.float64)
+    return x.device.type == "cpu" and full_precision and x.dim() == 4 and _is_channels_last(x)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def keep_finite(new: Tensor, old: Tensor, *evidence: Tensor) -> Tensor:
+    """``new`` where all ``evidence`` is finite, else ``old``: a NaN batch must not stay."""
+    finite = torch.isfinite(evidence[0])
+    for more in evidence[1:]:
+        finite = finite & torch.isfinite(more)
+    return torch.where(finite, new, old)
+
+
+def is_recomputation() -> bool:
+    """Whether this forward runs inside a backward, as checkpointing's second forward does."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _may_be_repeated() -> bool:
+    """A checkpointed forward runs under no_grad (reentrant) or under saved-tensor hooks."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return not torch.is_grad_enabled() or hooks is not None
+
+
+class RecentBatches:
+    """The constants of the last forwards, found again by the batch's mean.
+
+    A checkpointed segment runs twice. The second run must use the constants of the first, although
+    the running statistics have moved on; it sees the same batch, so the batch's mean is the key.
+    Per-channel vectors only; never part of a state dict, a copy or a pickle.
+    """
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[Tensor, tuple[Tensor, ...]]] = deque(maxlen=_REMEMBERED)
+
+    def remember(self, mean: Tensor, constants: tuple[Tensor, ...]) -> None:
+        """Keep the constants of one forward, if a checkpoint may run it again."""
+        if _may_be_repeated() and not is_recomputation():
+            self._entries.append((mean, constants))
+
+    def recall(self, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, ...] | None:
+        """The constants of the forward that saw this batch, or None."""
+        best, constants = _SAME_BATCH, None
+        deviation = torch.sqrt(variance + eps)
+        for seen, candidate in self._entries:
+            if seen.shape != mean.shape or seen.device != mean.device:
+                continue
+            distance = float(((seen - mean).abs() / deviation).max())
+            if distance < best:
+                best, constants = distance, candidate
+        return constants
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecentBatches:
+        return RecentBatches()
+
+    def __reduce__(self) -> tuple[type[RecentBatches], tuple[()]]:
+        return (RecentBatches, ())
+
+
+class TracksBatches(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose training form a subclass defines; eval is BatchNorm's own, to the bit.
+
+    Subclasses define ``_train``. Buffers, keys, ``repr`` and dtype handling are BatchNorm's.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if not track_running_stats:
+            raise LayerError(
+                type(self).__name__,
+                got="track_running_stats=False",
+                need="running statistics, which its definition uses",
+                hint="GroupNorm or FilterResponseNorm, which keep none",
+            )
+        super().__init__(
+            num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype
+        )
+        self._recent = RecentBatches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``."""
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        if self.training and x.numel() > 0:
+            return self._train(x)
+        # an empty batch says nothing about the statistics; its output only has to have a graph
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+    def _train(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return str(super().extra_repr())  # type: ignore[no-untyped-call]
+
+    def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None  # refused in __init__
+        assert self.running_var is not None
+        return self.running_mean.to(dtype), self.running_var.to(dtype)
+
+    def _store_running(self, mean: Tensor, variance: Tensor, *evidence: Tensor) -> None:
+        old_mean, old_variance = self._running(mean.dtype)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.copy_(keep_finite(mean, old_mean, *evidence))
+        self.running_var.copy_(keep_finite(variance, old_variance, *evidence))
+
+    def _count_batch(self) -> float | Tensor:
+        """Count one batch and return the weight its statistics get in the running ones."""
+        counter = self.num_batches_tracked
+        if counter is not None:
+            counter.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 if counter is None else counter.to(torch.float32).reciprocal()
+
+
+def check_rank(layer: nn.Module, x: Tensor, ranks: tuple[int, ...]) -> None:
+    """Raise unless ``x`` has one of the ``ranks`` that the layer is made for."""
+    if x.dim() not in ranks:
+        raise LayerError(
+            type(layer).__name__,
+            got=f"an input of shape {tuple(x.shape)}",
+            need=" or ".join(f"{rank} axes" for rank in ranks),
+            hint=f"the {max(x.dim() - 2, 1)}d class of this layer",
+        )
+    channels = getattr(layer, "num_features", None)
+    if x.shape[1] != channels:
+        raise LayerError(
+            type(layer).__name__,
+            got=f"{x.shape[1]} channels",
+            need=f"{channels}, the layer's num_features",
+            hint=f"num_features={x.shape[1]}",
+        )
+
+
+def check_positive(layer: nn.Module, **values: float) -> None:
+    """Raise unless every value is a positive number."""
+    for name, value in values.items():
+        if not value > 0 or math.isnan(value):
+            raise LayerError(
+                type(layer).__name__, got=f"{name}={value}", need="more than 0", hint=f"{name}=1"
+            )

@@ -1,0 +1,111 @@
+"""Normalisers that carry the dropout and the activation that follow them.
+
+timm's ``BatchNormAct2d`` is three layers in one module, ``act(drop(norm(x)))``, with ``drop`` and
+``act`` as children. Whatever replaces it must carry both, under the same names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap.errors import LayerError
+from normswap.layers.batch_renorm import BatchRenorm2d
+from normswap.layers.cross_iteration_batch_norm import CrossIterationBatchNorm2d
+from normswap.layers.filter_response_norm import FilterResponseNorm2d
+from normswap.layers.frozen_batch_norm import FrozenBatchNorm2d
+
+
+class _Act(nn.Module):
+    """Mixin, left of a normaliser: ``act(drop(norm(x)))``."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def __init__(
+        self,
+        *args: Any,
+        drop: nn.Module | None = None,
+        act: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise, drop, activate."""
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+class GroupNormAct(_Act, nn.GroupNorm):
+    """``act(drop(GroupNorm(x)))``; keywords ``drop`` and ``act``, identity if absent."""
+
+
+class InstanceNormAct2d(_Act, nn.InstanceNorm2d):
+    """``act(drop(InstanceNorm2d(x)))``; see :class:`GroupNormAct`."""
+
+
+class FilterResponseNormAct2d(_Act, FilterResponseNorm2d):
+    """``act(drop(FilterResponseNorm2d(x)))``; see :class:`GroupNormAct`."""
+
+
+class BatchRenormAct2d(_Act, BatchRenorm2d):
+    """``act(drop(BatchRenorm2d(x)))``; see :class:`GroupNormAct`."""
+
+
+class CrossIterationBatchNormAct2d(_Act, CrossIterationBatchNorm2d):
+    """``act(drop(CrossIterationBatchNorm2d(x)))``; see :class:`GroupNormAct`."""
+
+
+class FrozenBatchNormAct2d(_Act, FrozenBatchNorm2d):
+    """``act(drop(FrozenBatchNorm2d(x)))``; see :class:`GroupNormAct`."""
+
+
+fused_classes: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: GroupNormAct,
+    nn.InstanceNorm2d: InstanceNormAct2d,
+    FilterResponseNorm2d: FilterResponseNormAct2d,
+    BatchRenorm2d: BatchRenormAct2d,
+    CrossIterationBatchNorm2d: CrossIterationBatchNormAct2d,
+    FrozenBatchNorm2d: FrozenBatchNormAct2d,
+}
+"""Which class a normaliser turns into when it takes over a dropout and an activation."""
+
+
+def fuse(norm: nn.Module, drop: nn.Module, act: nn.Module) -> nn.Module:
+    """Make ``norm`` carry ``drop`` and ``act``, in place; its own state-dict keys stay.
+
+    Args:
+        norm: an instance of one of the keys of ``fused_classes``.
+        drop: what runs after it.
+        act: what runs after that.
+
+    Returns:
+        ``norm`` itself.
+
+    Raises:
+        LayerError: no fused class for this normaliser.
+
+    Example:
+        >>> import torch
+        >>> norm = nn.GroupNorm(1, 4)
+        >>> fuse(norm, nn.Identity(), nn.ReLU()) is norm
+        True
+        >>> norm(torch.randn(2, 4, 3, 3)).min().item()
+        0.0
+    """
+    fused = fused_classes.get(type(norm))
+    if fused is None:
+        raise LayerError(
+            "fuse",
+            got=f"a {type(norm).__name__}",
+            need="one of " + ", ".join(kind.__name__ for kind in fused_classes),
+            hint="nn.Sequential(norm, drop, act)",
+        )
+    norm.__class__ = fused
+    norm.add_module("drop", drop)
+    norm.add_module("act", act)
+    return norm

@@ -1,0 +1,347 @@
+"""The layers whose output CBN can follow from one iteration to the next, and their calculus.
+
+A producer is a linear map of patches: ``y = ⟨w, patch⟩ + b``. This room knows, for each kind of
+convolution, its mean input patch (``∂mean(y)/∂w``) and its weight gradient, and the hook that
+hands a producer's input to the normaliser behind it. It knows nothing of normalisers.
+
+Shapes: G groups, C channels, F the weights of one channel. Weights are looked at as (G, C/G, F).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from normswap.layers.batch_statistics import in_eager, is_recomputation
+
+Pad = Callable[[Tensor], Tensor]
+"""Pads a producer's input by hand, where the module does so in its forward."""
+
+_PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def producer_problem(module: nn.Module) -> str | None:
+    """Say why CBN cannot follow ``module``, or None if it can.
+
+    Args:
+        module: the module that makes a BN's input.
+
+    Returns:
+        A reason that fits behind "because", or None.
+
+    Example:
+        >>> producer_problem(nn.Conv2d(3, 8, 3)) is None
+        True
+        >>> producer_problem(nn.MaxPool2d(2))
+        'MaxPool2d is no convolution and no linear layer'
+    """
+    kind = type(module).__name__
+    if not isinstance(module, _PLAIN):
+        return f"{kind} is no convolution and no linear layer"
+    if parametrize.is_parametrized(module):
+        return f"{kind} computes its weight from other parameters"
+    if isinstance(module.weight, UninitializedParameter):
+        return f"{kind} has no weight before its first forward"
+    if not _runs_torch_forward(module) and not _pads_like_tensorflow(module):
+        return f"{kind} overrides the forward of its base class"
+    return None
+
+
+def _runs_torch_forward(module: nn.Module) -> bool:
+    base = next(kind for kind in _PLAIN if isinstance(module, kind))
+    methods = ("forward", "_conv_forward")
+    same_class = all(getattr(type(module), m, None) is getattr(base, m, None) for m in methods)
+    return same_class and not any(m in vars(module) for m in methods)
+
+
+def _pads_like_tensorflow(module: nn.Module) -> bool:
+    """Whether it is timm's Conv2dSame: zero padding computed per input, TensorFlow's way."""
+    kind = type(module)
+    return kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
+
+
+class Call(NamedTuple):
+    """One call of a producer.
+
+    Attributes:
+        input: what it was given, detached.
+        shape: the shape of what it returned.
+    """
+
+    input: Tensor
+    shape: torch.Size
+
+
+class ProducerLink:
+    """The hook on a producer that keeps the input of its last calls until the normaliser asks.
+
+    A plain object, neither module nor closure: the normaliser can hold it without owning the
+    producer's parameters, and a deep copy or pickle of the model carries it along, pointing at the
+    copies. It keeps the input of the last call, and of earlier calls whose output is still alive;
+    what the normaliser has taken is forgotten, and eval keeps nothing.
+    """
+
+    def __init__(self, producer: nn.Module, normaliser: nn.Module, pad: Pad | None) -> None:
+        self.producer = producer
+        self.normaliser = normaliser
+        self.pad = pad
+        self._inbox: list[tuple[weakref.ref[Tensor], Call]] = []
+        self._handle = producer.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        """Note one call of the producer."""
+        if not self.normaliser.training:
+            self._inbox.clear()
+        elif not is_recomputation():
+            self._record(args[0] if args else kwargs["input"], output)
+
+    @in_eager
+    def _record(self, x: Tensor, output: Tensor) -> None:
+        self._inbox[:] = [entry for entry in self._inbox if entry[0]() is not None]
+        self._inbox.append((weakref.ref(output), Call(x.detach(), output.shape)))
+
+    @in_eager
+    def take(self, output: Tensor) -> Call | None:
+        """The call that gave ``output``, which may be a view or copy of its result; forgets it."""
+        made_here = [e for e in self._inbox if _is_same_memory(e[0](), output)]
+        same_size = [e for e in self._inbox if math.prod(e[1].shape) == output.numel()]
+        for entry in (*made_here[-1:], *same_size[-1:]):
+            self._inbox[:] = [e for e in self._inbox if e is not entry and e[0]() is not None]
+            return entry[1]
+        return None
+
+    def remove(self) -> None:
+        """Take the hook off the producer."""
+        self._handle.remove()
+        self._inbox.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inbox": []}
+
+
+def _is_same_memory(made: Tensor | None, output: Tensor) -> bool:
+    if made is None or made is output:
+        return made is output
+    return made.data_ptr() == output.data_ptr() != 0
+
+
+def groups_of(producer: nn.Module) -> int:
+    """Number of groups; 1 for a linear layer."""
+    return int(getattr(producer, "groups", 1))
+
+
+def fold_weight(producer: nn.Module, weights: Tensor) -> Tensor:
+    """View weights (*, weight's shape) as (*, G, C/G, F).
+
+    The order within F follows the weight's memory, so that no copy is made for channels_last.
+    """
+    leading = weights.dim() - _weight_of(producer).dim()
+    head = weights.shape[:leading]
+    groups = groups_of(producer)
+    if isinstance(producer, _ConvTransposeNd):
+        inputs, outputs = weights.shape[leading : leading + 2]
+        by_group = weights.reshape(*head, groups, inputs // groups, outputs, -1)
+        return by_group.transpose(-3, -2).reshape(*head, groups, outputs, -1)
+    outputs = weights.shape[leading]
+    if _taps_first(producer):
+        weights = weights.movedim(leading + 1, -1)
+    return weights.reshape(*head, groups, outputs // groups, -1)
+
+
+def _taps_first(producer: nn.Module) -> bool:
+    weight = _weight_of(producer)
+    return (
+        isinstance(producer, _ConvNd)
+        and weight.dim() in (4, 5)
+        and not weight.is_contiguous()
+        and weight.movedim(1, -1).is_contiguous()
+    )
+
+
+def _weight_of(producer: nn.Module) -> Tensor:
+    weight = producer.weight
+    assert isinstance(weight, Tensor)  # producer_problem looked at it
+    return weight
+
+
+def mean_patch(producer: nn.Module, call: Call, pad: Pad | None) -> Tensor:
+    """``∂mean(y)/∂w``, the same for every channel of a group: (G, F), ordered like the weight.
+
+    Which input rows a kernel tap meets does not depend on the columns, so the mean over positions
+    is one small matrix per axis.
+
+    Args:
+        producer: the convolution or linear layer.
+        call: its call, the input in the statistics' dtype.
+        pad: how the input is padded by hand, or None.
+    """
+    if isinstance(producer, nn.Linear):
+        return call.input.reshape(-1, call.input.shape[-1]).mean(0, keepdim=True)
+    assert isinstance(producer, _ConvNd)  # producer_problem looked at it
+    x, padding, mode = _pad_by_hand(producer, call.input, pad)
+    spatial = tuple(call.shape[2:])
+    positions = x.shape[0] * math.prod(spatial)
+    sums = _sum_over_positions(producer, x, spatial, padding, mode) / positions
+    sums = sums.reshape(groups_of(producer), -1, *sums.shape[1:])
+    if _taps_first(producer):
+        sums = sums.movedim(1, -1)
+    return sums.reshape(groups_of(producer), -1)
+
+
+def _sum_over_positions(
+    producer: _ConvNd,
+    x: Tensor,
+    spatial: tuple[int, ...],
+    padding: list[tuple[int, int]],
+    mode: str,
+) -> Tensor:
+    """(C_in, taps …): for each tap, the sum of the inputs that it meets."""
+    plain = all(k == s == 1 for k, s in zip(producer.kernel_size, producer.stride, strict=True))
+    if plain and not any(before or after for before, after in padding):
+        return x.sum([0, *range(2, x.dim())]).reshape(-1, *([1] * len(spatial)))
+    total = x.sum(0)
+    for axis, out in enumerate(spatial):
+        # tensordot takes the first axis away and puts the taps at the end: the order stays
+        touches = _touches(
+            total.shape[1],
+            out,
+            producer.kernel_size[axis],
+            producer.stride[axis],
+            producer.dilation[axis],
+            padding[axis],
+            mode,
+            producer.transposed,
+            total.device,
+        ).to(total.dtype)
+        total = torch.tensordot(total, touches, dims=([1], [1]))
+    return total
+
+
+@lru_cache(maxsize=512)
+def _touches(
+    size: int,
+    out: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, int],
+    mode: str,
+    transposed: bool,
+    device: torch.device,
+) -> Tensor:
+    """(kernel, size): how often each tap meets each input position along one axis."""
+    before, after = padding
+    rows = [[0.0] * size for _ in range(kernel)]
+    if transposed:
+        for tap in range(kernel):
+            for position in range(size):
+                rows[tap][position] = float(0 <= position * stride + tap * dilation - before < out)
+    else:
+        source = _padded_positions(size, before, after, mode)
+        for tap in range(kernel):
+            for step in range(out):
+                shown = source[step * stride + tap * dilation]
+                if shown is not None:
+                    rows[tap][shown] += 1.0
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").to(device)
+
+
+def _padded_positions(size: int, before: int, after: int, mode: str) -> list[int | None]:
+    """Which input position each position of the padded axis shows; None for a zero."""
+    positions = range(-before, size + after)
+    if mode == "circular":
+        return [p % size for p in positions]
+    if mode == "replicate":
+        return [min(max(p, 0), size - 1) for p in positions]
+    if mode == "reflect":
+        return [-p if p < 0 else 2 * (size - 1) - p if p >= size else p for p in positions]
+    return [p if 0 <= p < size else None for p in positions]
+
+
+def _pad_by_hand(
+    producer: _ConvNd, x: Tensor, pad: Pad | None
+) -> tuple[Tensor, list[tuple[int, int]], str]:
+    """The input, the padding left to do as (before, after) per axis, and its mode."""
+    if pad is not None:
+        return pad(x), [(0, 0)] * len(producer.kernel_size), "zeros"
+    if _pads_like_tensorflow(producer):
+        sizes = x.shape[2:]
+        return x, [_same(producer, axis, size) for axis, size in enumerate(sizes)], "zeros"
+    if isinstance(producer.padding, str) or producer.padding_mode != "zeros":
+        twice = producer._reversed_padding_repeated_twice
+        pairs = [(twice[i], twice[i + 1]) for i in range(0, len(twice), 2)]
+        return x, pairs[::-1], producer.padding_mode
+    return x, [(int(p), int(p)) for p in producer.padding], "zeros"
+
+
+def _same(producer: _ConvNd, axis: int, size: int) -> tuple[int, int]:
+    stride, reach = (
+        producer.stride[axis],
+        producer.dilation[axis] * (producer.kernel_size[axis] - 1),
+    )
+    total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def weight_gradient(producer: nn.Module, call: Call, grad: Tensor, pad: Pad | None) -> Tensor:
+    """``Σ grad·∂y/∂w`` over batch and positions, in the weight's shape.
+
+    Args:
+        producer: the convolution or linear layer.
+        call: its call, the input in the statistics' dtype.
+        grad: upstream, with channels on axis 1: of the output's shape, or of a view of it.
+        pad: how the input is padded by hand, or None.
+    """
+    weight = _weight_of(producer).detach()
+    x = call.input
+    if isinstance(producer, nn.Linear):
+        return _as_rows(grad).t() @ x.reshape(-1, x.shape[-1])
+    assert isinstance(producer, _ConvNd)  # producer_problem looked at it
+    if grad.shape != call.shape:
+        sizes = (call.shape[0], *call.shape[2:], call.shape[1])
+        grad = _as_rows(grad).reshape(sizes).movedim(-1, 1)
+    x, padding, mode = _pad_by_hand(producer, x, pad)
+    if mode != "zeros" or any(before != after for before, after in padding):
+        amounts = [amount for pair in padding[::-1] for amount in pair]
+        x = F.pad(x, amounts, "constant" if mode == "zeros" else mode)
+        padding = [(0, 0)] * len(padding)
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight.to(x.dtype),
+        None,
+        list(producer.stride),
+        [before for before, _ in padding],
+        list(producer.dilation),
+        producer.transposed,
+        list(producer.output_padding),
+        producer.groups,
+        [False, True, False],
+    )[1]
+    return gradient
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(N, C, *) as (N·*, C)."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
