@@ -25,22 +25,21 @@ def norm_state(model: nn.Module) -> dict[str, Any]:
         name: {key: getattr(module, key) for key in _PAPER_SCHEDULE}
         for name, module in _renorms(model)
     }
-    return {"schedules": schedules, "layers": _gather(model)}
+    return {"schedules": schedules, "layers": layers.training_state(model)}
 
 
 def load_norm_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Put back what ``norm_state`` gave."""
     for name, module in _renorms(model):
         module.set_schedule(**state["schedules"][name])
-    if hasattr(layers, "load_training_state"):
-        layers.load_training_state(model, state["layers"])
+    layers.load_training_state(model, state["layers"])
 
 
 def scale_schedules(model: nn.Module, iterations: int) -> None:
     """Fit the schedules of BRN and CBN into a run.
 
     BRN with running statistics and no schedule starts open: its statistics are already good. BRN
-    that has never seen a batch gets the paper's schedule in proportion (plain BN for 4 % of the
+    with fresh running statistics gets the paper's schedule in proportion (plain BN for 4 % of the
     run, r open at 31 %, d at 19 %). Any other schedule of BRN, and CBN's burn-in, keeps its
     iterations unless it would take more than 30 % of the run; then it is shortened to that.
 
@@ -64,12 +63,17 @@ def scale_schedules(model: nn.Module, iterations: int) -> None:
 def _schedule(module: Any, iterations: int) -> dict[str, int]:
     own = {key: int(getattr(module, key)) for key in _PAPER_SCHEDULE}
     length = own["warmup"] + max(own["r_ramp"], own["d_ramp"])
-    if length == 0 and int(module.num_batches_tracked) == 0:
+    if length == 0 and _is_fresh(module):
         return {k: round(v * iterations / _PAPER_RUN) for k, v in _PAPER_SCHEDULE.items()}
     longest = _LONGEST * iterations
     if length <= longest:
         return own
     return {key: int(value * longest / length) for key, value in own.items()}
+
+
+def _is_fresh(module: Any) -> bool:
+    # not num_batches_tracked: weights that came from another framework leave it at 0
+    return not module.running_mean.any() and bool((module.running_var == 1).all())
 
 
 def _renorms(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -112,7 +116,3 @@ def notes_on_norms(model: nn.Module, world: int) -> list[str]:
     if any("CrossIteration" in kind for kind in kinds):
         notes.append("CBN: the window of past batches is each process's own and is not shared")
     return notes
-
-
-def _gather(model: nn.Module) -> Any:
-    return layers.training_state(model) if hasattr(layers, "training_state") else {}

@@ -1,0 +1,277 @@
+"""A run that was broken off and resumed is the run that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import training_runs
+from torch.utils.data import DataLoader
+from training_runs import HARD, Augmented, Net, hard_run, samples, weights
+
+from normswap.errors import TrainingError
+from normswap.training import FineTune, TrainingInterrupted, finetune, read_metrics
+from normswap.training.checkpoints import read_checkpoint, write_checkpoint
+
+KILLS = int(os.environ.get("NORMSWAP_KILLS", "2"))  # 20 shows more and takes minutes
+HEAVY = [
+    "accelerate",
+    "timm.optim",
+    "timm.scheduler",
+    "timm.utils",
+    "timm.data",
+    "matplotlib.figure",
+]
+NORMS = ("gn", "frn", "brn", "cbn")
+QUIET = {"tensorboard": False}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def progress(now):
+        if now.step == step:
+            raise Stop
+
+    return progress
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    found = {}
+
+    def run(norm):
+        if norm not in found:
+            out = tmp_path_factory.mktemp(norm)
+            model, history = hard_run(norm, out)
+            found[norm] = (weights(model), history, read_metrics(out))
+        return found[norm]
+
+    return run
+
+
+@pytest.mark.parametrize("norm", ["bn", *NORMS])
+@pytest.mark.parametrize("step", [4, 7])
+def test_resumed_run_is_bit_equal_to_the_unbroken_one(norm, step, unbroken, tmp_path):
+    expected, history, _ = unbroken(norm)
+    with pytest.raises(Stop):  # the progress call comes before the checkpoint of its step
+        hard_run(norm, tmp_path, progress=stop_at(step))
+    assert read_checkpoint(tmp_path / "last.pt")["place"]["step"] == step - 1
+    torch.manual_seed(99)  # nothing may depend on the process that resumes
+    model, resumed = hard_run(norm, tmp_path)
+    assert same(expected, weights(model))
+    assert resumed.resumed_from == step - 1
+    assert [e.val_loss for e in resumed.epochs] == [e.val_loss for e in history.epochs]
+    assert [e.train_loss for e in resumed.epochs] == [e.train_loss for e in history.epochs]
+
+
+def lines(path):
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_killed_runs_end_with_the_weights_of_the_unbroken_one(norm, unbroken, tmp_path):
+    expected = unbroken(norm)[0]
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["training_runs", *HEAVY])
+    chance = random.Random(norm)
+    for number in range(KILLS):
+        out, result = tmp_path / f"run{number}", tmp_path / f"weights{number}.pt"
+        arguments = (norm, out, result)
+        process = processes.Process(target=training_runs.child_run, args=arguments)
+        process.start()
+        wanted = chance.randint(1, 13)  # of 18 updates
+        while lines(out / "metrics.jsonl") < wanted and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was over too soon"
+        process = processes.Process(target=training_runs.child_run, args=arguments)
+        process.start()
+        process.join()
+        assert same(expected, torch.load(result, weights_only=True)), f"kill {number}"
+
+
+def test_resume_cuts_metrics_back_to_the_checkpoint(unbroken, tmp_path):
+    with pytest.raises(Stop):
+        hard_run("gn", tmp_path, progress=stop_at(7))
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:  # written after the last checkpoint, and half a line
+        file.write(json.dumps({"kind": "step", "step": 8}) + "\n" + '{"kind": "st')
+    hard_run("gn", tmp_path)
+    keys = ("kind", "step", "epoch", "loss", "train_loss", "val_loss", "learning_rate")
+    expected = [[row.get(k) for k in keys] for row in unbroken("gn")[2]]
+    assert [[row.get(k) for k in keys] for row in read_metrics(tmp_path)] == expected
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signal_finishes_the_step_saves_and_leaves(name, unbroken, tmp_path):
+    def progress(now):
+        if now.step == 5:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(TrainingInterrupted, match=f"got {name} at step 5; need 18") as caught:
+        hard_run("cbn", tmp_path, progress=progress)
+    assert caught.value.history.interrupted == name
+    assert caught.value.history.steps == 5
+    assert signal.getsignal(getattr(signal, name)) is before
+    model, _ = hard_run("cbn", tmp_path)
+    assert same(unbroken("cbn")[0], weights(model))
+
+
+def test_second_interrupt_leaves_at_once(tmp_path):
+    def progress(_now):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        hard_run("gn", tmp_path, progress=progress)
+
+
+def test_runs_outside_the_main_thread(tmp_path):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(hard_run("gn", tmp_path)))
+    thread.start()
+    thread.join()
+    assert done[0][1].steps == 18
+
+
+def test_finished_run_is_loaded_and_left_alone(unbroken, tmp_path, caplog):
+    hard_run("brn", tmp_path)
+    stamp = (tmp_path / "last.pt").stat().st_mtime_ns
+    caplog.set_level("INFO", "normswap")
+    model, history = hard_run("brn", tmp_path)
+    assert "had finished" in caplog.text
+    assert (tmp_path / "last.pt").stat().st_mtime_ns == stamp
+    assert same(unbroken("brn")[0], weights(model))
+    assert len(history.epochs) == 3
+
+
+def test_resume_with_other_options_names_them(tmp_path):
+    with pytest.raises(Stop):
+        hard_run("gn", tmp_path, progress=stop_at(3))
+    changed = dataclasses.replace(HARD, learning_rate=0.1, workers=1)
+    with pytest.raises(TrainingError, match=r"learning_rate=0.1 \(was 0.05\)") as caught:
+        finetune(Net("gn"), Augmented(23), samples(9, seed=1), changed, out=tmp_path, resume=True)
+    assert "workers" not in str(caught.value)
+    with pytest.raises(TrainingError, match=r"samples=22 \(was 23\)"):
+        finetune(Net("gn"), Augmented(22), samples(9, seed=1), HARD, out=tmp_path, resume=True)
+    with pytest.raises(TrainingError, match=r"a model that differs.*norm1"):
+        finetune(Net("bn"), Augmented(23), samples(9, seed=1), HARD, out=tmp_path, resume=True)
+
+
+def test_fresh_start_does_not_overwrite_an_earlier_run(tmp_path):
+    with pytest.raises(Stop):
+        hard_run("gn", tmp_path, progress=stop_at(3))
+    with pytest.raises(TrainingError, match="checkpoint of an earlier run.*resume=True"):
+        hard_run("gn", tmp_path, resume=False)
+    with pytest.raises(TrainingError, match="no output folder"):
+        hard_run("gn", None, resume=True)
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    with pytest.raises(Stop):
+        hard_run("gn", tmp_path, progress=stop_at(3))
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TrainingError, match=r"last\.pt: got .*; need a training checkpoint"):
+        hard_run("gn", tmp_path)
+    torch.save({"format": 99}, tmp_path / "last.pt")
+    with pytest.raises(TrainingError, match="got format 99"):
+        hard_run("gn", tmp_path)
+
+
+def test_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, {"format": 1, "place": 1})
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"No space left.*freeing disk space"):
+        write_checkpoint(path, {"format": 1, "place": 2})
+    assert read_checkpoint(path)["place"] == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")  # noqa: PTH110
+def test_full_disk_in_the_middle_of_a_write(tmp_path):
+    (tmp_path / "last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match="need room for the checkpoint"):
+        write_checkpoint(tmp_path / "last.pt", {"format": 1, "tensor": torch.zeros(1000)})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_resume_with_the_callers_own_loader(workers, own_generator, tmp_path):
+    def run(out, progress=None):
+        generator = torch.Generator().manual_seed(5) if own_generator else None
+        loader = DataLoader(
+            Augmented(21), batch_size=4, shuffle=True, num_workers=workers, generator=generator
+        )
+        model = Net("cbn", dropout=0.2)
+        options = FineTune(epochs=2, checkpoint_every=0, **QUIET)
+        finetune(model, loader, options=options, out=out, resume=True, progress=progress)
+        return weights(model)
+
+    expected = run(tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", stop_at(8))
+    torch.manual_seed(3)
+    assert same(expected, run(tmp_path / "broken"))
+
+
+def test_number_of_workers_changes_nothing(tmp_path):
+    def run(workers):
+        model = Net("bn", dropout=0.2)
+        options = FineTune(batch_size=3, epochs=1, workers=workers, **QUIET)
+        finetune(model, Augmented(11), options=options)
+        return weights(model)
+
+    assert same(run(0), run(2))
+
+
+def test_best_weights_survive_a_resume(tmp_path):
+    def run(out, progress=None):
+        model = Net("gn")
+        options = FineTune(
+            epochs=4, learning_rate=0.3, keep="best", checkpoint_every=0, batch_size=4, **QUIET
+        )
+        history = finetune(
+            model,
+            samples(24),
+            samples(9, 1),
+            options,
+            out=out,
+            resume=True,
+            progress=progress,
+        )
+        return weights(model), history
+
+    expected, history = run(tmp_path / "whole")
+    assert history.kept == "best"
+    assert history.best.val_top1 == max(e.val_top1 for e in history.epochs)
+    assert history.best.epoch < 4  # else the last weights would pass for the best
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", stop_at(23))
+    assert same(expected, run(tmp_path / "broken")[0])
+    assert same(expected, read_checkpoint(tmp_path / "whole" / "best.pt")["model"])
