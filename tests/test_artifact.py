@@ -64,6 +64,15 @@ def test_round_trip_is_bit_identical_and_keeps_the_record(source, saved):
     assert torch.equal(loaded.example_inputs(2), inputs)
 
 
+def test_the_same_bits_where_kernels_depend_on_alignment(tmp_path):
+    source = artifact.load_model("timm/resnet18", pretrained=False, num_classes=5)
+    loaded = artifact.load(artifact.save(source.model, tmp_path / "out"))
+    inputs = source.example_inputs(1)
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs), source.model(inputs))
+    assert {parameter.data_ptr() % 64 for parameter in loaded.parameters()} == {0}
+
+
 def test_the_same_bits_in_a_fresh_process(source, saved, tmp_path):
     inputs = source.example_inputs(1)
     torch.save(inputs, tmp_path / "x.pt")

@@ -105,6 +105,22 @@ def test_transform_is_that_of_torchvisions_weights(name):
     assert torch.allclose(data.transform(source.preprocessing)(image), wanted, atol=1e-6)
 
 
+def test_every_preset_of_torchvision_gets_its_resize_back():
+    import math
+
+    from torchvision import models
+
+    for name in models.list_models():
+        for weights in models.get_model_weights(name):
+            preset = weights.transforms()
+            crop = getattr(preset, "crop_size", None)
+            if crop:  # timm resizes to floor(crop / crop_pct)
+                assert (
+                    math.floor(crop[0] / (crop[0] / preset.resize_size[0]))
+                    == (preset.resize_size[0])
+                )
+
+
 def test_transform_can_be_sent_to_workers():
     make = pickle.loads(pickle.dumps(data.transform(SMALL, train=True)))
     assert make(Image.new("RGB", (40, 30))).shape == (3, 16, 16)

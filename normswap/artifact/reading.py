@@ -124,7 +124,9 @@ def _read_weights(document: Document) -> dict[str, Tensor]:
                 need=f"SHA-256 {expected[:16]}…, as {RECORD} says",
                 hint="copying the artefact again: the file has been edited or damaged",
             )
-        state = load_file(path)
+        # copies, because tensors in a mapped file lie at odd addresses, where CPU kernels round
+        # differently
+        state = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(
             str(path), got=str(error), need="the saved weights", hint="copying the artefact again"

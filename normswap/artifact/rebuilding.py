@@ -76,7 +76,8 @@ def swapped_again(where: str, model: nn.Module, plans: Sequence[Mapping[str, Any
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], document: Document) -> None:
     """Give every tensor of the model its saved value, type and memory layout; ties stay ties."""
-    own = {name: value for name, value in _tensors(model).items() if name in model.state_dict()}
+    saved = set(model.state_dict())
+    own = {name: value for name, value in _tensors(model).items() if name in saved}
     check_agreement(str(document.folder), own, state)
     channels_last = set(document.strings("channels_last"))
     for name, tensor in own.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -176,11 +175,5 @@ def _torchvision_preprocessing(name: str, weights: Any, task: str) -> Preprocess
         tuple(preset.mean),
         tuple(preset.std),
         preset.interpolation.value,
-        _crop_share(height, resize[0]),
+        height / resize[0],
     )
-
-
-def _crop_share(crop: int, resize: int) -> float:
-    share = crop / resize
-    # timm goes back from the share with floor(crop / share), which must not fall short by one
-    return share if math.floor(crop / share) == resize else math.nextafter(share, 0.0)
