@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -165,7 +164,7 @@ def take_over(norm: nn.Module, new: nn.Module, *, act: nn.Module | None = None) 
         act: what stands in the place of a fused activation; None keeps the activation itself.
     """
     parts = fused_parts(norm)
-    if parts is not None:
+    if parts is not None and fused_parts(new) is None:
         layers.fuse(new, parts[0], parts[1] if act is None else act)
     new.training = norm.training
     for name in _TRANSFERRED_HOOKS:
@@ -180,12 +179,6 @@ def origin_of(norm: nn.Module) -> dict[str, Any]:
     """What ``bn`` needs to restore the first BatchNorm: its momentum."""
     origin = vars(norm).get(_ORIGIN)
     return dict(origin) if origin else {"momentum": state_of(norm).momentum}
-
-
-def timm_norm_act(name: str) -> type[nn.Module] | None:
-    """A class of timm's norm-act family, if timm is loaded; only timm models need it."""
-    home = sys.modules.get("timm.layers.norm_act")
-    return getattr(home, name, None) if home is not None else None
 
 
 def has_statistics(state: BatchNormState) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,8 +87,9 @@ def _standard(norm: nn.Module, cls: type[nn.Module], fused_name: str) -> nn.Modu
     """A BatchNorm of torch's own class, or timm's if ``norm`` carries an activation."""
     state = state_of(norm)
     parts = fused_parts(norm)
-    fused = base.timm_norm_act(fused_name) if parts is not None else None
-    new = (fused or cls)(
+    if parts is not None:
+        cls = getattr(importlib.import_module("timm.layers.norm_act"), fused_name)
+    new = cls(
         state.channels,
         eps=state.eps,
         momentum=base.origin_of(norm)["momentum"],
@@ -95,9 +97,6 @@ def _standard(norm: nn.Module, cls: type[nn.Module], fused_name: str) -> nn.Modu
         track_running_stats=state.mean is not None,
         **base.factory(norm),
     )
-    base.share_tensors(norm, new)
-    if fused is None:
-        return base.take_over(norm, new)
-    assert parts is not None
-    new.drop, new.act = parts
-    return base.take_over(norm, new)
+    if parts is not None:
+        new.drop, new.act = parts
+    return base.take_over(norm, base.share_tensors(norm, new))

@@ -88,16 +88,56 @@ def match_filter_response(state: BatchNormState, eps: float | Tensor) -> Affine:
     )
 
 
+MEAN_SHARE = 0.2
+"""Share of a channel's variance that lies between samples: a typical trained network's."""
+
+POWER_SPREAD = 0.5
+"""Variance of a sample's channel variance, over its square: a typical trained network's."""
+
+TOGETHER = 0.1
+"""How much of those fluctuations the channels of a group share."""
+
+
+def _pooled(variance: Tensor, groups: int) -> Tensor:
+    """Variance of a group's mean of quantities with these variances, spread over its channels."""
+    by_group = variance.view(groups, -1)
+    apart = by_group.mean(1, keepdim=True) / by_group.shape[1]
+    joint = by_group.sqrt().mean(1, keepdim=True) ** 2
+    pooled = (1 - TOGETHER) * apart + TOGETHER * joint
+    return pooled.expand_as(by_group).reshape(-1)
+
+
 def predicted_group_drift(state: BatchNormState, groups: int) -> float:
     """Predicted relative output error of a matched GroupNorm, from the running statistics alone.
 
-    The error of a matched group grows with ``√v_g / σ_c``: a sample's group mean that is off by a
-    share of √v_g moves channel c by that share over σ_c. The root mean square over the channels,
-    weighted by what each contributes to the output.
+    A sample's group mean is off by δ and the root of its group variance by a share r. Channel c
+    then errs by ``γ_c·s_c·(r·(x_c − m_g) − δ)``. With channels that fluctuate as those of trained
+    networks do, Var δ and E r² follow from σ² and μ: they fall with the size of the group, and the
+    error grows with ``√v_g / σ_c``, a channel much quieter than its group.
     """
     bn = _population(state)
-    _, spread = group_moments(bn.mean, bn.var, groups)
-    alive = bn.var > DEAD * spread
-    share = torch.where(alive, bn.slope**2 * spread, torch.zeros_like(spread))
+    centre, spread = group_moments(bn.mean, bn.var, groups)
+    offset = (bn.mean - centre) ** 2
+    shift = _pooled(MEAN_SHARE * bn.var, groups)
+    power = POWER_SPREAD * bn.var**2 + 4 * offset * MEAN_SHARE * bn.var
+    stretch = _pooled(power, groups) / (4 * spread.clamp_min(1e-300) ** 2)
+    return _relative(bn, stretch * (bn.var + offset) + shift, bn.var > DEAD * spread)
+
+
+def predicted_filter_response_drift(state: BatchNormState) -> float:
+    """Predicted relative output error of a matched FRN, from the running statistics alone.
+
+    The root mean square of a sample's channel is off by a share r, the output by ``γ_c·s_c·r·x_c``.
+    """
+    bn = _population(state)
+    total = bn.var + bn.mean**2
+    power = POWER_SPREAD * bn.var**2 + 4 * bn.mean**2 * MEAN_SHARE * bn.var
+    stretch = power / (4 * total.clamp_min(1e-300) ** 2)
+    return _relative(bn, stretch * total, bn.var > DEAD * total)
+
+
+def _relative(bn: _Population, error: Tensor, alive: Tensor) -> float:
+    """Root mean square error over the channels' spread, each weighted by what it puts out."""
+    share = torch.where(alive, bn.slope**2 * error, torch.zeros_like(error))
     total = (bn.slope**2 * bn.var).sum().clamp_min(1e-300)
     return float((share.sum() / total).sqrt())

@@ -1,0 +1,206 @@
+"""Apply a plan to a model: all of it, or nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normswap import layers
+from normswap.errors import SwapError
+from normswap.graph import CallSite, norms, qualified_names
+from normswap.graph.walker import refuse_wrapped
+from normswap.planning import Patterns, Plan, PlanEntry, Target, plan
+from normswap.provenance import Provenance, provenance_of
+from normswap.recipes import Recipe, recipe_from_json
+from normswap.swap.journal import Journal
+from normswap.swap.optimizer import check_optimizer, move_optimizer
+from normswap.swap.references import put_at, replace_everywhere
+from normswap.swap.relu_removal import edited_class
+
+_CBN = (
+    layers.CrossIterationBatchNorm1d,
+    layers.CrossIterationBatchNorm2d,
+    layers.CrossIterationBatchNorm3d,
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` did.
+
+    Attributes:
+        model: the model, converted in place; a new object only if the root itself was a BN.
+        plan: what was decided, per site.
+        replaced: name → new module.
+        kept: name → why the BatchNorm stayed.
+    """
+
+    model: nn.Module
+    plan: Plan
+    replaced: dict[str, nn.Module]
+    kept: dict[str, str]
+
+
+def convert(
+    model: nn.Module,
+    target: Target | Plan,
+    *,
+    example_inputs: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    fallback: str | Recipe | None = None,
+    init: str = "match",
+    optimizer: Any = None,
+) -> Conversion:
+    """Replace the BatchNorm layers of a model, in place, all or nothing.
+
+    Args:
+        model: any eager module, also on the meta device.
+        target: name of a target, a recipe, a mapping from name patterns to either, or a
+            :class:`Plan` that was made before.
+        example_inputs: what the model is called with; see :func:`normswap.plan`.
+        include: patterns of the names to convert.
+        exclude: patterns of the names to leave alone.
+        fallback: what a site becomes that the target cannot take.
+        init: ``match``, ``copy`` or ``reset``; see :func:`normswap.plan`.
+        optimizer: an optimizer whose parameter groups move to the new parameters.
+
+    Returns:
+        Conversion: the model, the plan, the new modules by name, and the kept ones with reasons.
+
+    Raises:
+        PlanError: a request that cannot be satisfied; see :func:`normswap.plan`.
+        WalkError: the model cannot be run or understood.
+        SwapError: the plan does not fit the model, or ``optimizer`` is none.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert(net, "frn", example_inputs=torch.zeros(1, 3, 8, 8)).model
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): FilterResponseNorm2d(8, eps=1e-06, affine=True, learnable_eps=False, tlu=True)
+          (2): Identity()
+        )
+    """
+    if not isinstance(target, Plan):
+        target = plan(
+            model,
+            target,
+            example_inputs=example_inputs,
+            include=include,
+            exclude=exclude,
+            fallback=fallback,
+            init=init,
+        )
+    return apply_plan(model, target, optimizer=optimizer)
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conversion:
+    """Apply a plan to the model it was made for, or to a fresh copy of it.
+
+    Args:
+        model: the model; it is changed in place, or not at all if anything raises.
+        plan: what becomes what.
+        optimizer: an optimizer whose parameter groups move to the new parameters.
+
+    Raises:
+        SwapError: the plan names modules that are not there or are something else.
+    """
+    refuse_wrapped(model)
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    old = {entry.name: _module_of(model, entry) for entry in plan.swapped}
+    new = {entry.name: _build(old[entry.name], entry) for entry in plan.swapped}
+    replacements = {old[name]: new[name] for name in new}
+    record = provenance_of(model)
+    with Journal() as journal:
+        _remove_relus(model, plan, journal)
+        converted = replace_everywhere(model, replacements, journal)
+        _wire(converted, plan, new, journal)
+        if optimizer is not None:
+            move_optimizer(optimizer, replacements, journal)
+        _record(converted, record, plan, journal)
+    # Nothing can fail any more: CBN layers that are gone let go of their convolutions.
+    for module in replacements:
+        if isinstance(module, _CBN):
+            module.detach()
+    return Conversion(converted, plan, new, plan.kept)
+
+
+def _module_of(model: nn.Module, entry: PlanEntry) -> nn.Module:
+    try:
+        module = model.get_submodule(entry.name)
+    except AttributeError:
+        module = None
+    found = "no such module" if module is None else type(module).__name__
+    if module is not None and norms.is_batchnorm(module) and found == entry.kind:
+        norms.check_known(module, entry.name)
+        channels = norms.channels_of(module)
+        if channels == entry.channels:
+            return module
+        found = f"{channels} channels"
+    raise SwapError(
+        entry.name or "the model",
+        got=found,
+        need=f"the {entry.kind} of {entry.channels} channels that the plan was made for",
+        hint="a new plan for this model",
+    )
+
+
+def _build(norm: nn.Module, entry: PlanEntry) -> nn.Module:
+    recipe = recipe_from_json(entry.recipe or {})
+    relu = entry.removal is not None
+    return recipe.build(norm, rank=entry.rank, init=entry.init, relu=relu)
+
+
+def _remove_relus(model: nn.Module, plan: Plan, journal: Journal) -> None:
+    calls: dict[str, dict[CallSite, None]] = defaultdict(dict)
+    gone: dict[str, None] = {}
+    for entry in plan.swapped:
+        removal = entry.removal
+        if removal is not None and removal.how == "call" and removal.call is not None:
+            calls[removal.call.owner].setdefault(removal.call)
+        elif removal is not None:
+            gone.update(dict.fromkeys(removal.names))
+    for owner, found in calls.items():
+        module = model.get_submodule(owner)
+        journal.reclass(module, edited_class(module, found))
+    identities: dict[nn.Module, nn.Identity] = {}
+    modules = {n: m for m, names in qualified_names(model).items() for n in names}
+    for name in gone:
+        relu = modules.get(name)
+        if not isinstance(relu, nn.ReLU):
+            raise SwapError(
+                name,
+                got="no such module" if relu is None else type(relu).__name__,
+                need="the ReLU that the plan was made for",
+                hint="a new plan for this model",
+            )
+        identity = identities.setdefault(relu, nn.Identity())
+        identity.training = relu.training
+        put_at(model, name, identity, journal)
+
+
+def _wire(
+    model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Journal
+) -> None:
+    for entry in plan.swapped:
+        layer = new[entry.name]
+        if entry.producer is not None and isinstance(layer, _CBN):
+            layer.attach(model.get_submodule(entry.producer))
+            journal.on_undo(layer.detach)
+
+
+def _record(model: nn.Module, record: Provenance, plan: Plan, journal: Journal) -> None:
+    from dataclasses import replace
+
+    if plan.swapped:
+        plans = (*record.plans, plan.to_json())
+        journal.put(vars(model), "_normswap_provenance", replace(record, plans=plans))
+
+
+__all__ = ["Conversion", "apply_plan", "convert"]

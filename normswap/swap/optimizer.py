@@ -1,0 +1,67 @@
+"""Move an optimizer onto the parameters of a converted model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.errors import SwapError
+from normswap.swap.journal import Journal
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise unless ``optimizer`` is a torch optimizer.
+
+    Raises:
+        SwapError: for anything else.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise SwapError(
+            "optimizer",
+            got=type(optimizer).__name__,
+            need="a torch.optim.Optimizer over the model's parameters",
+            hint="optimizer.optimizer for a wrapper, or optimizer=None",
+        )
+
+
+def move_optimizer(
+    optimizer: torch.optim.Optimizer,
+    replacements: dict[nn.Module, nn.Module],
+    journal: Journal,
+) -> None:
+    """Swap each old norm parameter for the new one of the same name, in its own group.
+
+    Parameters that only the new layer has (τ, ε) join the group of its γ, or the first group if
+    the BN had no parameters at all. Parameters the optimizer did not hold stay out. State is
+    dropped with the parameter it belongs to, and kept where the parameter survived.
+    """
+    exchange: dict[nn.Parameter, list[nn.Parameter]] = {}
+    homeless: list[nn.Parameter] = []
+    for old, new in replacements.items():
+        olds = dict(old.named_parameters(recurse=False))
+        news = dict(new.named_parameters(recurse=False))
+        extra = [p for name, p in news.items() if name not in olds]
+        for name, parameter in olds.items():
+            exchange[parameter] = [news[name]] if name in news else []
+        if olds:
+            exchange[next(iter(olds.values()))] += extra
+        else:
+            homeless += extra
+    for index, group in enumerate(optimizer.param_groups):
+        new_list: list[Any] = []
+        for parameter in group["params"]:
+            new_list += exchange.get(parameter, [parameter])
+        new_list += homeless if index == 0 else []
+        if len(new_list) != len(group["params"]) or any(
+            a is not b for a, b in zip(new_list, group["params"], strict=True)
+        ):
+            journal.put_all(group["params"], list(dict.fromkeys(new_list)))
+    surviving = {p for group in optimizer.param_groups for p in group["params"]}
+    for parameter in exchange:
+        if parameter not in surviving and parameter in optimizer.state:
+            state = optimizer.state.pop(parameter)
+            journal.on_undo(
+                lambda p=parameter, s=state: optimizer.state.__setitem__(p, s)  # type: ignore[misc]
+            )
