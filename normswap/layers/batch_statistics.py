@@ -121,15 +121,21 @@ class RecentBatches:
 
     def recall(self, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, ...] | None:
         """The constants of the forward that saw this batch, or None."""
-        best, constants = _SAME_BATCH, None
         deviation = torch.sqrt(variance + eps)
-        for seen, candidate in self._entries:
-            if seen.shape != mean.shape or seen.device != mean.device:
-                continue
-            distance = float(((seen - mean).abs() / deviation).max())
-            if distance < best:
-                best, constants = distance, candidate
-        return constants
+        distances = [
+            float(((seen - mean).abs() / deviation).max())
+            if seen.shape == mean.shape and seen.device == mean.device
+            else math.inf
+            for seen, _ in self._entries
+        ]
+        # the nearest; of equals the latest, as a backward meets forwards in reverse
+        index = min(range(len(distances)), key=lambda i: (distances[i], -i), default=None)
+        if index is None or not distances[index] < _SAME_BATCH:
+            return None
+        found = self._entries[index]
+        del self._entries[index]
+        self._entries.appendleft(found)  # behind its equals, which have not been used yet
+        return found[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecentBatches:
         return RecentBatches()

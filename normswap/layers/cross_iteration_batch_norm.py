@@ -8,6 +8,7 @@ Shapes: k entries of history, G groups, C channels, F weights of one channel.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -299,7 +300,7 @@ class _CrossIterationBatchNorm(TracksBatches):
 
     @in_eager
     def _train(self, x: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), _full_precision(x.device.type):
             mean, window = self._window_statistics(x.detach())
         self._recent.remember(mean, tuple(window))
         y: Tensor = _NormaliseAcrossIterations.apply(x, self.weight, self.bias, *window, self.eps)
@@ -388,6 +389,13 @@ class _CrossIterationBatchNorm(TracksBatches):
             f"{super().extra_repr()}, window={self.window}, burn_in={self.burn_in}, "
             f"compensate={self.compensate}, variance_rule={self.variance_rule!r}"
         )
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Autocast would run the contractions in the low precision."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _no_entries(mean: Tensor) -> tuple[Tensor, Tensor]:

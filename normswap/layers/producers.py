@@ -111,7 +111,8 @@ class ProducerLink:
     ) -> None:
         """Note one call of the producer."""
         if not self.normaliser.training:
-            self._inbox.clear()
+            if self._inbox:
+                self._inbox.clear()
         elif not is_recomputation():
             self._record(args[0] if args else kwargs["input"], output)
 
