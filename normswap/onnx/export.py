@@ -35,6 +35,7 @@ def export_onnx(
     opset: int = 20,
     static_batch: bool = False,
     dynamic_size: bool = False,
+    half: bool = False,
     tolerance: float | None = None,
     allow_mismatch: bool = False,
     images: Any = None,
@@ -54,6 +55,8 @@ def export_onnx(
             which onnxruntime's CPU provider has no kernel.
         static_batch: fix the batch axis at the size of the example; else it is named ``batch``.
         dynamic_size: let height and width vary as well.
+        half: weights and activations in float16, norms, inputs and outputs in float32; the
+            tolerance is then ``max(1e-2, 3·error(torch))``, never above 5e-2.
         tolerance: largest error that passes, in place of the rule.
         allow_mismatch: write the file even if the proof fails, marked so in its metadata.
         images: preprocessed images for the proof, beside random inputs.
@@ -66,7 +69,7 @@ def export_onnx(
         ExportError: torch cannot export the model, or the destination cannot be written.
     """
     target = _destination(Path(path), opset)
-    options = Options(opset, static_batch, dynamic_size)
+    options = Options(opset, static_batch, dynamic_size, half)
     subject = subject_of(model, example_inputs)
     if opset >= 21:
         _LOG.warning("opset %d: GroupNormalization has no CPU kernel in onnxruntime", opset)
@@ -138,9 +141,10 @@ def _fields(model: nn.Module, subject: Subject, options: Options, parity: Parity
             "opset": options.opset,
             "static_batch": options.static_batch,
             "dynamic_size": options.dynamic_size,
+            "half": options.half,
         },
         "proof": _digest(parity),
-        "self_test": _self_test(subject).to_json(),
+        "self_test": _self_test(subject, options).to_json(),
     }
 
 
@@ -169,21 +173,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _self_test(subject: Subject) -> SelfTest:
+def _self_test(subject: Subject, options: Options) -> SelfTest:
     """Two rows (the example's size with a static batch), judged by the rule's own tolerance."""
     signature = subject.signature
     inputs = []
     for index, array in enumerate(signature.arrays):
-        tensor = signature.tensors[index]
-        shape = tuple(array.shape)
         span = (0, 0)
         if array.dtype.kind != "f" and array.size:
             span = (int(array.min()), int(array.max()))
-        inputs.append(TestInput(shape, str(array.dtype), 1000 + index, *span))
-        del tensor
+        inputs.append(TestInput(tuple(array.shape), str(array.dtype), 1000 + index, *span))
     arrays = [item.make() for item in inputs]
     rows = signature.batch or 1
-    judge = Judge.of(subject)
+    judge = Judge.of(subject, half=options.half)
     reference = judge.reference(Trial("self-test", arrays, rows))
     outputs = tuple(
         Expected.of(name, array, limit, error)

@@ -1,8 +1,8 @@
 """What makes an ONNX file this one: a hash over its graph, and one over its metadata.
 
-The graph's hash covers opsets, inputs, outputs, nodes, attributes, subgraphs, functions and
-initializers (external ones by their bytes). It leaves out what changes no output: names of nodes,
-documentation, inferred shapes, and the metadata, which have a hash of their own. A hash finds
+The graph's hash covers opsets, inputs, outputs, declared shapes, nodes, attributes, subgraphs,
+functions and initializers (external ones by their bytes). It leaves out what changes no output:
+names of nodes, documentation, and the metadata, which have a hash of their own. A hash finds
 edits; it is no signature, since whoever edits a file can also write a new hash.
 """
 
@@ -48,7 +48,11 @@ class _Digest:
 
     def graph(self, graph: onnx.GraphProto) -> None:
         self.field("graph", len(graph.node), len(graph.initializer))
-        for kind, values in (("input", graph.input), ("output", graph.output)):
+        for kind, values in (
+            ("input", graph.input),
+            ("output", graph.output),
+            ("value", graph.value_info),
+        ):
             for value in values:
                 self.field(kind, value.name, value.type.SerializeToString(deterministic=True))
         for node in graph.node:

@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError
-from normswap.onnx.files import OnnxFile, read_onnx
+from normswap.onnx.files import OnnxFile, is_external, read_onnx, tensors
+from normswap.onnx.half import norm_names, to_half
 from normswap.onnx.subject import Subject, first
 
 ONE_FILE_BYTES = (1 << 31) - (1 << 24)
@@ -37,11 +38,13 @@ class Options:
         opset: version of the default operator set.
         static_batch: the batch axis has the size of the example inputs.
         dynamic_size: height and width may vary as well.
+        half: weights and activations in float16, norms in float32.
     """
 
     opset: int = 20
     static_batch: bool = False
     dynamic_size: bool = False
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,29 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
         raise _cannot_export(subject.model, error, options) from error
     file = read_onnx(path)
     _label_nodes(file.proto, subject.model)
+    if options.half:
+        _narrow(file, subject.model)
     save(file)
     return Draft(file, exported.exported_program)
+
+
+def _narrow(file: OnnxFile, model: nn.Module) -> None:
+    if any(is_external(tensor) for tensor in tensors(file.proto)):
+        raise ExportError(
+            type(model).__name__,
+            got="more than 2 GB of weights with half=True",
+            need="a model that fits into one file",
+            hint="half=False",
+        )
+    norms = norm_names(model)
+    wide = {
+        name
+        for node in file.proto.graph.node
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm")  # a BN was folded into these
+        and norms & set(modules_of(node))
+        for name in node.output
+    }
+    to_half(file.proto, frozenset(wide))
 
 
 def save(file: OnnxFile) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from normswap.errors import ExportError
 from normswap.onnx import blame
 from normswap.onnx.files import OnnxFile
+from normswap.onnx.half import wide_inputs
 from normswap.onnx.metadata import Metadata
 from normswap.onnx.parity import (
     Array,
@@ -63,19 +64,33 @@ def prove_draft(
         dynamic_size=options.dynamic_size,
         images=images,
     )
-    judge_ = Judge.of(subject, tolerance=tolerance)
+    judge_ = Judge.of(subject, tolerance=tolerance, half=options.half)
     evidence = _examine(draft.file.path, judge_, trials, Here())
     cases = _program_cases(draft, judge_, trials) + evidence.cases
     if all(case.passed for case in cases):
         cases += _randomised_cases(judge_, options)
     bad = next((case for case in cases if not case.passed), None)
+    notes = evidence.notes
+    if options.half:
+        notes += _overflow_notes(subject, trials)
     if bad is None:
-        return summarise(cases, notes=evidence.notes)
+        return summarise(cases, notes=notes)
     divergence = None
     if evidence.failing is not None:
-        limit = max(judge_.tolerance or 0.0, tolerance_for(0.0))
+        limit = tolerance_for(0.0, half=options.half)
         divergence = blame.against_program(draft, evidence.failing.inputs, subject, limit)
-    return _failed(cases, bad, divergence, None, evidence.notes)
+    return _failed(cases, bad, divergence, None, notes)
+
+
+def _overflow_notes(subject: Subject, trials: Sequence[Trial]) -> tuple[str, ...]:
+    """Real images say most about magnitudes; without them, what there is."""
+    images = [trial for trial in trials if "images" in trial.name] or list(trials)
+    found = wide_inputs(subject, [trial.inputs for trial in images])
+    return tuple(
+        f"{name}: inputs up to {value:.0f} have squares that float16 cannot hold; "
+        "its statistics are in float32"
+        for name, value in found.items()
+    )
 
 
 def prove_file(
@@ -103,7 +118,8 @@ def prove_file(
         dynamic_size=options.dynamic_size,
         images=images,
     )
-    evidence = _examine(file.path, Judge.of(subject, tolerance=tolerance), trials, runner)
+    judge_ = Judge.of(subject, tolerance=tolerance, half=options.half)
+    evidence = _examine(file.path, judge_, trials, runner)
     identity = None if metadata is None else metadata.intact
     problem = metadata.problem if metadata is not None else None
     bad = next((case for case in evidence.cases if not case.passed), None)
@@ -138,7 +154,8 @@ def _examine(
     path: Path, judge_: Judge, trials: Sequence[Trial], runner: Runner, *, copy: bool = False
 ) -> Evidence:
     """Every trial at every optimisation level, and each sample alone against in a batch."""
-    references = judge_.references(trials)
+    mixed = model_mixes_rows(judge_.subject, trials)
+    references = judge_.references(trials, mixed=mixed)
     cases: list[Case] = []
     failing: Trial | None = None
     runs = runner.run(path, LEVELS, [trial.inputs for trial in trials])
@@ -150,7 +167,7 @@ def _examine(
                 failing = trial
         cases += _row_cases(trials, references, found, level, copy=copy)
     notes = []
-    if not copy and model_mixes_rows(judge_.subject, trials):
+    if mixed:
         notes.append("the model itself gives a sample another output in another batch")
     if judge_.double is None:
         notes.append("the model cannot run in float64: its own precision is the reference")
@@ -178,13 +195,13 @@ def _cases(
     cases = []
     for index, name in enumerate(names):
         error = reference.torch_errors[index]
-        rule = tolerance_for(error, half=judge_.half)  # ties are judged by the rule, whatever T is
-        result = compare(outputs[index], reference.outputs[index], tie=rule)
+        limit = reference.tolerances[index]
+        result = compare(outputs[index], reference.outputs[index], tie=limit)
         made = case(
             name,
             error=result.error,
             torch_error=error,
-            tolerance=reference.tolerances[index],
+            tolerance=limit,
             cosine=result.cosine,
             decided=result.decided,
             agreed=result.agreed,
@@ -286,7 +303,7 @@ def _options(file: OnnxFile, metadata: Metadata | None, subject: Subject) -> Opt
     static = facts.get("static_batch")
     if not isinstance(static, bool):
         static = _fixed_batch(file, subject)
-    return Options(opset, static, facts.get("dynamic_size") is True)
+    return Options(opset, static, facts.get("dynamic_size") is True, facts.get("half") is True)
 
 
 def _fixed_batch(file: OnnxFile, subject: Subject) -> bool:

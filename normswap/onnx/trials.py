@@ -173,9 +173,15 @@ class Judge:
         """Make the float64 copy."""
         return cls(subject, subject.in_double(), tolerance, half)
 
-    def references(self, trials: Sequence[Trial]) -> list[Reference]:
-        """One reference per trial; the pool is run once where outputs can be cut by rows."""
-        whole = max((t for t in trials if t.rows), key=lambda t: t.batch, default=None)
+    def references(self, trials: Sequence[Trial], *, mixed: bool = False) -> list[Reference]:
+        """One reference per trial; the pool is run once where outputs can be cut by rows.
+
+        Args:
+            trials: what to run.
+            mixed: the model gives a sample another output in another batch, so nothing is cut.
+        """
+        pools = [t for t in trials if t.rows and not mixed]
+        whole = max(pools, key=lambda t: t.batch, default=None)
         pooled = self._run(whole) if whole else None
         found = []
         for trial in trials:

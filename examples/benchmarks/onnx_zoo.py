@@ -1,0 +1,201 @@
+"""Export one architecture per timm module and torchvision family, for each target, and prove it.
+
+    python examples/benchmarks/onnx_zoo.py --to gn frn brn cbn --out onnx_zoo.jsonl
+    python examples/benchmarks/onnx_zoo.py --report onnx_zoo.jsonl > onnx_zoo.md
+
+Weights are random, running statistics are not fresh. Architectures that torch itself cannot export
+with BatchNorm are listed with torch's own error. Runs resume: what is in the file is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import normswap
+
+SIZES = (64, 128, 224, 256, 384)
+Build = Callable[[], nn.Module]
+
+
+def timm_models() -> Iterator[tuple[str, Build]]:
+    """The smallest architecture with BatchNorm of every timm module."""
+    import timm
+
+    for module in timm.list_modules():
+        names = sorted(timm.list_models(module=module), key=lambda name: (len(name), name))[:6]
+        sized = [(size, name) for name in names if (size := _size(timm.create_model, name))]
+        if sized:
+            name = min(sized)[1]
+            yield f"timm/{name}", lambda name=name: timm.create_model(name, pretrained=False)
+
+
+def _size(build: Callable[[str], nn.Module], name: str) -> int | None:
+    """Number of parameters of a model that has BatchNorm."""
+    try:
+        with torch.device("meta"):
+            model = build(name)
+    except Exception:  # noqa: BLE001  some need what a meta device has not
+        return None
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return sum(p.numel() for p in model.parameters()) if norms else None
+
+
+def torchvision_models() -> Iterator[tuple[str, Build]]:
+    """The smallest architecture with BatchNorm of every torchvision family but detection."""
+    import torchvision
+
+    families: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for name in torchvision.models.list_models():
+        builder = torchvision.models.get_model_builder(name)
+        if "quantization" in builder.__module__ or "detection" in builder.__module__:
+            continue
+        size = _size(_torchvision, name)
+        if size:
+            families[builder.__module__].append((size, name))
+    for sized in families.values():
+        name = min(sized)[1]
+        yield f"torchvision/{name}", lambda name=name: _torchvision(name)
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torchvision
+
+    plain = {"weights": None}
+    if name.split("_")[0] in ("fcn", "deeplabv3", "lraspp"):
+        plain["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        plain["init_weights"] = False
+    return torchvision.models.get_model(name, **plain)
+
+
+def trained(build: Build) -> nn.Module:
+    """A model whose running statistics are not fresh."""
+    torch.manual_seed(0)
+    model = build()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            nn.init.normal_(module.running_mean, 0.0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def example(name: str, model: nn.Module) -> torch.Tensor:
+    """The smallest image that the model takes."""
+    model.eval()
+    for size in SIZES:
+        shape = (2, 3, 4, size, size) if "video" in type(model).__module__ else (2, 3, size, size)
+        try:
+            with torch.no_grad():
+                model(x := torch.randn(shape))
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+        return x
+    raise RuntimeError(f"{name} takes none of the sizes {SIZES}")
+
+
+def prove(name: str, build: Build, target: str) -> dict[str, Any]:
+    """One row of the table."""
+    row: dict[str, Any] = {"model": name, "target": target}
+    started = time.perf_counter()
+    try:
+        model = trained(build)
+        x = example(name, model)
+        row["size"] = x.shape[-1]
+        if target != "bn":
+            model = normswap.convert(model, target, example_inputs=x).model
+        with tempfile.TemporaryDirectory() as folder:
+            parity = normswap.export_onnx(model, Path(folder) / "m.onnx", example_inputs=x)
+        row |= {
+            "passed": parity.passed,
+            "error": parity.max_relative_error,
+            "torch": max(case.torch_error for case in parity.cases),
+            "top1": parity.top1_agreement,
+            "cases": len(parity.cases),
+        }
+    except Exception as error:  # noqa: BLE001  a table of everything that can happen
+        row |= {"passed": False, "problem": f"{type(error).__name__}: {str(error)[:400]}"}
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    return row
+
+
+def survey(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
+    """Append one line per architecture and target to ``out``."""
+    done = {(r["model"], r["target"]) for r in _rows(out)} if out.exists() else set()
+    signal.signal(signal.SIGALRM, _too_long)
+    for name, build in itertools.chain(torchvision_models(), timm_models()):
+        if pattern not in name:
+            continue
+        for target in targets:
+            if (name, target) in done:
+                continue
+            signal.alarm(seconds)
+            row = prove(name, build, target)
+            signal.alarm(0)
+            with out.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            print(json.dumps(row), file=sys.stderr)
+            if "ExportError" in row.get("problem", "") and (name, "bn") not in done:
+                done.add((name, "bn"))  # is it torch's exporter that cannot, or the swap?
+                with out.open("a") as stream:
+                    stream.write(json.dumps(prove(name, build, "bn")) + "\n")
+
+
+def _too_long(*_: Any) -> None:
+    raise TimeoutError("took too long")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def report(path: Path) -> None:
+    """The table, in Markdown."""
+    print("| model | size | target | verdict | error | torch fp32 | top-1 | cases | s |")
+    print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    rows = _rows(path)
+    for row in rows:
+        if "error" in row:
+            facts = f"{row['error']:.1e} | {row['torch']:.1e} | {row['top1']:.4f} | {row['cases']}"
+            verdict = "passed"
+        else:
+            facts, verdict = " | | | ", row["problem"].replace("|", "/").replace("\n", " ")
+        print(
+            f"| {row['model']} | {row.get('size', '')} | {row['target']} | {verdict} | {facts} "
+            f"| {row['seconds']} |"
+        )
+    good = sum(row["passed"] for row in rows)
+    print(f"\n{good} of {len(rows)} exports passed their proof.")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--to", nargs="+", default=["gn", "frn", "brn", "cbn"])
+    parser.add_argument("--out", type=Path, default=Path("onnx_zoo.jsonl"))
+    parser.add_argument("--only", default="", help="part of a model's name")
+    parser.add_argument("--seconds", type=int, default=900, help="limit of one export")
+    parser.add_argument("--report", type=Path, help="print the table of a finished run")
+    options = parser.parse_args()
+    if options.report:
+        report(options.report)
+        return
+    warnings.simplefilter("ignore")
+    survey(options.to, options.out, options.only, options.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Float16 weights and activations, with the statistics of the norms kept in float32.
+
+A node computes in float16 if its operator loses nothing but precision there and it is not part of
+a norm; all others keep float32, with casts where the two meet. The inputs and outputs of the file
+stay float32. Squares above 256² overflow float16: that is why norms are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from normswap.errors import ExportError
+from normswap.onnx.parity import Array
+from normswap.onnx.subject import Subject
+
+HALF_OPS = frozenset(
+    {"Add", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Elu", "Erf", "Expand", "Flatten"}
+    | {"Gelu", "Gemm", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MatMul", "Max"}
+    | {"MaxPool", "Min", "Mish", "Mul", "Neg", "PRelu", "Pad", "Relu", "Reshape", "Sigmoid"}
+    | {"Slice", "Softplus", "Split", "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze"}
+)
+SQUARE_LIMIT = 255.0
+"""Inputs above this have squares that float16 cannot hold (65504)."""
+_SHORT: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normaliser, by its class's name."""
+    return "Norm" in type(module).__name__
+
+
+def norm_names(model: nn.Module) -> frozenset[str]:
+    """Every module inside a normaliser, the normalisers included."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if is_norm(module) or any(name.startswith(outer + ".") for outer in found if outer):
+            found.add(name)
+    return frozenset(found)
+
+
+def wide_inputs(subject: Subject, batches: Sequence[Sequence[Array]]) -> dict[str, float]:
+    """Norms whose inputs are so large that float16 cannot hold their squares.
+
+    Args:
+        subject: the model.
+        batches: inputs, real ones if there are any.
+
+    Returns:
+        The largest magnitude seen, by module name, where it is above 255.
+    """
+    seen: dict[str, float] = {}
+
+    def watch(name: str, inputs: tuple[object, ...]) -> None:
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and value.numel():
+                seen[name] = max(seen.get(name, 0.0), float(value.abs().max()))
+
+    norms = [(name, module) for name, module in subject.model.named_modules() if is_norm(module)]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs))
+        for name, module in norms
+    ]
+    try:
+        for batch in batches:
+            subject.run(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: value for name, value in seen.items() if value > SQUARE_LIMIT}
+
+
+def to_half(proto: onnx.ModelProto, wide: frozenset[str]) -> None:
+    """Rewrite a graph in place.
+
+    Args:
+        proto: a freshly exported model.
+        wide: names of values that nodes of a norm produce; their nodes keep float32.
+
+    Raises:
+        ExportError: control flow, whose subgraphs are not looked into.
+    """
+    for node in proto.graph.node:
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            raise ExportError(
+                "half",
+                got=f"a {node.op_type} node with a subgraph",
+                need="a model without control flow",
+                hint="half=False",
+            )
+    _Rewriter(proto, _float_values(proto), wide).run()
+
+
+def _float_values(proto: onnx.ModelProto) -> frozenset[str]:
+    inferred = onnx.shape_inference.infer_shapes(proto)
+    graph = inferred.graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    floats = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    floats |= {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+    return frozenset(floats)
+
+
+@dataclass
+class _Rewriter:
+    proto: onnx.ModelProto
+    floats: frozenset[str]
+    wide: frozenset[str]
+    kinds: dict[str, int] = field(default_factory=dict)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    fresh: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        graph = self.proto.graph
+        constants = {tensor.name: tensor for tensor in graph.initializer}
+        for node in graph.node:
+            narrow = node.op_type in HALF_OPS and not self.wide & set(node.output)
+            kind = TensorProto.FLOAT16 if narrow else TensorProto.FLOAT
+            for position, name in enumerate(node.input):
+                if name in self.floats:
+                    node.input[position] = self.cast(name, kind, constants.get(name))
+            self.kinds |= {name: kind for name in node.output if name in self.floats}
+            self.nodes.append(node)
+        self.outputs()
+        kept = [type(node).FromString(node.SerializeToString()) for node in self.nodes]
+        used = {name for node in kept for name in node.input} | {v.name for v in graph.output}
+        tensors = [t for t in graph.initializer if t.name in used]
+        tensors = [onnx.TensorProto.FromString(t.SerializeToString()) for t in tensors]
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(kept)
+        graph.initializer.extend(tensors)
+
+    def cast(self, name: str, kind: int, constant: onnx.TensorProto | None) -> str:
+        """The name under which ``name`` is to be had in float16 or float32."""
+        if self.kinds.get(name, TensorProto.FLOAT) == kind:
+            return name
+        known = self.fresh.get((name, kind))
+        if known is not None:
+            return known
+        other = f"{name}.{_SHORT[kind]}"
+        self.fresh[name, kind] = other
+        if constant is not None:
+            with np.errstate(over="ignore"):  # an overflow is the proof's to find
+                array = numpy_helper.to_array(constant).astype(np.float16)
+            self.proto.graph.initializer.append(numpy_helper.from_array(array, other))
+        else:
+            self.nodes.append(helper.make_node("Cast", [name], [other], to=kind))
+        return other
+
+    def outputs(self) -> None:
+        """Give the file's outputs back as float32."""
+        for value in self.proto.graph.output:
+            if self.kinds.get(value.name) != TensorProto.FLOAT16:
+                continue
+            inner = f"{value.name}.fp16"
+            for node in self.nodes:
+                for names in (node.input, node.output):
+                    for position, name in enumerate(names):
+                        if name == value.name:
+                            names[position] = inner
+            self.nodes.append(helper.make_node("Cast", [inner], [value.name], to=TensorProto.FLOAT))

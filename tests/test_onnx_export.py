@@ -1,0 +1,358 @@
+"""Export: the gate, what it writes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx_support import Net, edit_tensor, live
+from torch import nn
+
+from normswap.errors import ExportError, ParityError
+from normswap.layers import (
+    BatchRenorm2d,
+    CrossIterationBatchNorm2d,
+    FilterResponseNorm2d,
+    FrozenBatchNorm2d,
+)
+from normswap.onnx import export, export_onnx, program, proof, verify_onnx
+from normswap.onnx.parity import compare, relative_error, tolerance_for
+from normswap.onnx.program import save, write_program
+from normswap.provenance import remember
+
+RANDOMISED = proof._randomised_cases
+
+
+class Tiny(nn.Module):
+    def __init__(self, norm=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = norm if norm is not None else nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))))
+
+
+class Segmenter(Tiny):
+    def forward(self, x):
+        y = super().forward(x)
+        return OrderedDict(out=y, aux=y.mean((2, 3)))
+
+
+class Pyramid(Tiny):
+    def forward(self, x):
+        y = torch.relu(self.norm(self.conv(x)))
+        return [y, self.head(y)]
+
+
+class TwoInputs(Tiny):
+    def forward(self, image, *, mask, flag=True):
+        return super().forward(image) * mask if flag else image
+
+
+class Branching(Tiny):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.fixture(autouse=True)
+def one_export(monkeypatch):
+    """The proof without its second export, which most tests are not about."""
+    monkeypatch.setattr(proof, "_randomised_cases", lambda *_: [])
+
+
+def inputs(rows=2, size=8):
+    return torch.randn(rows, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def ops(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model = live(Net())
+    remember(
+        model,
+        source={"spec": "python:here:Net"},
+        preprocessing={"mean": [0.5, 0.5, 0.5]},
+        class_names=tuple("abcdefghij"),
+        plans=({"target": "gn"},),
+    )
+    path = tmp_path_factory.mktemp("export") / "model.onnx"
+    return model, path, export_onnx(model, path, example_inputs=inputs(1, 16))
+
+
+def test_the_proof_covers_batches_levels_stages_and_a_randomised_copy(exported):
+    parity = exported[2]
+    assert parity.passed
+    assert parity.failure is None
+    assert parity.top1_agreement == 1.0
+    assert 0 < parity.max_relative_error < 1e-5
+    assert {case.batch for case in parity.cases} == {1, 2, 5}
+    assert {case.stage for case in parity.cases} == {
+        "exported program",
+        "onnxruntime off",
+        "onnxruntime basic",
+        "onnxruntime all",
+        "row independence",
+    }
+    assert any(case.randomised for case in parity.cases)
+    assert all(case.cosine > 0.999999 for case in parity.cases)
+
+
+def test_the_file_has_a_named_batch_axis_and_runs_at_any_batch(exported):
+    session = onnxruntime.InferenceSession(str(exported[1]))
+    assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
+    assert session.get_outputs()[0].name == "output"
+    x = inputs(7, 16)
+    with torch.no_grad():
+        right = copy.deepcopy(exported[0]).eval()(x).numpy()
+    assert relative_error(session.run(None, {"x": x.numpy()})[0], right) < 1e-5
+
+
+def test_metadata_say_where_it_came_from_and_hold_no_path_of_this_machine(exported):
+    props = {entry.key: entry.value for entry in onnx.load(exported[1]).metadata_props}
+    assert '"python:here:Net"' in props["normswap.source"]
+    assert '"gn"' in props["normswap.plans"]
+    assert props["normswap.class_names"].startswith('["a","b"')
+    assert len(props["normswap.graph_sha256"]) == 64
+    assert '"passed":true' in props["normswap.proof"]
+    assert '"onnxruntime"' in props["normswap.versions"]
+    data = exported[1].read_bytes()
+    assert b"site-packages" not in data
+    assert b"/tests/" not in data
+
+
+def test_the_model_is_left_as_it_was(tmp_path, capfd):
+    model = Tiny().train()
+    model.norm.eval()
+    before = copy.deepcopy(model.state_dict())
+    assert export_onnx(model, tmp_path / "m.onnx", example_inputs=inputs()).passed
+    assert model.training
+    assert not model.norm.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert capfd.readouterr().out == ""
+    assert [item.name for item in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def spoil(monkeypatch, weight="head.weight"):
+    """An exporter that gets one weight wrong."""
+
+    def wrong(subject, path, options):
+        draft = write_program(subject, path, options)
+        edit_tensor(draft.file.proto, weight, lambda w: w * np.float32(1.01))
+        save(draft.file)
+        return draft
+
+    monkeypatch.setattr(export, "write_program", wrong)
+
+
+def test_a_failed_proof_writes_nothing(tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    (tmp_path / "m.onnx").write_text("the file of last week")
+    with pytest.raises(ParityError, match="first divergent module: head") as caught:
+        export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs())
+    parity = caught.value.parity
+    assert not parity.passed
+    assert parity.divergence.module == "head"
+    assert parity.stage == "onnxruntime off"
+    assert (tmp_path / "m.onnx").read_text() == "the file of last week"
+    assert [item.name for item in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_allow_mismatch_writes_and_marks_the_file(tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    path = tmp_path / "m.onnx"
+    parity = export_onnx(Tiny(), path, example_inputs=inputs(), allow_mismatch=True)
+    assert not parity.passed
+    props = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert '"passed":false' in props["normswap.proof"]
+    again = verify_onnx(path)
+    assert not again.passed
+    assert again.identity is True
+    assert "although its proof failed" in again.notes[0]
+
+
+def test_a_tolerance_of_ones_own(tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    parity = export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs(), tolerance=0.05)
+    assert parity.passed
+    assert parity.max_relative_error > 1e-3
+
+
+def test_folding_errors_show_on_the_randomised_copy_alone(tmp_path, monkeypatch):
+    """An exporter that forgets running means gets fresh statistics right."""
+
+    def forgetful(subject, path, options):
+        other = copy.deepcopy(subject)
+        other.model.norm.running_mean.zero_()
+        return write_program(other, path, options)
+
+    monkeypatch.setattr(export, "write_program", forgetful)
+    monkeypatch.setattr(proof, "write_program", forgetful)
+    monkeypatch.setattr(proof, "_randomised_cases", RANDOMISED)
+    with pytest.raises(ParityError) as caught:
+        export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs())
+    bad = [case for case in caught.value.parity.cases if not case.passed]
+    assert bad
+    assert all(case.randomised for case in bad)
+
+
+def test_dict_outputs_keep_their_names(tmp_path):
+    path = tmp_path / "m.onnx"
+    assert export_onnx(Segmenter(), path, example_inputs=inputs()).passed
+    assert [value.name for value in onnx.load(path).graph.output] == ["out", "aux"]
+    assert verify_onnx(path).passed
+
+
+def test_several_outputs_are_numbered(tmp_path):
+    path = tmp_path / "m.onnx"
+    assert export_onnx(Pyramid(), path, example_inputs=inputs()).passed
+    assert [value.name for value in onnx.load(path).graph.output] == ["output_0", "output_1"]
+
+
+def test_keyword_inputs_and_plain_arguments(tmp_path):
+    path = tmp_path / "m.onnx"
+    example = {"image": inputs(), "mask": torch.rand(2, 1, 8, 8), "flag": True}
+    model = TwoInputs()
+    assert export_onnx(model, path, example_inputs=example).passed
+    assert [value.name for value in onnx.load(path).graph.input][:2] == ["image", "mask"]
+    assert verify_onnx(path, model, example_inputs=example).passed
+
+
+def test_dynamic_size_is_proven_at_a_second_resolution(tmp_path):
+    path = tmp_path / "m.onnx"
+    parity = export_onnx(Tiny(nn.GroupNorm(2, 4)), path, example_inputs=inputs(), dynamic_size=True)
+    assert any("16×16" in case.name for case in parity.cases)
+    axes = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    assert [axis.dim_param for axis in axes] == ["batch", "", "height", "width"]
+
+
+def test_static_batch(tmp_path):
+    path = tmp_path / "m.onnx"
+    model = Tiny()
+    parity = export_onnx(model, path, example_inputs=inputs(3), static_batch=True)
+    assert {case.batch for case in parity.cases} == {3}
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
+    assert verify_onnx(path, model, example_inputs=inputs(3)).passed
+
+
+def test_images_join_the_proof(tmp_path):
+    parity = export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs(), images=inputs(3) * 2)
+    assert any(case.name == "3 images" for case in parity.cases)
+
+
+def test_images_of_another_size_are_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"images: got a stack of shape \[3, 3, 9, 9\]"):
+        export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs(), images=inputs(3, size=9))
+
+
+def test_a_batch_statistic_left_in_is_caught(tmp_path):
+    model = Tiny(nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(ParityError, match="row independence") as caught:
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=inputs())
+    assert "model itself" in caught.value.parity.notes[0]
+
+
+def test_what_torch_cannot_export_is_said_in_torchs_words(tmp_path):
+    with pytest.raises(ExportError, match=r"from torch's own exporter: .*data-dependent"):
+        export_onnx(Branching(), tmp_path / "m.onnx", example_inputs=inputs())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"opset": 17}, "opset: got 17; need 18 to 23"),
+        ({"example_inputs": "image"}, "example_inputs: got str"),
+        ({"example_inputs": torch.zeros(1, 7)}, "from its own forward"),
+    ],
+)
+def test_bad_requests(kwargs, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_onnx(Tiny(), tmp_path / "m.onnx", **{"example_inputs": inputs(), **kwargs})
+
+
+def test_a_directory_is_no_destination(tmp_path):
+    with pytest.raises(ExportError, match="a directory"):
+        export_onnx(Tiny(), tmp_path, example_inputs=inputs())
+
+
+def test_weights_above_the_limit_lie_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "ONE_FILE_BYTES", 0)
+    path, model = tmp_path / "m.onnx", Tiny()
+    assert export_onnx(model, path, example_inputs=inputs()).passed
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert verify_onnx(path).passed
+    assert verify_onnx(path, model, example_inputs=inputs()).passed
+    data = path.with_name("m.onnx.data")
+    raw = bytearray(data.read_bytes())
+    raw[2] ^= 0xFF
+    data.write_bytes(bytes(raw))
+    parity = verify_onnx(path)
+    assert parity.identity is False
+    assert not parity.passed
+
+
+def test_half_keeps_the_norms_wide_and_warns_of_large_squares(tmp_path):
+    model = Tiny(nn.GroupNorm(2, 4))
+    with torch.no_grad():
+        model.conv.weight.mul_(1000)
+    path = tmp_path / "m.onnx"
+    parity = export_onnx(model, path, example_inputs=inputs(), half=True)
+    assert parity.passed
+    assert 1e-6 < parity.max_relative_error < 1e-2
+    assert parity.notes[0].startswith("norm: inputs up to")
+    graph = onnx.load(path).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert all(
+        kinds[node.input[1]] == onnx.TensorProto.FLOAT16
+        for node in graph.node
+        if node.op_type == "Conv" and node.input[0].endswith("fp16")
+    )
+    assert any(node.op_type == "InstanceNormalization" for node in graph.node)
+    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert verify_onnx(path, model, example_inputs=inputs()).passed
+
+
+@pytest.mark.parametrize(
+    "norm", [BatchRenorm2d(4), CrossIterationBatchNorm2d(4), FrozenBatchNorm2d(4)]
+)
+def test_norms_with_running_statistics_vanish_into_the_convolution(norm, tmp_path):
+    path = tmp_path / "m.onnx"
+    assert export_onnx(Tiny(norm), path, example_inputs=inputs()).passed
+    assert ops(path) == ["Conv", "Relu", "Conv"]
+
+
+def test_frn_squares_by_a_product(tmp_path):
+    path = tmp_path / "m.onnx"
+    model = Tiny(FilterResponseNorm2d(4))
+    assert export_onnx(model, path, example_inputs=inputs()).passed
+    assert "Pow" not in ops(path)
+
+
+def test_the_rule():
+    assert tolerance_for(1e-7) == 1e-4
+    assert tolerance_for(2e-4) == pytest.approx(6e-4)
+    assert tolerance_for(0.5) == 1e-3
+    assert tolerance_for(float("nan")) == 1e-4
+
+
+def test_the_comparison():
+    right = np.array([[1.0, 3.0, 2.0], [5.0, 5.0 + 1e-6, 0.0]])
+    same = compare(right + 1e-7, right, tie=1e-4)
+    assert (same.decided, same.agreed, same.ties) == (1, 1, 1)
+    flipped = compare(right[:, ::-1], right, tie=1e-4)
+    assert flipped.agreed == 1  # the middle wins the first row either way
+    assert compare(right[:1], right, tie=1e-4).problem.startswith("shape")
+    assert compare(right * np.nan, right, tie=1e-4).problem == "NaN or Inf"
+    assert relative_error(np.array([2.0, 1.0]), np.array([2.0, -2.0])) == 1.5
+    assert relative_error(np.zeros(3), np.zeros(3)) == 0.0
