@@ -149,7 +149,10 @@ def _line(entry: PlanEntry, width: int) -> str:
 
 def _unreadable(got: str) -> PlanError:
     return PlanError(
-        "plan", got=got, need=f"a plan of format {PLAN_FORMAT}", hint="normswap convert --dry-run --json"
+        "plan",
+        got=got,
+        need=f"a plan of format {PLAN_FORMAT}",
+        hint="normswap convert --dry-run --json",
     )
 
 

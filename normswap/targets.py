@@ -5,7 +5,7 @@ from __future__ import annotations
 TARGETS: dict[str, str] = {
     "gn": "Group Normalization; no batch dependence, the default choice for batch 1-8",
     "ln": "Layer Normalization in the GN paper's sense: one group over C, H and W",
-    "in": "Instance Normalization; erases each sample's channel means, so it cannot keep a function",
+    "in": "Instance Normalization; erases channel means, so it cannot keep a function",
     "frn": "Filter Response Normalization, with a TLU wherever a ReLU followed the BN",
     "brn": "Batch Renormalization; exactly BN in eval mode, for batch 4-16",
     "cbn": "Cross-Iteration BN; exactly BN in eval mode, for batch 2-8",

@@ -1,4 +1,4 @@
-"""Run a model once and say what feeds each BatchNorm and what consumes it. Never changes a model."""
+"""Run a model once and say what feeds each BatchNorm and what uses it. Changes no model."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def method_source(function: FunctionType) -> MethodSource | None:
 
 
 def argument_of(call: ast.Call) -> ast.expr | None:
-    """The expression that ``call`` applies a ReLU to: its first argument, or ``x`` of ``x.relu()``."""
+    """What ``call`` applies a ReLU to: its first argument, or ``x`` of ``x.relu()``."""
     if call.args:
         return None if isinstance(call.args[0], ast.Starred) else call.args[0]
     named = next((k.value for k in call.keywords if k.arg == "input"), None)
@@ -93,18 +93,18 @@ def argument_of(call: ast.Call) -> ast.expr | None:
     return named
 
 
-def find_call_site(owners: Mapping[int, str]) -> CallSite | None:
+def find_call_site(owners: Mapping[nn.Module, str]) -> CallSite | None:
     """Describe the call that is running now, as seen from torch's function or module machinery.
 
     Args:
-        owners: qualified name by ``id`` of each module of the model.
+        owners: qualified name of each module of the model.
     """
     frame = _calling_frame()
     if frame is None:
         return None
     code = frame.f_code
     owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    if not isinstance(owner, nn.Module) or id(owner) not in owners:
+    if not isinstance(owner, nn.Module) or owner not in owners:
         return None
     position = _running_position(frame, code)
     if position is None:
@@ -114,7 +114,7 @@ def find_call_site(owners: Mapping[int, str]) -> CallSite | None:
     source = method_source(function) if function is not None else None
     moody = source is not None and source.moody
     digest = source.digest if source is not None else ""
-    return CallSite(owners[id(owner)], code.co_name, position, digest, obstacle, moody)
+    return CallSite(owners[owner], code.co_name, position, digest, obstacle, moody)
 
 
 def method_of(owner: nn.Module, name: str) -> FunctionType | None:

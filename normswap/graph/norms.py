@@ -123,7 +123,7 @@ def channels_of(module: nn.Module) -> int:
     if isinstance(declared, int):
         return declared
     tensors = (getattr(module, name, None) for name in ("running_mean", "weight"))
-    return next(t.numel() for t in tensors if t is not None)
+    return int(next(t.numel() for t in tensors if t is not None))
 
 
 def spatial_rank_of(module: nn.Module) -> int:

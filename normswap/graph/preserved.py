@@ -29,7 +29,7 @@ def _same(container: Any, saved: Any) -> bool:
         return False
     if isinstance(container, dict):
         pairs = zip(container.items(), saved.items(), strict=True)
-        return all(k is l and v is w for (k, v), (l, w) in pairs)
+        return all(k is j and v is w for (k, v), (j, w) in pairs)
     if isinstance(container, list):
         return all(v is w for v, w in zip(container, saved, strict=True))
     return bool(container == saved)

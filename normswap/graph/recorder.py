@@ -86,12 +86,15 @@ class View:
 
 @dataclass(eq=False)
 class Trace:
-    """What one forward pass did. Values are numbers; ``made`` and ``used`` index calls by value."""
+    """What one forward pass did. Values are numbers; ``made`` and ``used`` index calls by value.
+
+    ``stray_norms`` are norms whose tensors went into a functional ``batch_norm`` outside of them.
+    """
 
     calls: list[Call] = field(default_factory=list)
     made: dict[int, Call] = field(default_factory=dict)
     used: dict[int, list[Call]] = field(default_factory=dict)
-    stray_norms: set[int] = field(default_factory=set)
+    stray_norms: set[nn.Module] = field(default_factory=set)
 
 
 def _product(sizes: Iterable[int]) -> int:
@@ -115,13 +118,14 @@ class Recorder(TorchFunctionMode):
     """The torch-function half of the recorder; :func:`recording` adds the module hooks.
 
     Args:
-        names: first qualified name by ``id`` of every module of the model.
+        names: first qualified name of every module of the model.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.trace = Trace()
         self._names = names
+        self._norms = [module for module in names if is_batchnorm(module)]
         self._thread = threading.get_ident()
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._count = 0
@@ -140,7 +144,7 @@ class Recorder(TorchFunctionMode):
 
     def value(self, tensor: Tensor) -> int:
         """Number of the value that ``tensor`` holds now."""
-        number, version = self._values.get(tensor, (0, None))
+        number, version = self._values.get(tensor, (0, None))  # type: ignore[no-untyped-call]
         if version == _version(tensor):
             return int(number)
         # Unseen, or changed behind our back through a view of it: a new value of unknown origin.
@@ -175,7 +179,7 @@ class Recorder(TorchFunctionMode):
         if threading.get_ident() != self._thread:
             return func(*args, **kwargs)
         if self._opaque:
-            self._look_inside(func, args, kwargs)
+            self._look_inside(func, args)
             return _run(func, args, kwargs)
         before = [(t, _version(t)) for t in _tensors((args, kwargs))]
         numbers = tuple(self.value(t) for t, _ in before)
@@ -207,11 +211,10 @@ class Recorder(TorchFunctionMode):
             if weight is not None and weight is getattr(module, "weight", None):
                 call.module = module
         elif call.op == "batch_norm":
-            self.trace.stray_norms.update(id(t) for t in _tensors((args[1:], kwargs)))
+            used = {id(t) for t in _tensors((args[1:], kwargs))}
+            self.trace.stray_norms.update(m for m in self._norms if _holds_any(m, used))
 
-    def _look_inside(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         module, call, before = self._opaque[-1]
         if vocabulary.op_of(func) in vocabulary.PRODUCER_OPS and len(args) > 1:
             stored = getattr(module, "weight", None)
@@ -221,7 +224,7 @@ class Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module of the model starts to run."""
-        if threading.get_ident() != self._thread or id(module) not in self._names:
+        if threading.get_ident() != self._thread or module not in self._names:
             return
         slot = self._slot()
         self._stack.append(module)
@@ -238,7 +241,7 @@ class Recorder(TorchFunctionMode):
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """A module of the model has run, or has raised (``output`` None)."""
-        if threading.get_ident() != self._thread or id(module) not in self._names:
+        if threading.get_ident() != self._thread or module not in self._names:
             return
         while self._stack and self._stack[-1] is not module:
             self._stack.pop()
@@ -261,7 +264,7 @@ class Recorder(TorchFunctionMode):
         if type(parent).forward is not nn.Sequential.forward:
             return None
         keys = list(parent._modules)
-        prefix = self._names[id(parent)]
+        prefix = self._names[parent]
         return f"{prefix}.{keys[index]}".lstrip(".") if index < len(keys) else None
 
     def output(self, output: Any) -> None:
@@ -269,6 +272,11 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             numbers = tuple(self.value(t) for t in _tensors(output))
         self._use(Call("output", numbers))
+
+
+def _holds_any(module: nn.Module, tensors: set[int]) -> bool:
+    held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(id(tensor) in tensors for tensor in held)
 
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -311,21 +319,22 @@ def _view_of(
 
 
 @contextmanager
-def recording(model: nn.Module, names: Mapping[int, str]) -> Iterator[Recorder]:
+def recording(names: Mapping[nn.Module, str]) -> Iterator[Recorder]:
     """Record every call made in this thread until the block ends; hooks are removed again."""
     recorder = Recorder(names)
 
     # The hooks look at tensors themselves; that must not come back to the recorder as calls.
-    def enter(module: nn.Module, args: Any) -> None:
+    def before(module: nn.Module, args: Any) -> None:
         with torch._C.DisableTorchFunction():
             recorder.enter(module, args)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        del args
         with torch._C.DisableTorchFunction():
             recorder.leave(module, output)
 
     with ExitStack() as stack:
-        stack.callback(register_module_forward_pre_hook(enter).remove)
-        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
+        stack.callback(register_module_forward_pre_hook(before).remove)
+        stack.callback(register_module_forward_hook(after, always_call=True).remove)
         stack.enter_context(recorder)
         yield recorder

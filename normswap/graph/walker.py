@@ -35,6 +35,9 @@ _WRAPPERS = {
 }
 
 
+_USED_APART = "its tensors are used by a batch_norm call outside of the module"
+
+
 @dataclass(frozen=True)
 class _Run:
     mode: str
@@ -150,7 +153,7 @@ def _runs(
     runs: list[_Run] = []
     try:
         runs.append(_run(model, example_inputs, mode="eval", meta=True))
-    except Exception as error:  # noqa: BLE001 - any failure on meta means: try the real device
+    except Exception as error:
         if on_meta:
             raise _cannot_run(error) from error
     if not runs:
@@ -174,11 +177,13 @@ def _unseen(found: dict[nn.Module, tuple[str, ...]], runs: list[_Run]) -> bool:
 
 def _training_run(model: nn.Module, example_inputs: Any, *, meta: bool) -> _Run | None:
     """Run in training mode; BN refuses one element per channel there, so try a doubled batch."""
-    doubled = tree_map(lambda leaf: torch.cat([leaf, leaf]) if _batched(leaf) else leaf, example_inputs)
+    doubled = tree_map(
+        lambda leaf: torch.cat([leaf, leaf]) if _batched(leaf) else leaf, example_inputs
+    )
     for inputs in (example_inputs, doubled):
         try:
             return _run(model, inputs, mode="train", meta=meta)
-        except Exception:  # noqa: BLE001, PERF203 - the eval run is what counts; sites say what ran
+        except Exception:  # noqa: BLE001 - the eval run is what counts; sites say what ran
             continue
     return None
 
@@ -199,12 +204,12 @@ def _cannot_run(error: Exception) -> WalkError:
 
 
 def _run(model: nn.Module, example_inputs: Any, *, mode: str, meta: bool) -> _Run:
-    names = {id(m): found[0] for m, found in qualified_names(model).items()}
+    names = {module: found[0] for module, found in qualified_names(model).items()}
     device = torch.device("meta") if meta else _device_of(model)
     inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_inputs)
     with preserved(model, values=not meta), torch.no_grad():
         model.train(mode == "train")
-        with recording(model, names) as recorder:
+        with recording(names) as recorder:
             output = _call_on_meta(model, inputs) if meta else call(model, inputs)
             recorder.output(output)
     return _Run(mode, device.type, recorder.trace)
@@ -268,13 +273,10 @@ class _Reader:
     def _silent_site(self, module: nn.Module) -> Site:
         site = self._blank(module)
         fused = self._fused(module)
+        stray = any(module in run.trace.stray_norms for run in self._runs)
+        note = _USED_APART if stray else "never ran, in eval or in training mode"
         return replace(
-            site,
-            calls=0,
-            mode=None,
-            no_producer="never ran",
-            activation=fused,
-            notes=("never ran, in eval or in training mode",),
+            site, calls=0, mode=None, no_producer="never ran", activation=fused, notes=(note,)
         )
 
     def _site(self, module: nn.Module, run: _Run, calls: list[Call]) -> Site:
@@ -283,6 +285,7 @@ class _Reader:
         producers = {self._producer(c, run.trace) for c in calls}
         producer, reason = producers.pop() if len(producers) == 1 else (None, "calls disagree")
         notes = [] if run.mode == "eval" else ["ran in training mode only"]
+        notes += [_USED_APART] if module in run.trace.stray_norms else []
         return replace(
             self._blank(module),
             rank=len(spatial),

@@ -185,9 +185,7 @@ def _remove_relus(model: nn.Module, plan: Plan, journal: Journal) -> None:
         put_at(model, name, identity, journal)
 
 
-def _wire(
-    model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Journal
-) -> None:
+def _wire(model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Journal) -> None:
     for entry in plan.swapped:
         layer = new[entry.name]
         if entry.producer is not None and isinstance(layer, _CBN):

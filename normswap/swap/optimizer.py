@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,6 +38,23 @@ def move_optimizer(
     the BN had no parameters at all. Parameters the optimizer did not hold stay out. State is
     dropped with the parameter it belongs to, and kept where the parameter survived.
     """
+    exchange, homeless = _exchange(replacements)
+    for index, group in enumerate(optimizer.param_groups):
+        new: list[nn.Parameter] = homeless if index == 0 else []
+        for parameter in reversed(group["params"]):
+            new = [*exchange.get(parameter, [parameter]), *new]
+        journal.put_all(group["params"], list(dict.fromkeys(new)))
+    surviving = {p for group in optimizer.param_groups for p in group["params"]}
+    for parameter in exchange:
+        if parameter not in surviving and parameter in optimizer.state:
+            state = optimizer.state.pop(parameter)
+            journal.on_undo(functools.partial(optimizer.state.__setitem__, parameter, state))
+
+
+def _exchange(
+    replacements: dict[nn.Module, nn.Module],
+) -> tuple[dict[nn.Parameter, list[nn.Parameter]], list[nn.Parameter]]:
+    """What each old parameter becomes, and the new ones of BNs that had none."""
     exchange: dict[nn.Parameter, list[nn.Parameter]] = {}
     homeless: list[nn.Parameter] = []
     for old, new in replacements.items():
@@ -49,19 +67,4 @@ def move_optimizer(
             exchange[next(iter(olds.values()))] += extra
         else:
             homeless += extra
-    for index, group in enumerate(optimizer.param_groups):
-        new_list: list[Any] = []
-        for parameter in group["params"]:
-            new_list += exchange.get(parameter, [parameter])
-        new_list += homeless if index == 0 else []
-        if len(new_list) != len(group["params"]) or any(
-            a is not b for a, b in zip(new_list, group["params"], strict=True)
-        ):
-            journal.put_all(group["params"], list(dict.fromkeys(new_list)))
-    surviving = {p for group in optimizer.param_groups for p in group["params"]}
-    for parameter in exchange:
-        if parameter not in surviving and parameter in optimizer.state:
-            state = optimizer.state.pop(parameter)
-            journal.on_undo(
-                lambda p=parameter, s=state: optimizer.state.__setitem__(p, s)  # type: ignore[misc]
-            )
+    return exchange, homeless

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -39,19 +40,18 @@ def _replace_in_attribute(
     def new(item: Any) -> Any:
         return replacements.get(item, item) if isinstance(item, nn.Module) else item
 
-    if isinstance(value, nn.Module):
-        if value in replacements:
-            journal.put(attributes, key, replacements[value])
-    elif isinstance(value, list):
-        if any(new(item) is not item for item in value):
-            journal.put_all(value, [new(item) for item in value])
-    elif type(value) is tuple:
-        if any(new(item) is not item for item in value):
-            journal.put(attributes, key, tuple(new(item) for item in value))
-    elif isinstance(value, dict):
+    def stale(items: Iterable[Any]) -> bool:
+        return any(new(item) is not item for item in items)
+
+    if isinstance(value, nn.Module) and stale([value]):
+        journal.put(attributes, key, new(value))
+    elif isinstance(value, list) and stale(value):
+        journal.put_all(value, [new(item) for item in value])
+    elif type(value) is tuple and stale(value):
+        journal.put(attributes, key, tuple(new(item) for item in value))
+    elif isinstance(value, dict) and stale(value.values()):
         for name, item in list(value.items()):
-            if new(item) is not item:
-                journal.put(value, name, new(item))
+            journal.put(value, name, new(item))
 
 
 def put_at(model: nn.Module, name: str, module: nn.Module, journal: Journal) -> None:

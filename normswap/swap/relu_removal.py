@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 from collections.abc import Iterable
 from types import FunctionType
 from typing import Any
@@ -64,13 +63,23 @@ def edited_class(module: nn.Module, calls: Iterable[CallSite]) -> type[nn.Module
     return class_without_calls(base, edits | {(c.method, c.position, c.digest) for c in calls})
 
 
-@functools.cache
+_generated: dict[tuple[type[nn.Module], frozenset[Edit]], type[nn.Module]] = {}
+
+
 def class_without_calls(base: type[nn.Module], edits: frozenset[Edit]) -> type[nn.Module]:
     """A subclass of ``base`` whose methods lack the calls at the given positions.
+
+    The same arguments give the same class, so that equal blocks stay of one type.
 
     Raises:
         SwapError: if the source of a method is not what it was when the edit was decided.
     """
+    if (base, edits) not in _generated:
+        _generated[base, edits] = _generate(base, edits)
+    return _generated[base, edits]
+
+
+def _generate(base: type[nn.Module], edits: frozenset[Edit]) -> type[nn.Module]:
     by_method: dict[str, list[tuple[int, int, int, int]]] = {}
     for method, position, digest in sorted(edits):
         by_method.setdefault(method, []).append(position)
@@ -107,7 +116,7 @@ class _Remover(ast.NodeTransformer):
     def __init__(self, calls: list[ast.Call]) -> None:
         self._places = {_place(call) for call in calls}
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802 - ast's name
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         """Put the argument of a condemned call in the place of the call."""
         self.generic_visit(node)
         argument = argument_of(node) if _place(node) in self._places else None
