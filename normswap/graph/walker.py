@@ -7,6 +7,7 @@ that may be removed has to mean the same in both. The model comes back exactly a
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -207,7 +208,8 @@ def _run(model: nn.Module, example_inputs: Any, *, mode: str, meta: bool) -> _Ru
     names = {module: found[0] for module, found in qualified_names(model).items()}
     device = torch.device("meta") if meta else _device_of(model)
     inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_inputs)
-    with preserved(model, values=not meta), torch.no_grad():
+    with preserved(model, values=not meta), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the model has to say, it says when it is used
         model.train(mode == "train")
         with recording(names) as recorder:
             output = _call_on_meta(model, inputs) if meta else call(model, inputs)
@@ -349,8 +351,16 @@ class _Reader:
         users = [run.trace.used.get(c.output or 0, []) for c in calls]
         if any(len(u) != 1 for u in users):
             return None
-        found = {self._activation_of(u[0], run.trace) for u in users}
-        return found.pop() if len(found) == 1 else None
+        found = list(dict.fromkeys(self._activation_of(u[0], run.trace) for u in users))
+        first = found[0]
+        if first is None or any(
+            a is None or (a.op, a.name) != (first.op, first.name) for a in found
+        ):
+            return None
+        if len(found) > 1:
+            apart = Removal("call", obstacle="it is called in several places")
+            return replace(first, removals=(apart,) if first.op == "relu" else ())
+        return first
 
     def _activation_of(self, user: Call, trace: Trace) -> Activation | None:
         if user.module is None:
