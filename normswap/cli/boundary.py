@@ -1,0 +1,83 @@
+"""The one place where exceptions become exit codes and a line on stderr."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from normswap.errors import NormSwapError, ParityError
+
+DONE, FAILED, USAGE, PARITY, INTERRUPTED = 0, 1, 2, 3, 130
+
+_SYSTEM = {
+    errno.ENOSPC: ("a full disk", "space for the output", "another disk, or remove something"),
+    errno.EDQUOT: ("a full quota", "space for the output", "another disk, or remove something"),
+    errno.EACCES: ("permission denied", "the right to use it", "another path, or chmod"),
+    errno.EPERM: ("permission denied", "the right to use it", "another path, or chmod"),
+    errno.EROFS: ("a read-only file system", "the right to write there", "another path"),
+    errno.ENOENT: ("nothing there", "an existing file", "another path"),
+}
+
+
+def exit_code(run: Callable[[], Any], *, debug: bool) -> int:
+    """Run a command line and say how it ended.
+
+    Args:
+        run: the parsed call; returns an exit code, or anything else for success.
+        debug: print the traceback of what went wrong.
+
+    Returns:
+        0 done, 1 error, 2 wrong usage, 3 the ONNX file is not the model, 130 interrupted.
+    """
+    try:
+        result = run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `normswap list | head`: the reader has gone, and that is fine
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary
+        if debug:
+            traceback.print_exc()
+        code, message = describe(error)
+        click.echo(message, err=True)
+        return code
+    return result if isinstance(result, int) else DONE
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit code of an exception and the text that stands for it."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return USAGE, error.format_message()
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "normswap"
+        return USAGE, _line(f"{command}: {error.format_message()} Try '{command} --help'.")
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return INTERRUPTED, "normswap: interrupted; what was already saved is complete."
+    if isinstance(error, ParityError):
+        return PARITY, _line(str(error))
+    if isinstance(error, NormSwapError):
+        return FAILED, _line(str(error))
+    return FAILED, _line(_foreign(error))
+
+
+def _foreign(error: BaseException) -> str:
+    """A line for what normswap did not raise itself."""
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        got, need, hint = _SYSTEM[error.errno]
+        return f"{error.filename or 'file system'}: got {got}; need {need}. Try {hint}."
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            "memory: got less than this run needs; need room for one batch. "
+            "Try a smaller --batch-size or --image-size, or --device cpu."
+        )
+    return f"{type(error).__name__}: {error}. Unexpected: run again with --debug."
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

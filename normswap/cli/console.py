@@ -1,0 +1,162 @@
+"""Where text goes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
+_PIPE_WIDTH = 200  # rich takes 80 columns where there is no terminal, and cuts module names there
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
+@contextlib.contextmanager
+def results_alone() -> Iterator[None]:
+    """Keep stdout for results: what libraries print meanwhile goes to stderr."""
+    token = _results.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(token)
+
+
+@contextlib.contextmanager
+def quiet_libraries(*, debug: bool) -> Iterator[None]:
+    """Show normswap's messages and warnings, one line each; others' only when debugging."""
+    logger = logging.getLogger("normswap")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("always", module=r"normswap\b")
+                warnings.showwarning = _show_warning
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+
+
+def stdout() -> Console:
+    """The console for results."""
+    from rich.console import Console
+
+    stream = _results.get() or sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """Print plain data as JSON, for a program to read."""
+    stream = _results.get() or sys.stdout
+    stream.write(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
+
+
+def plain(data: Any) -> Any:
+    """Data that every JSON reader takes: no NaN, no tuples, no paths."""
+    if isinstance(data, dict):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return str(data) if isinstance(data, Path) else data
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    numeric: Sequence[str] = (),
+) -> None:
+    """Print a table; the columns named in ``numeric`` are set flush right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        right = column in numeric
+        table.add_column(
+            column, justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    stdout().print(table)
+
+
+def say(text: str) -> None:
+    """One line of result text."""
+    stdout().print(text, markup=False, soft_wrap=True)
+
+
+class Show(Protocol):
+    """What a long step calls to show how far it has come."""
+
+    def __call__(self, done: float, total: float, message: str = "") -> None:
+        """So much of the total is done."""
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Show]:
+    """Show how far a long step has come.
+
+    A bar with the time left on a terminal; elsewhere a plain line every ten seconds.
+    """
+    if not sys.stderr.isatty():
+        yield _Lines(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[message]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, message="")
+
+        def show(done: float, total: float, message: str = "") -> None:
+            bar.update(task, completed=done, total=total, message=message)
+
+        yield show
+
+
+class _Lines:
+    """Progress where there is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, done: float, total: float, message: str = "") -> None:
+        now = time.monotonic()
+        if now - self.last < _LINE_EVERY or not 0 < done < total:
+            return
+        self.last = now
+        left = (now - self.start) / done * (total - done)
+        share = f"{100 * done / total:.0f} %, {left:.0f} s left"
+        sys.stderr.write(f"{self.title}: {share} {message}".rstrip() + "\n")

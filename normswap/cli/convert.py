@@ -1,0 +1,238 @@
+"""``normswap convert``: swap the BatchNorms of a model and write the result."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.options import (
+    ModelChoice,
+    check_output,
+    cli_command,
+    force_option,
+    json_option,
+    known_target,
+    model_options,
+)
+from normswap.errors import PlanError
+from normswap.targets import FALLBACKS, INITS, PER_SAMPLE, TARGETS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normswap.calibration import Calibration
+    from normswap.planning import Plan, PlanEntry
+
+_SHOWN = ("groups", "eps", "window", "r_max", "d_max", "momentum")
+_TARGETS = "\b\nTARGET is one of\n" + "\n".join(
+    f"  {name:<10} {meaning}" for name, meaning in TARGETS.items()
+)
+
+
+@cli_command("convert", epilog=_TARGETS)
+@click.option(
+    "--to", "target", callback=known_target, metavar="TARGET", help="What BatchNorm becomes."
+)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="Apply a plan as --dry-run --json prints it, instead of --to.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.")
+@click.option(
+    "--init",
+    type=click.Choice(INITS),
+    default="match",
+    show_default=True,
+    help="Affine parameters: solved from BN's statistics, BN's own, or 1 and 0.",
+)
+@click.option("--groups", metavar="N|auto", help="For gn: how many groups.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No layers of this name.")
+@click.option(
+    "--fallback", type=click.Choice(FALLBACKS), help="What to do where the target cannot stand."
+)
+@click.option(
+    "--calibrate",
+    "images",
+    type=click.Path(path_type=Path),
+    metavar="IMAGES",
+    help="Bring the result closer to MODEL on a folder of unlabelled images.",
+)
+@click.option(
+    "--calibrate-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Time for that.",
+)
+@click.option("--calibrate-all", is_flag=True, help="Move every parameter, not the norms' only.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
+@force_option
+@json_option
+@model_options
+def command(
+    *,
+    chosen: ModelChoice,
+    target: str | None,
+    plan_file: Path | None,
+    output: Path | None,
+    init: str,
+    groups: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    fallback: str | None,
+    images: Path | None,
+    calibrate_seconds: float,
+    calibrate_all: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Swap MODEL's BatchNorms; write a directory.
+
+    Every layer is planned before any is changed: --dry-run shows what becomes what, and why not.
+    """
+    if (target is None) == (plan_file is None):
+        raise click.UsageError("Give either --to TARGET or --plan FILE.")
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' (or --dry-run to print the plan only).")
+    if output is not None and not dry_run:
+        check_output(output, force=force)
+    import normswap
+
+    recipe = read_plan(plan_file) if plan_file else _recipe(target, groups)
+    source = chosen.load()
+    options: dict[str, Any] = {
+        "example_inputs": chosen.inputs(source),
+        "include": include or None,
+        "exclude": exclude or None,
+        "fallback": fallback,
+        "init": init,
+    }
+    if dry_run:
+        plan = recipe if plan_file else normswap.plan(source.model, recipe, **options)
+        print_json(plan.to_json()) if as_json else print_plan(plan)
+        return
+    batch = chosen.images(source, images) if images else None
+    teacher = copy.deepcopy(source.model) if images else None
+    result = normswap.convert(source.model, recipe, **({} if plan_file else options))
+    report = None
+    if teacher is not None:
+        scope = "all" if calibrate_all else "norms"
+        report = _calibrate(result.model, teacher, batch, calibrate_seconds, scope, chosen.seed)
+    normswap.save(result.model, output, force=force)
+    if as_json:
+        found = {"output": output, "plan": result.plan.to_json(), "kept": result.kept}
+        print_json({**found, "calibration": report.to_json() if report else None})
+        return
+    print_summary(result.plan)
+    _print_trust(result.plan, report)
+    say(f"wrote {output}")
+
+
+def _calibrate(
+    model: nn.Module, teacher: nn.Module, images: Any, seconds: float, scope: Any, seed: int
+) -> Calibration:
+    import normswap
+
+    with progress("calibrating") as show:
+        report: Calibration = normswap.calibrate(
+            model,
+            teacher,
+            images,
+            seconds=seconds,
+            parameters=scope,
+            seed=seed,
+            progress=lambda share, loss: show(share, 1.0, f"loss {loss:.4f}"),
+        )
+    return report
+
+
+def _print_trust(plan: Plan, report: Calibration | None) -> None:
+    """How far the result may be trusted as it is."""
+    if report is not None:
+        say(str(report))
+        if report.after.warning:
+            say(f"warning: {report.after.warning}")
+    elif any(entry.becomes in PER_SAMPLE for entry in plan.entries):
+        say("near the original, not equal to it: fine-tune it, or convert with --calibrate IMAGES")
+    else:
+        say("in eval mode this is the original's function, to rounding")
+
+
+def _recipe(target: str | None, groups: str | None) -> Any:
+    """The target's name, or a recipe where an option says more than the name."""
+    if groups is None:
+        return target
+    if target != "gn":
+        raise click.UsageError(f"--groups goes with --to gn, not with --to {target}.")
+    if groups != "auto" and not (groups.isdecimal() and int(groups) > 0):
+        raise click.UsageError(f"--groups: got {groups!r}; need a positive number or auto.")
+    from normswap.recipes import GroupNorm
+
+    return GroupNorm(groups="auto") if groups == "auto" else GroupNorm(groups=int(groups))
+
+
+def read_plan(path: Path) -> Plan:
+    """Read what ``--dry-run --json`` printed.
+
+    Raises:
+        PlanError: no such file, or it holds no plan.
+    """
+    from normswap.planning import Plan
+
+    hint = "the output of `normswap convert MODEL --to TARGET --dry-run --json`"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else str(error)
+        raise PlanError(str(path), got=str(problem), need="a plan in JSON", hint=hint) from error
+    return Plan.from_json(content)
+
+
+def print_plan(plan: Plan) -> None:
+    """Every layer of a plan, one row each."""
+    rows = [
+        (
+            entry.name or "(root)",
+            entry.kind,
+            entry.channels,
+            entry.becomes,
+            _settings(entry),
+            "; ".join(text for text in (entry.reason, *entry.notes) if text),
+        )
+        for entry in plan.entries
+    ]
+    columns = ("name", "is", "C", "becomes", "with", "remarks")
+    title = f"{len(rows)} BatchNorm layers, target {plan.target}"
+    print_table(columns, rows, title=title, numeric=("C",))
+    for note in plan.notes:
+        say(f"note: {note}")
+
+
+def _settings(entry: PlanEntry) -> str:
+    """What a user would want to know of the recipe, the wiring and the ReLU."""
+    shown = {key: value for key, value in (entry.recipe or {}).items() if key in _SHOWN}
+    parts = [f"{key}={value}" for key, value in shown.items() if value is not None]
+    if entry.becomes in PER_SAMPLE:
+        parts.append(f"init={entry.init}")
+    if entry.producer:
+        parts.append(f"wired to {entry.producer}")
+    if entry.removal:
+        parts.append("takes the ReLU's place")
+    return ", ".join(parts)
+
+
+def print_summary(plan: Plan) -> None:
+    """What became what and why, counted."""
+    counts = Counter((entry.kind, entry.becomes, entry.reason or "") for entry in plan.entries)
+    rows = [(number, *what) for what, number in counts.most_common()]
+    print_table(("layers", "were", "became", "because"), rows, numeric=("layers",))

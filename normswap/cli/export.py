@@ -1,0 +1,76 @@
+"""``normswap export``: an ONNX file that is proven equal to the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normswap.cli.console import print_json, say
+from normswap.cli.options import (
+    ModelChoice,
+    check_file,
+    cli_command,
+    force_option,
+    json_option,
+    model_options,
+)
+from normswap.cli.verify import print_parity
+from normswap.errors import ParityError
+
+if TYPE_CHECKING:
+    from normswap.onnx import Parity
+
+
+@cli_command("export")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file.")
+@click.option("--opset", type=click.IntRange(18), default=20, show_default=True, help="ONNX opset.")
+@click.option("--static-batch", is_flag=True, help="Fix the batch size at 1.")
+@click.option("--dynamic-size", is_flag=True, help="Let height and width vary too.")
+@click.option("--half", is_flag=True, help="float16, with the normalisers in float32.")
+@click.option("--tolerance", type=float, help="Largest error that passes, of the output's scale.")
+@click.option("--images", type=click.Path(path_type=Path), help="Prove it on these images too.")
+@click.option("--allow-mismatch", is_flag=True, help="Write the file even if the proof fails.")
+@force_option
+@json_option
+@model_options
+def command(
+    *,
+    chosen: ModelChoice,
+    output: Path,
+    images: Path | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write MODEL as a proven ONNX file.
+
+    The proof runs onnxruntime beside torch at several batch sizes. If it fails, no file is written
+    and the exit code is 3.
+    """
+    check_file(output, force=force)
+    source = chosen.load()
+    batch = chosen.images(source, images) if images else None
+    import normswap
+
+    try:
+        parity = normswap.export_onnx(
+            source.model, output, example_inputs=chosen.inputs(source), images=batch, **options
+        )
+    except ParityError as error:
+        _report(getattr(error, "parity", None), None, as_json=as_json)
+        raise
+    _report(parity, output, as_json=as_json)
+
+
+def _report(parity: Parity | None, file: Path | None, *, as_json: bool) -> None:
+    """The proof, also where it failed and no file was written."""
+    if parity is None:
+        return
+    if as_json:
+        print_json({"file": file, **parity.to_json()})
+        return
+    print_parity(parity)
+    if file is not None:
+        say(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")

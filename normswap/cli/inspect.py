@@ -1,0 +1,110 @@
+"""``normswap inspect``: every BatchNorm of a model and what each target would do there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from normswap.cli.console import print_json, print_table, say
+from normswap.cli.options import ModelChoice, cli_command, json_option, model_options
+from normswap.targets import TARGETS
+
+if TYPE_CHECKING:
+    from normswap.graph import Graph, Site
+    from normswap.planning import Plan
+
+
+@cli_command("inspect")
+@json_option
+@model_options
+def command(*, chosen: ModelChoice, as_json: bool) -> None:
+    """Show every BatchNorm of MODEL.
+
+    What feeds it, what follows it, and where a target would become something else there.
+    """
+    import normswap
+
+    source = chosen.load()
+    inputs = chosen.inputs(source)
+    graph = normswap.walk(source.model, inputs)
+    plans = {
+        target: normswap.plan(source.model, target, example_inputs=inputs)
+        for target in TARGETS
+        if target != "bn"
+    }
+    if as_json:
+        print_json(
+            {
+                "model": chosen.spec,
+                **graph.to_json(),
+                "targets": {target: plan.to_json() for target, plan in plans.items()},
+            }
+        )
+        return
+    _print_sites(graph, plans)
+    _print_targets(plans)
+    for note in graph.notes:
+        say(f"note: {note}")
+
+
+def _print_sites(graph: Graph, plans: Mapping[str, Plan]) -> None:
+    print_table(
+        ("name", "kind", "C", "map", "producer", "activation", "cannot take"),
+        [_site_row(site, plans) for site in graph],
+        title=f"{len(graph)} BatchNorm layers",
+        numeric=("C", "map"),
+    )
+
+
+def _site_row(site: Site, plans: Mapping[str, Plan]) -> tuple[Any, ...]:
+    size = "never ran" if site.spatial is None else "×".join(map(str, site.spatial)) or "none"
+    producer = f"{site.producer.op} {site.producer.name}" if site.producer else site.no_producer
+    return (
+        " = ".join(name or "(root)" for name in site.names),
+        site.kind,
+        site.channels,
+        size,
+        producer,
+        _activation(site),
+        _exceptions(site, plans),
+    )
+
+
+def _activation(site: Site) -> str:
+    if site.activation is None:
+        return ""
+    place = "fused" if site.activation.fused else site.activation.name or "functional"
+    return f"{site.activation.op} ({place})"
+
+
+def _exceptions(site: Site, plans: Mapping[str, Plan]) -> str:
+    """The targets that would become something else here: ``gn, ln → frozen``."""
+    others: dict[str, list[str]] = {}
+    for target, plan in plans.items():
+        for entry in plan.entries:
+            if entry.name == site.name and entry.becomes != target:
+                others.setdefault(entry.becomes, []).append(target)
+    return "; ".join(f"{', '.join(targets)} → {becomes}" for becomes, targets in others.items())
+
+
+def _print_targets(plans: Mapping[str, Plan]) -> None:
+    rows = []
+    for target, plan in plans.items():
+        taken = [entry for entry in plan.entries if entry.becomes == target]
+        rows.append((target, f"{len(taken)} of {len(plan.entries)}", "; ".join(_remarks(plan))))
+    print_table(("target", "layers", "remarks"), rows, title="What each target would do")
+
+
+def _remarks(plan: Plan) -> Iterable[str]:
+    """What is special about a target in this model, each thing once."""
+    removals = sum(entry.removal is not None for entry in plan.entries)
+    if removals:
+        yield f"takes the place of {removals} ReLUs"
+    counts = Counter(
+        f"{entry.reason} → {entry.becomes}" if entry.reason else note
+        for entry in plan.entries
+        for note in (entry.notes or ("",))
+        if entry.reason or note
+    )
+    yield from (f"{number} × {remark}" for remark, number in counts.items())

@@ -1,0 +1,248 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from normswap.cli.console import quiet_libraries, results_alone
+from normswap.errors import NormSwapError
+from normswap.targets import TARGETS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from normswap.sources import Source
+
+MOST_IMAGES = 1024
+"""More unlabelled images would not help, and fill the memory."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Command(click.Command):
+    """A command whose results alone reach stdout, whatever the libraries below it print."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the callback; third parties' chatter is shown with ``--debug`` only."""
+        with results_alone(), quiet_libraries(debug=ctx.meta.get("debug", False)):
+            return super().invoke(ctx)
+
+
+def _note_debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["debug"] = True
+
+
+def debug_option() -> click.Option:
+    """``--debug``, for a command or the group."""
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_note_debug,
+        help="Show tracebacks and the warnings of other libraries.",
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+
+
+def cli_command(
+    name: str, *, epilog: str | None = None
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Like ``click.command``, with ``--debug`` and stdout kept for results."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        made = click.command(name, cls=Command, epilog=epilog)(function)
+        made.params.append(debug_option())
+        return made
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """MODEL and the options that say how to build it."""
+
+    spec: str
+    checkpoint: Path | None
+    pretrained: bool
+    num_classes: int | None
+    device: str | None
+    seed: int
+    image_size: int | None
+
+    def load(self) -> Source:
+        """Seed torch and build the model, in eval mode and on the device asked for."""
+        import torch
+
+        from normswap.artifact import load_model
+
+        torch.manual_seed(self.seed)
+        source = load_model(
+            self.spec,
+            pretrained=self.pretrained,
+            checkpoint=self.checkpoint,
+            num_classes=self.num_classes,
+            device=check_device(self.device),
+        )
+        source.model.eval()
+        return source
+
+    def inputs(self, source: Source) -> Any:
+        """Example inputs of the size asked for, on the device of the model."""
+        return source.example_inputs(image_size=self.image_size, seed=self.seed)
+
+    def images(self, source: Source, folder: Path) -> Tensor:
+        """Unlabelled images as one batch, at most ``MOST_IMAGES``, on the device of the model."""
+        from normswap.data import load_images
+
+        preprocessing = source.preprocessing.resized(self.image_size)
+        return load_images(folder, preprocessing, limit=MOST_IMAGES).to(check_device(self.device))
+
+
+def model_options(function: Function) -> Function:
+    """Add MODEL and its options; the callback gets them as ``chosen: ModelChoice``."""
+
+    @functools.wraps(function)
+    def wrapper(
+        *,
+        model: str,
+        checkpoint: Path | None,
+        pretrained: bool,
+        num_classes: int | None,
+        device: str | None,
+        seed: int,
+        image_size: int | None,
+        **rest: Any,
+    ) -> Any:
+        chosen = ModelChoice(model, checkpoint, pretrained, num_classes, device, seed, image_size)
+        return function(chosen=chosen, **rest)
+
+    for option in reversed(_MODEL_OPTIONS):
+        wrapper = option(wrapper)
+    return wrapper  # type: ignore[return-value]
+
+
+_MODEL_OPTIONS = (
+    click.argument("model"),
+    click.option(
+        "--checkpoint",
+        type=click.Path(path_type=Path),
+        help="Weights: .safetensors, or .pth (read without running code). Nothing is downloaded.",
+    ),
+    click.option(
+        "--pretrained/--no-pretrained",
+        default=True,
+        help="Pretrained weights (the default) or none.",
+    ),
+    click.option("--num-classes", type=click.IntRange(min=1), help="Size of the classifier."),
+    click.option("--device", help="cpu, cuda, cuda:1, mps … [default: cpu]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="For all random numbers."),
+    click.option("--image-size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
+)
+
+
+def check_device(name: str | None) -> str:
+    """The device's name, if torch can use it here.
+
+    Raises:
+        NormSwapError: it is no device, or not there.
+    """
+    import torch
+
+    if name in (None, "cpu"):
+        return "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise NormSwapError(
+            "--device",
+            got=f"{name!r} ({str(error).splitlines()[0]})",
+            need="a device that torch can use here",
+            hint="--device cpu",
+        ) from error
+    return str(name)
+
+
+def known_target(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """The callback of ``--to``: a target's name, or a usage error with the nearest names."""
+    if value is None or value in TARGETS:
+        return value
+    near = get_close_matches(value, TARGETS, n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise click.BadParameter(f"got {value!r}; need one of {', '.join(TARGETS)}.{hint}")
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Find out before long work whether a directory can be written.
+
+    Raises:
+        NormSwapError: it exists and is not an empty directory, or cannot be made.
+    """
+    if path.is_dir():
+        if any(path.iterdir()) and not force:
+            raise NormSwapError(
+                str(path),
+                got="a directory that is not empty",
+                need="a new or an empty one",
+                hint="--force, which replaces it, or another -o",
+            )
+    elif path.exists():
+        raise NormSwapError(
+            str(path), got="a file", need="a new or an empty directory", hint="another -o"
+        )
+    check_parent(path)
+
+
+def check_file(path: Path, *, force: bool) -> None:
+    """Find out before long work whether a file can be written.
+
+    Raises:
+        NormSwapError: it exists, or its folder may not be written to.
+    """
+    if path.is_dir():
+        raise NormSwapError(
+            str(path),
+            got="a directory",
+            need="the name of a file",
+            hint=f"-o {path / 'model.onnx'}",
+        )
+    if path.exists() and not force:
+        raise NormSwapError(
+            str(path),
+            got="a file that exists",
+            need="a new one",
+            hint="--force, which replaces it, or another -o",
+        )
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Find out before long work whether something can be written beside ``path``.
+
+    Raises:
+        NormSwapError: the nearest existing folder is none or may not be written to.
+    """
+    import os
+
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise NormSwapError(str(parent), got="a file", need="a directory", hint="another -o")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise NormSwapError(
+            str(parent),
+            got="no permission to write",
+            need="a writable directory",
+            hint="another -o",
+        )
