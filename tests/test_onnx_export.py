@@ -29,11 +29,11 @@ RANDOMISED = proof._randomised_cases
 
 
 class Tiny(nn.Module):
-    def __init__(self, norm=None):
+    def __init__(self, norm=None, channels=4):
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.norm = norm if norm is not None else nn.BatchNorm2d(4)
-        self.head = nn.Conv2d(4, 5, 1)
+        self.conv = nn.Conv2d(3, channels, 3, padding=1)
+        self.norm = norm if norm is not None else nn.BatchNorm2d(channels)
+        self.head = nn.Conv2d(channels, 5, 1)
 
     def forward(self, x):
         return self.head(torch.relu(self.norm(self.conv(x))))
@@ -337,6 +337,47 @@ def test_frn_squares_by_a_product(tmp_path):
     model = Tiny(FilterResponseNorm2d(4))
     assert export_onnx(model, path, example_inputs=inputs()).passed
     assert "Pow" not in ops(path)
+
+
+GROUP_NORM = ["Reshape", "InstanceNormalization", "Shape", "Reshape"]
+RESPONSE = ["Mul", "GlobalAveragePool", "Add", "Sqrt", "Reciprocal", "Mul"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "middle"),
+    [
+        (nn.GroupNorm(4, 16), [*GROUP_NORM, "Conv", "Relu"]),
+        (FilterResponseNorm2d(16, tlu=False), [*RESPONSE, "Conv", "Relu"]),
+        (FilterResponseNorm2d(16), [*RESPONSE, "Mul", "Add", "Max", "Relu"]),
+        (nn.GroupNorm(4, 20), [*GROUP_NORM, "Mul", "Add", "Relu"]),
+    ],
+    ids=["gn", "frn", "frn-tlu", "gn-odd"],
+)
+def test_norms_take_the_form_that_runs_fastest(norm, middle, tmp_path, monkeypatch):
+    with torch.no_grad():
+        for name, parameter in norm.named_parameters():
+            parameter.copy_(torch.linspace(0.1 if name == "tau" else 0.5, 1.5, len(parameter)))
+    path = tmp_path / "m.onnx"
+    model = Tiny(norm, channels=len(norm.weight))
+    parity = export_onnx(model, path, example_inputs=inputs())
+    assert parity.max_relative_error < 1e-5
+    assert ops(path) == ["Conv", *middle, "Conv"]
+    spoil(monkeypatch)
+    with pytest.raises(ParityError, match="first divergent module: head"):
+        export_onnx(model, path, example_inputs=inputs())
+    if middle[-2] == "Conv":
+        affine = [node for node in onnx.load(path).graph.node if node.op_type == "Conv"][1]
+        spoil(monkeypatch, affine.input[1])
+        with pytest.raises(ParityError, match="first divergent module: norm"):
+            export_onnx(model, path, example_inputs=inputs())
+
+
+def test_thresholds_of_zero_are_a_relu(tmp_path):
+    path = tmp_path / "m.onnx"
+    assert export_onnx(
+        Tiny(FilterResponseNorm2d(16), channels=16), path, example_inputs=inputs()
+    ).passed
+    assert ops(path) == ["Conv", *RESPONSE, "Conv", "Relu", "Relu", "Conv"]
 
 
 def test_the_rule():

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from normswap.errors import ExportError
 from normswap.onnx.parity import Array
@@ -69,12 +70,28 @@ def read_onnx(path: str | Path) -> OnnxFile:
         proto.ParseFromString(where.read_bytes())
     except (DecodeError, ValueError, RecursionError, MemoryError) as error:
         raise _not_onnx(where, f"bytes that are no ONNX protobuf ({_line(error)})") from error
+    if not _is_text(proto):
+        raise _not_onnx(where, "an ONNX protobuf whose names are no text")
     file = OnnxFile(where, proto)
     if not proto.graph.node or not proto.opset_import or not proto.graph.output:
         raise _not_onnx(where, "a protobuf without an ONNX graph in it")
     for tensor in tensors(proto):
         _check_tensor(file, tensor)
     return file
+
+
+def _is_text(message: Message) -> bool:
+    """Whether every string is one: protobuf hands out bytes where it is not valid UTF-8."""
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_STRING:
+            texts = (value,) if isinstance(value, str | bytes) else value
+            if not all(isinstance(text, str) for text in texts):
+                return False
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            inner = (value,) if isinstance(value, Message) else value
+            if not all(map(_is_text, inner)):
+                return False
+    return True
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError
 from normswap.onnx.files import OnnxFile, is_external, read_onnx, tensors
+from normswap.onnx.forms import fastest
 from normswap.onnx.half import norm_names, to_half
 from normswap.onnx.subject import Subject, first
 
@@ -89,6 +90,7 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
         raise _cannot_export(subject.model, error, options) from error
     file = read_onnx(path)
     _label_nodes(file.proto, subject.model)
+    fastest(file.proto)
     if options.half:
         _narrow(file, subject.model)
     save(file)

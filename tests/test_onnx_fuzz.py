@@ -1,0 +1,137 @@
+"""Mutated files: never a crash, never a hang, never a look outside the file's folder.
+
+``NORMSWAP_FUZZ=2000 pytest tests/test_onnx_fuzz.py`` runs more of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx_support import Net, live
+
+from normswap.errors import ExportError
+from normswap.onnx import export_onnx, session, verify_onnx
+from normswap.onnx.files import read_onnx
+from normswap.onnx.metadata import read_metadata
+
+COUNT = int(os.environ.get("NORMSWAP_FUZZ", "240"))
+OPENED: list[str] = []
+PLACES = ["/etc/passwd", "../x", "model.onnx", "", "a" * 2000, "\0", "..\\..\\x", "/dev/zero"]
+
+
+def _audit(event, arguments):
+    if event == "open" and WATCHING:
+        OPENED.append(str(arguments[0]))
+
+
+WATCHING: list[bool] = []
+sys.addaudithook(_audit)
+
+
+def flipped(data, rng):
+    for position in rng.integers(0, len(data), rng.integers(1, 9)):
+        data[position] ^= int(rng.integers(1, 256))
+    return data
+
+
+def truncated(data, rng):
+    return data[: int(rng.integers(0, len(data)))]
+
+
+def doubled(data, rng):
+    start = int(rng.integers(0, len(data)))
+    return data[:start] + data[start : start + 200] + data[start:]
+
+
+def with_metadata(data, rng):
+    proto = onnx.ModelProto.FromString(bytes(data))
+    entry = proto.metadata_props[int(rng.integers(0, len(proto.metadata_props)))]
+    choice = int(rng.integers(0, 4))
+    if choice == 0:
+        entry.value = entry.value[: int(rng.integers(0, len(entry.value)))]
+    elif choice == 1:
+        entry.key = entry.key + "x"
+    elif choice == 2:
+        entry.value = "[" * 100_000
+    else:
+        proto.metadata_props.add().CopyFrom(entry)
+        entry.value = '{"inputs":[{"shape":[-1,9999999999]}]}'
+    return proto.SerializeToString()
+
+
+def with_paths(data, rng):
+    proto = onnx.ModelProto.FromString(bytes(data))
+    tensor = proto.graph.initializer[int(rng.integers(0, len(proto.graph.initializer)))]
+    tensor.data_location = int(rng.integers(0, 2))
+    for key in ("location", "offset", "length"):
+        entry = tensor.external_data.add()
+        entry.key = key
+        places = PLACES if key == "location" else ["0", "-1", "9" * 30, "x", ""]
+        entry.value = places[int(rng.integers(0, len(places)))]
+    return proto.SerializeToString()
+
+
+def with_shapes(data, rng):
+    proto = onnx.ModelProto.FromString(bytes(data))
+    tensor = proto.graph.initializer[int(rng.integers(0, len(proto.graph.initializer)))]
+    tensor.dims.append(int(rng.choice([-1, 0, 2, 2**40])))
+    return proto.SerializeToString()
+
+
+def with_labels(data, rng):
+    """What no hash covers: these files stay the proven ones and run."""
+    proto = onnx.ModelProto.FromString(bytes(data))
+    node = proto.graph.node[int(rng.integers(0, len(proto.graph.node)))]
+    node.name = "".join(map(chr, rng.integers(32, 1000, 30)))
+    node.doc_string = "x" * 1000
+    return proto.SerializeToString()
+
+
+KINDS = [flipped, truncated, doubled, with_metadata, with_paths, with_shapes, with_labels]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "model.onnx"
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert export_onnx(live(Net()), path, example_inputs=x).passed
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_mutated_files_end_in_a_verdict_or_one_clear_line(kind, data, tmp_path, monkeypatch):
+    rng = np.random.default_rng(KINDS.index(kind))
+    opened = []
+    original = session.open_session
+
+    def watched(path, level, provider):
+        opened.append(path)
+        return original(path, level, provider)
+
+    monkeypatch.setattr(session, "open_session", watched)
+    verdicts = set()
+    path = tmp_path / "mutated.onnx"
+    for _ in range(-(-COUNT // len(KINDS))):
+        path.write_bytes(bytes(kind(bytearray(data), rng)))
+        del OPENED[:], opened[:]
+        WATCHING.append(True)
+        try:
+            verdicts.add(verify_onnx(path).passed)
+        except ExportError as error:
+            verdicts.add("error" if "\n" not in str(error) else str(error))
+        finally:
+            WATCHING.clear()
+        assert {Path(name) for name in OPENED if name.startswith("/")} <= {path}
+        if opened:  # only a file whose hash is right is ever run
+            assert read_metadata(read_onnx(path)).intact
+    assert verdicts <= {True, False, "error"}
+    if kind is with_labels:
+        assert verdicts == {True}
+    if kind in (truncated, with_paths):
+        assert True not in verdicts
