@@ -34,7 +34,7 @@ NORMS = ("gn", "frn", "brn", "cbn")
 QUIET = {"tensorboard": False}
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818
     pass
 
 
@@ -181,7 +181,7 @@ def test_resume_with_other_options_names_them(tmp_path):
 def test_fresh_start_does_not_overwrite_an_earlier_run(tmp_path):
     with pytest.raises(Stop):
         hard_run("gn", tmp_path, progress=stop_at(3))
-    with pytest.raises(TrainingError, match="checkpoint of an earlier run.*resume=True"):
+    with pytest.raises(TrainingError, match=r"checkpoint of an earlier run.*resume=True"):
         hard_run("gn", tmp_path, resume=False)
     with pytest.raises(TrainingError, match="no output folder"):
         hard_run("gn", None, resume=True)
@@ -240,7 +240,7 @@ def test_resume_with_the_callers_own_loader(workers, own_generator, tmp_path):
     assert same(expected, run(tmp_path / "broken"))
 
 
-def test_number_of_workers_changes_nothing(tmp_path):
+def test_number_of_workers_changes_nothing():
     def run(workers):
         model = Net("bn", dropout=0.2)
         options = FineTune(batch_size=3, epochs=1, workers=workers, **QUIET)

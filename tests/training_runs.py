@@ -72,7 +72,7 @@ class Augmented(Dataset):
     def __getitem__(self, index):
         if index in self.broken:
             raise OSError(f"image {index} is truncated")
-        noise = random.random() + np.random.rand() + torch.rand(())
+        noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
         return self.images[index] + 0.1 * noise, int(self.labels[index])
 
 

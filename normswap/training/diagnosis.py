@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normswap.errors import TrainingError
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_ONE_VALUE = "expected more than 1 value per channel"
 
 
 def first_non_finite(model: nn.Module, images: Tensor) -> str:
@@ -58,18 +59,33 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def advice_on_memory(batch_size: int, device: torch.device) -> Iterator[None]:
-    """Turn an out-of-memory error into one that says what to do."""
+def explained(batch_size: int, device: torch.device) -> Iterator[None]:
+    """Turn torch's errors about memory and batches of one into ones that say what to do."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         text = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(s in text for s in _OUT_OF_MEMORY):
-            raise
-        raise TrainingError(
-            f"{device}",
-            got=f"out of memory at batch_size={batch_size}",
-            need="memory for the activations of one batch",
-            hint="a smaller batch_size with gradient_accumulation, smaller images, amp='bf16', "
-            "or the model's own gradient checkpointing (timm: model.set_grad_checkpointing())",
-        ) from error
+        if isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY):
+            raise _out_of_memory(batch_size, device) from error
+        if _ONE_VALUE in text:
+            raise _one_value(batch_size, str(error)) from error
+        raise
+
+
+def _out_of_memory(batch_size: int, device: torch.device) -> TrainingError:
+    return TrainingError(
+        str(device),
+        got=f"out of memory at batch_size={batch_size}",
+        need="memory for the activations of one batch",
+        hint="a smaller batch_size with gradient_accumulation, smaller images, amp='bf16', "
+        "or the model's own gradient checkpointing (timm: model.set_grad_checkpointing())",
+    )
+
+
+def _one_value(batch_size: int, text: str) -> TrainingError:
+    return TrainingError(
+        "BatchNorm",
+        got=f"one value per channel at batch_size={batch_size} ({text})",
+        need="several values to take a variance of",
+        hint="batch_size=2 or more, or converting to gn, frn, brn or cbn",
+    )

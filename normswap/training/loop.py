@@ -20,7 +20,7 @@ from normswap.training import processes
 from normswap.training.batches import Share, evaluation_batches, training_batches
 from normswap.training.checkpoints import LAST, remove_parts
 from normswap.training.curves import CURVE, draw_learning_curve
-from normswap.training.diagnosis import advice_on_memory, first_non_finite
+from normswap.training.diagnosis import explained, first_non_finite
 from normswap.training.interrupts import StopRequest, TrainingInterrupted, stop_on_signals
 from normswap.training.machinery import (
     borrowed_accelerator,
@@ -35,7 +35,15 @@ from normswap.training.parameters import evaluating, start_training, training_mo
 from normswap.training.randomness import rng_kept, seed_everything
 from normswap.training.reading import Batch
 from normswap.training.records import Epoch, History, Progress, ProgressCallback, Recorder
-from normswap.training.resumption import Meter, Place, earlier_run, load_run, save_best, save_run
+from normswap.training.resumption import (
+    Meter,
+    Place,
+    check_agreement,
+    earlier_run,
+    load_run,
+    save_best,
+    save_run,
+)
 from normswap.training.scoring import (
     Metrics,
     check_classes,
@@ -209,6 +217,7 @@ class Run:
 
     def go(self, found: dict[str, Any] | None) -> History:
         """Train from a checkpoint, or from the start, to the end."""
+        check_agreement(self, found)
         if found is not None:
             load_run(self, found)
         self._open_records()
@@ -228,7 +237,7 @@ class Run:
         while self.place.batch < self.batches.count:
             tick = time.perf_counter()
             left = self.batches.count - self.place.batch
-            with advice_on_memory(self.batches.batch_size, self.device):
+            with explained(self.batches.batch_size, self.device):
                 seen = self._update(batches, min(self.options.gradient_accumulation, left))
             if seen == 0:  # the loader's length was an estimate, and too high
                 break
@@ -352,9 +361,6 @@ class Run:
         self.epochs.append(row)
         self.recorder.write("epoch", asdict(row))
         log.info("%s", _line(row, self.options.epochs))
-        if self.scheduler is not None:
-            metric = row.val_top1 if row.val_top1 is not None else -row.train_loss
-            self.scheduler.step(row.epoch, metric)
         if _better(row, self.best):
             self._keep_best(row)
         self.place = Place(epoch=row.epoch, batch=0, step=self.place.step)
@@ -373,7 +379,7 @@ class Run:
             on_broken=self.options.on_broken,
             share=self.share,
         )
-        with advice_on_memory(self.options.eval_batch_size, self.device):
+        with explained(self.options.eval_batch_size, self.device):
             totals = count_hits(shown, batches, self.device, autocast=self.accelerator.autocast)
         if shared:
             totals = torch.tensor(processes.added_up(self.accelerator, totals.tolist()))

@@ -98,8 +98,14 @@ def make_scheduler(
     """Timm's scheduler by name, stepped per update; None for ``"none"``."""
     from timm.scheduler import create_scheduler_v2
 
-    per_epoch = options.scheduler == "plateau"  # timm's knows no other way
-    warmup = options.warmup if per_epoch else round(options.warmup * updates_per_epoch)
+    if options.scheduler == "plateau":  # timm keeps no state of it, so no resume would be exact
+        raise TrainingError(
+            "FineTune.scheduler",
+            got="'plateau', which timm has deprecated",
+            need="a schedule that is known in advance",
+            hint="'cosine'",
+        )
+    warmup = round(options.warmup * updates_per_epoch)
     scheduler, _ = _by_name(
         "scheduler",
         options.scheduler,
@@ -108,9 +114,9 @@ def make_scheduler(
             optimizer,
             sched=options.scheduler,
             num_epochs=options.epochs,
-            warmup_epochs=warmup if per_epoch else warmup / updates_per_epoch,
+            warmup_epochs=warmup / updates_per_epoch,
             warmup_lr=learning_rate / 100,
-            step_on_epochs=per_epoch,
+            step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from typing import Any
 
 import torch
@@ -50,12 +51,20 @@ def added_up(accelerator: Any, numbers: list[float]) -> list[float]:
 
 
 def gathered(accelerator: Any, item: Any) -> list[Any]:
-    """One object from every process."""
+    """One piece of plain data from every process."""
     if accelerator.num_processes == 1:
         return [item]
+    buffer = io.BytesIO()
+    torch.save(item, buffer)  # as bytes: all_gather_object cannot pickle every tensor
     found: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(found, item)
-    return found
+    torch.distributed.all_gather_object(found, buffer.getvalue())
+    return [torch.load(io.BytesIO(part), weights_only=True) for part in found]
+
+
+def wait_for_all(accelerator: Any) -> None:
+    """Go on when every process has come here."""
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
 
 
 def share_buffers(model: nn.Module, accelerator: Any) -> None:

@@ -97,6 +97,7 @@ def save_run(run: Run) -> None:
     everyone = processes.gathered(run.accelerator, own)
     if run.accelerator.is_main_process and run.folder is not None:
         write_checkpoint(run.folder / LAST, _state(run, everyone))
+    processes.wait_for_all(run.accelerator)  # who starts again must find this one
 
 
 def _state(run: Run, everyone: list[Any]) -> dict[str, Any]:
@@ -126,6 +127,23 @@ def _data(run: Run) -> dict[str, int]:
         "batch_size": run.batches.batch_size,
         "processes": run.share.world,
     }
+
+
+def check_agreement(run: Run, found: dict[str, Any] | None) -> None:
+    """Every process must have found the same checkpoint.
+
+    Raises:
+        TrainingError: they see different files, as on machines without a common file system.
+    """
+    own = None if found is None else found["place"]["step"]
+    steps = processes.gathered(run.accelerator, own)
+    if any(step != own for step in steps):
+        raise TrainingError(
+            str(run.folder),
+            got="checkpoints of the steps " + ", ".join(map(str, steps)) + " in the processes",
+            need="the same one in all of them",
+            hint="a folder that all machines see",
+        )
 
 
 def load_run(run: Run, found: dict[str, Any]) -> None:

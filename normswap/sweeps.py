@@ -1,0 +1,461 @@
+"""Accuracy against batch size, one line per target: the papers' figure, on the caller's data.
+
+Each cell of the sweep (target, batch size, seed) starts from the same weights, sees the same
+number of samples and takes its learning rate by the linear rule. It is one JSON file when it is
+done, so a sweep that was broken off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from normswap.errors import NormSwapError, TrainingError
+from normswap.provenance import provenance_of
+from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
+from normswap.training.randomness import rng_kept, seed_everything
+
+log = logging.getLogger("normswap")
+
+TABLE = "sweep.json"
+PICTURE = "sweep.png"
+TARGETS = ("bn", "gn", "frn", "brn", "cbn")
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+SweepProgress = Callable[[int, int, str, Progress], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tune of a sweep.
+
+    Attributes:
+        target: name of the normaliser.
+        batch_size: samples per forward.
+        seed: of initialisation, order and augmentation.
+        learning_rate: at the top of the schedule.
+        samples: seen in training, over all epochs.
+        start_top1: on the validation data after the conversion; None from scratch.
+        top1: on the validation data after the last epoch; None if the cell failed.
+        top5: likewise.
+        loss: likewise.
+        seconds: of training.
+        failure: why it could not be trained, or None.
+    """
+
+    target: str
+    batch_size: int
+    seed: int
+    learning_rate: float
+    samples: int = 0
+    start_top1: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+    seconds: float = 0.0
+    failure: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique within a sweep, and fit for a file."""
+        label = re.sub(r"[^\w.+-]", "_", self.target)
+        return f"{label}-b{self.batch_size}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The seeds of one target at one batch size, together.
+
+    Attributes:
+        target: name of the normaliser.
+        batch_size: samples per forward.
+        mean: of top-1 over the seeds that could be trained; None if none could.
+        low: the worst of them.
+        high: the best of them.
+        deviation: sample standard deviation; 0 for a single seed.
+        seeds: how many could be trained.
+        failures: why the others could not.
+    """
+
+    target: str
+    batch_size: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    deviation: float
+    seeds: int
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells of a sweep.
+
+    Attributes:
+        cells: in the order in which they were asked for.
+        settings: what all cells have in common, as plain data.
+    """
+
+    cells: tuple[Cell, ...]
+    settings: dict[str, Any]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets, in order."""
+        return tuple(dict.fromkeys(cell.target for cell in self.cells))
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes, ascending."""
+        return tuple(sorted({cell.batch_size for cell in self.cells}))
+
+    def point(self, target: str, batch_size: int) -> Point:
+        """One point of the picture."""
+        chosen = [c for c in self.cells if (c.target, c.batch_size) == (target, batch_size)]
+        found = [cell.top1 for cell in chosen if cell.top1 is not None]
+        return Point(
+            target,
+            batch_size,
+            mean=statistics.fmean(found) if found else None,
+            low=min(found, default=None),
+            high=max(found, default=None),
+            deviation=statistics.stdev(found) if len(found) > 1 else 0.0,
+            seeds=len(found),
+            failures=tuple(cell.failure for cell in chosen if cell.failure is not None),
+        )
+
+    def rows(self) -> list[list[str]]:
+        """The table: a heading, then one row per target with mean ± deviation in percent."""
+        heading = ["target", *(str(size) for size in self.batch_sizes)]
+        body = [
+            [target, *(_entry(self.point(target, size)) for size in self.batch_sizes)]
+            for target in self.targets
+        ]
+        return [heading, *body]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+            for row in rows
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        points = [asdict(self.point(t, b)) for t in self.targets for b in self.batch_sizes]
+        return {
+            "settings": self.settings,
+            "points": points,
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+def _entry(point: Point) -> str:
+    if point.mean is None:
+        return "failed"
+    text = f"{100 * point.mean:.1f}"
+    return text if point.seeds == 1 else f"{text} ± {100 * point.deviation:.1f}"
+
+
+def sweep(
+    model: nn.Module | Callable[[], nn.Module],
+    train_data: Any,
+    val_data: Any,
+    *,
+    targets: Sequence[str] | Mapping[str, Any] = TARGETS,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    seeds: int | Sequence[int] = 3,
+    options: FineTune | None = None,
+    from_scratch: bool = False,
+    example_inputs: Any = None,
+    convert_options: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    progress: SweepProgress | None = None,
+) -> Sweep:
+    """Fine-tune every target at every batch size, from the same start.
+
+    Args:
+        model: the BN original, left untouched; or a function that makes it anew.
+        train_data: a ``Dataset`` of (tensor, class), or an (images, labels) pair of tensors.
+        val_data: what accuracy is measured on.
+        targets: names; or a mapping from a label to anything ``normswap.convert`` takes. ``"bn"``
+            is the control: the original, not converted.
+        batch_sizes: samples per forward.
+        seeds: how many, or which.
+        options: the recipe; its learning rate holds at its ``batch_size`` and is scaled linearly.
+            None takes the defaults of ``FineTune``.
+        from_scratch: start from random weights, drawn anew per seed and the same for all targets
+            and batch sizes: the function's own initialisation, or for a module every layer's
+            ``reset_parameters()``.
+        example_inputs: for ``convert``; None takes the first training sample.
+        convert_options: further arguments of ``convert``.
+        out: folder for the cells, ``sweep.json`` and ``sweep.png``. A cell that is there is not
+            run again; one that was broken off goes on from its last checkpoint.
+        progress: called as ``progress(cells done, cells, cell's name, progress within it)``.
+
+    Returns:
+        All cells. A cell that could not be trained says why and does not end the sweep.
+
+    Raises:
+        TrainingError: ``out`` holds a sweep with other settings.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the same call goes on from there.
+    """
+    options = FineTune() if options is None else options
+    if isinstance(train_data, DataLoader):
+        raise TrainingError(
+            "train_data",
+            got="a DataLoader, whose batch size is fixed",
+            need="data that can be batched in several sizes",
+            hint="loader.dataset",
+        )
+    named = dict(targets) if isinstance(targets, Mapping) else {item: item for item in targets}
+    numbers = range(seeds) if isinstance(seeds, int) else seeds
+    bench = _Bench(
+        model,
+        train_data,
+        val_data,
+        named,
+        options,
+        from_scratch,
+        _first_sample(train_data) if example_inputs is None else example_inputs,
+        dict(convert_options or {}),
+        None if out is None else Path(out),
+    )
+    bench.check_settings()
+    wanted = [
+        Cell(target, size, seed, _scaled_rate(options, size))
+        for seed in numbers  # seed by seed, so that a first picture is there early
+        for size in batch_sizes
+        for target in named
+    ]
+    done = [bench.run(cell, at, len(wanted), progress) for at, cell in enumerate(wanted)]
+    order = {name: at for at, name in enumerate(named)}
+    done.sort(key=lambda cell: (order[cell.target], cell.batch_size, cell.seed))
+    found = Sweep(tuple(done), bench.settings())
+    if bench.out is not None:
+        _write(bench.out / TABLE, found.to_json())
+        draw_sweep(found, bench.out / PICTURE)
+    return found
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all cells of a sweep share."""
+
+    model: nn.Module | Callable[[], nn.Module]
+    train_data: Any
+    val_data: Any
+    targets: dict[str, Any]
+    options: FineTune
+    from_scratch: bool
+    example_inputs: Any
+    convert_options: dict[str, Any]
+    out: Path | None
+
+    def settings(self) -> dict[str, Any]:
+        options = self.options.to_json()
+        for name in ("seed", "device", "workers", "checkpoint_every", "log_every", "tensorboard"):
+            del options[name]
+        return {
+            "options": options,
+            "from_scratch": self.from_scratch,
+            "samples": _size(self.train_data),
+            "convert_options": {k: repr(v) for k, v in self.convert_options.items()},
+        }
+
+    def check_settings(self) -> None:
+        """A folder belongs to one sweep; more targets, sizes and seeds may join it later."""
+        if self.out is None:
+            return
+        (self.out / "cells").mkdir(parents=True, exist_ok=True)
+        path, now = self.out / "settings.json", json.loads(json.dumps(self.settings()))
+        if not path.exists():
+            _write(path, now)
+            return
+        then = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in now if now[key] != then.get(key)]
+        if changed:
+            raise TrainingError(
+                str(self.out),
+                got="; ".join(f"{key}: {now[key]} (was {then.get(key)})" for key in changed),
+                need="the settings of the sweep that is there",
+                hint="them, or another folder",
+            )
+
+    def run(self, cell: Cell, done: int, total: int, progress: SweepProgress | None) -> Cell:
+        """The finished cell, from its file or by training."""
+        path = None if self.out is None else self.out / "cells" / f"{cell.name}.json"
+        if path is not None and path.exists():
+            return Cell(**json.loads(path.read_text(encoding="utf-8")))
+        log.info("cell %d of %d: %s", done + 1, total, cell.name)
+
+        def inner(now: Progress) -> None:
+            if progress is not None:
+                progress(done, total, cell.name, now)
+
+        finished = self._train(cell, inner)
+        if path is not None:
+            _write(path, asdict(finished))
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        return finished
+
+    def _train(self, cell: Cell, progress: Callable[[Progress], None]) -> Cell:
+        options = replace(
+            self.options,
+            batch_size=cell.batch_size,
+            seed=cell.seed,
+            learning_rate=cell.learning_rate,
+            tensorboard=False,
+        )
+        folder = None if self.out is None else self.out / "cells" / cell.name
+        try:
+            model = self._start(cell)
+            start = None
+            if not self.from_scratch:
+                start = self._score(model).top1
+            history = finetune(
+                model,
+                self.train_data,
+                None,
+                options,
+                out=folder,
+                resume=folder is not None,
+                progress=progress,
+            )
+            score = self._score(model)
+        except TrainingInterrupted:
+            raise
+        except NormSwapError as error:
+            log.warning("%s failed: %s", cell.name, error)
+            return replace(cell, failure=str(error))
+        return replace(
+            cell,
+            learning_rate=history.learning_rate,
+            samples=options.epochs * (_size(self.train_data) or 0),
+            start_top1=start,
+            top1=score.top1,
+            top5=score.top5,
+            loss=score.loss,
+            seconds=sum(epoch.seconds for epoch in history.epochs),
+        )
+
+    def _score(self, model: nn.Module) -> Any:
+        return evaluate(
+            model,
+            self.val_data,
+            batch_size=self.options.eval_batch_size,
+            device=self.options.device,
+            workers=self.options.workers,
+            on_broken=self.options.on_broken,
+        )
+
+    def _start(self, cell: Cell) -> nn.Module:
+        """The converted network, with the weights that all targets of this seed share."""
+        with rng_kept():
+            seed_everything(cell.seed)
+            if isinstance(self.model, nn.Module):
+                model = copy.deepcopy(self.model)
+                if self.from_scratch:
+                    _reset(model)
+            else:
+                model = self.model()
+            target = self.targets[cell.target]
+            if target == "bn" and not provenance_of(model).plans:
+                return model
+            return self._converted(model, target)
+
+    def _converted(self, model: nn.Module, target: Any) -> nn.Module:
+        from normswap.swap import convert
+
+        options = dict(self.convert_options)
+        if self.from_scratch:
+            options.setdefault("init", "reset")
+        options.setdefault("example_inputs", self.example_inputs)
+        converted: nn.Module = convert(model, target, **options).model
+        return converted
+
+
+def draw_sweep(found: Sweep, path: str | Path) -> Path:
+    """Draw accuracy against batch size: one line per target, from worst to best seed shaded.
+
+    Args:
+        found: what ``sweep`` returned.
+        path: of the PNG; it is replaced whole.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    for target in found.targets:
+        points = [found.point(target, size) for size in found.batch_sizes]
+        points = [point for point in points if point.mean is not None]
+        sizes = [point.batch_size for point in points]
+        style = {"color": "black", "linestyle": "--"} if target == "bn" else {}
+        (line,) = axes.plot(sizes, [p.mean for p in points], marker="o", label=target, **style)
+        low, high = [p.low for p in points], [p.high for p in points]
+        axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(found.batch_sizes, [str(size) for size in found.batch_sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(xlabel="batch size", ylabel="top-1")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)
+    return path
+
+
+def _scaled_rate(options: FineTune, batch_size: int) -> float:
+    if options.learning_rate is None:
+        return options.learning_rate_for(batch_size * options.gradient_accumulation)
+    return options.learning_rate * batch_size / options.batch_size
+
+
+def _first_sample(data: Any) -> Tensor:
+    if isinstance(data, (tuple, list)) and isinstance(data[0], Tensor):
+        return data[0][:1]
+    with rng_kept():
+        first: Tensor = data[0][0] if hasattr(data, "__getitem__") else next(iter(data))[0]
+    return first[None]
+
+
+def _size(data: Any) -> int | None:
+    if isinstance(data, (tuple, list)):
+        return len(data[0])
+    return len(data) if hasattr(data, "__len__") else None
+
+
+def _reset(model: nn.Module) -> None:
+    for module in model.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    initialise: Any = getattr(model, "init_weights", None)  # timm's own, after the plain one
+    if callable(initialise):
+        with torch.no_grad():
+            initialise()
+
+
+def _write(path: Path, data: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    part.replace(path)
