@@ -184,7 +184,7 @@ def _stages(
     report("1/6 writing 1,797 handwritten digits to image folders")
     write_digits(folder / "digits")
     train, test = (read_digits(folder / "digits", split) for split in ("train", "val"))
-    report("2/6 training a ResNet-20 with BatchNorm on 1,297 of them")
+    report("2/6 training a ResNet-20 with BatchNorm on 1,297 of them, mixed in pairs")
     checkpoint = train_original(folder / "bn.safetensors", train, seed)
     bn = normswap.load_model(SPEC, checkpoint=checkpoint).model
     sites = normswap.walk(bn, test[0][:1])

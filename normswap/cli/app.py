@@ -14,7 +14,9 @@ import normswap
 from normswap.cli.boundary import exit_code
 from normswap.cli.options import debug_option
 
-COMMANDS = ("list", "inspect", "convert", "evaluate", "export", "verify", "demo")
+COMMANDS = (
+    "list", "inspect", "convert", "finetune", "evaluate", "export", "verify", "sweep", "demo",
+)  # fmt: skip
 """In the order of the help text; each is ``command`` in the file of its name."""
 
 

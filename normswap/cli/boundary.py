@@ -61,6 +61,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, "normswap: interrupted; what was already saved is complete."
     if isinstance(error, ParityError):
         return PARITY, _line(str(error))
+    if type(error).__name__ == "TrainingInterrupted":  # by name: its room needs torch
+        return INTERRUPTED, _line(str(error))
     if isinstance(error, NormSwapError):
         return FAILED, _line(str(error))
     return FAILED, _line(_foreign(error))

@@ -37,7 +37,7 @@ def results_alone() -> Iterator[None]:
 def quiet_libraries(*, debug: bool) -> Iterator[None]:
     """Show normswap's messages and warnings, one line each; others' only when debugging."""
     logger = logging.getLogger("normswap")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -52,6 +52,13 @@ def quiet_libraries(*, debug: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+class _Stderr(logging.Handler):
+    """Writes to what stderr is at the time: a progress bar puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:

@@ -184,7 +184,9 @@ def known_target(_ctx: click.Context, _parameter: click.Parameter, value: str | 
     raise click.BadParameter(f"got {value!r}; need one of {', '.join(TARGETS)}.{hint}")
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(
+    path: Path, *, force: bool, hint: str = "--force, which replaces it, or another -o"
+) -> None:
     """Find out before long work whether a directory can be written.
 
     Raises:
@@ -196,7 +198,7 @@ def check_output(path: Path, *, force: bool) -> None:
                 str(path),
                 got="a directory that is not empty",
                 need="a new or an empty one",
-                hint="--force, which replaces it, or another -o",
+                hint=hint,
             )
     elif path.exists():
         raise NormSwapError(

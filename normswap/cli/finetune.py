@@ -1,0 +1,162 @@
+"""``normswap finetune``: train a model further at a small batch size."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.options import (
+    ModelChoice,
+    check_device,
+    check_output,
+    cli_command,
+    json_option,
+    model_options,
+)
+from normswap.cli.training import RunChoice, run_options
+from normswap.errors import NormSwapError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normswap.sources import Source
+    from normswap.training import History, Progress
+
+_logger = logging.getLogger("normswap")
+
+
+@cli_command("finetune")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to write."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=2, show_default=True, help="Per process."
+)
+@run_options
+@click.option(
+    "--teacher",
+    metavar="MODEL|auto|none",
+    default="auto",
+    show_default=True,
+    help="Whose logits to keep; auto: the BN original, if its weights can be had again.",
+)
+@click.option(
+    "--keep",
+    type=click.Choice(["last", "best"]),
+    default="last",
+    show_default=True,
+    help="Which weights to keep.",
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.FloatRange(min=0),
+    default=300.0,
+    show_default=True,
+    help="Seconds between checkpoints.",
+)
+@click.option("--resume", is_flag=True, help="Go on where the run in the output stopped.")
+@json_option
+@model_options
+def command(
+    *,
+    chosen: ModelChoice,
+    run: RunChoice,
+    output: Path,
+    batch_size: int,
+    teacher: str,
+    keep: str,
+    checkpoint_every: float,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train MODEL further at a small batch size.
+
+    Ctrl-C finishes the step, saves, and leaves; the same command with --resume goes on from there,
+    exactly. Several GPUs or machines: put `accelerate launch -m` in front.
+    """
+    check_output(output, force=resume, hint="--resume to go on with the run in it, or another -o")
+    import normswap
+
+    source = chosen.load()
+    model = source.model
+    images = run.open(source, chosen.image_size, chosen.seed)
+    options = run.options(
+        batch_size=batch_size,
+        seed=chosen.seed,
+        keep=keep,
+        checkpoint_every=checkpoint_every,
+        device=check_device(chosen.device) if chosen.device else None,
+        teacher=_teacher(teacher, source, new_head=images.new_head),
+    )
+    with progress("fine-tuning") as show:
+        history = normswap.finetune(
+            model,
+            images.train,
+            images.val,
+            options,
+            out=output,
+            resume=resume,
+            progress=lambda now: show(now.step, now.steps, _facts(now)),
+        )
+    if int(os.environ.get("RANK", "0")) == 0:  # under a launcher, one process writes
+        normswap.save(model.cpu(), output, force=True)
+        _print(history, output, as_json=as_json)
+
+
+def _teacher(name: str, source: Source, *, new_head: bool) -> nn.Module | None:
+    """The network whose logits the model shall keep."""
+    from normswap.artifact import load_model
+    from normswap.provenance import provenance_of
+    from normswap.sources import original
+
+    if name == "none":
+        return None
+    if name != "auto":
+        return load_model(name).model
+    converted, origin = provenance_of(source.model).plans, source.origin
+    if not converted or new_head or origin is None:
+        return None
+    if origin.get("weights") not in ("pretrained", "checkpoint"):
+        return None
+    try:
+        teacher = original(origin)
+    except NormSwapError as error:
+        _logger.info("no teacher: %s", error)
+        return None
+    _logger.info("teacher: the BatchNorm original, %s", origin["spec"])
+    return teacher
+
+
+def _facts(now: Progress) -> str:
+    return (
+        f"epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}, top-1 {100 * now.accuracy:.1f} %, "
+        f"{now.images_per_second:.1f} images/s"
+    )
+
+
+def _print(history: History, output: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"output": output, **history.to_json()})
+        return
+    columns = ("epoch", "train loss", "train top-1", "val loss", "val top-1", "images/s")
+    print_table(
+        columns,
+        [
+            (
+                row.epoch,
+                f"{row.train_loss:.4f}",
+                f"{100 * row.train_top1:.2f} %",
+                None if row.val_loss is None else f"{row.val_loss:.4f}",
+                None if row.val_top1 is None else f"{100 * row.val_top1:.2f} %",
+                f"{row.images_per_second:.1f}",
+            )
+            for row in history.epochs
+        ],
+        numeric=columns,
+    )
+    say(f"wrote {output}: the {history.kept} weights, checkpoints, metrics and learning curve")

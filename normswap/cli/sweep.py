@@ -1,0 +1,125 @@
+"""``normswap sweep``: accuracy against batch size, per target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.options import (
+    ModelChoice,
+    check_device,
+    check_parent,
+    cli_command,
+    json_option,
+    model_options,
+)
+from normswap.cli.training import RunChoice, run_options
+from normswap.targets import TARGETS
+
+if TYPE_CHECKING:
+    from normswap.training import Progress
+
+
+def _targets(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(value.split(",")))
+    unknown = [name for name in names if name not in TARGETS]
+    if unknown:
+        raise click.BadParameter(f"got {unknown[0]!r}; need some of {', '.join(TARGETS)}.")
+    return names
+
+
+def _sizes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    sizes = value.split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise click.BadParameter(f"got {value!r}; need numbers such as 1,2,4.")
+    return tuple(sorted({int(size) for size in sizes}))
+
+
+@cli_command("sweep")
+@click.option(
+    "--to",
+    "targets",
+    callback=_targets,
+    default="bn,gn,frn,brn,cbn",
+    show_default=True,
+    metavar="TARGET,…",
+    help="bn is the control.",
+)
+@click.option(
+    "--batch-sizes",
+    callback=_sizes,
+    default="1,2,4,8,16,32",
+    show_default=True,
+    metavar="N,…",
+    help="Samples per forward.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs per cell."
+)
+@click.option("--from-scratch", is_flag=True, help="From random weights, not from MODEL's.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory for cells, table and picture; what is done there is not done again.",
+)
+@run_options
+@json_option
+@model_options
+def command(
+    *,
+    chosen: ModelChoice,
+    run: RunChoice,
+    targets: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    seeds: int,
+    from_scratch: bool,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Measure accuracy against batch size, per target.
+
+    Every cell starts from MODEL and sees the same number of samples; the learning rate grows with
+    the batch size. --lr holds at the largest batch size.
+    """
+    check_parent(output)
+    from normswap.sweeps import PICTURE, sweep
+
+    source = chosen.load()
+    images = run.open(source, chosen.image_size, chosen.seed)
+    options = run.options(
+        batch_size=max(batch_sizes),
+        seed=chosen.seed,
+        device=check_device(chosen.device) if chosen.device else None,
+    )
+    with progress("sweep") as show:
+
+        def update(done: int, total: int, cell: str, now: Progress) -> None:
+            show(done + now.step / now.steps, total, f"{cell}, loss {now.loss:.3f}")
+
+        found = sweep(
+            source.model,
+            images.train,
+            images.val,
+            targets=targets,
+            batch_sizes=batch_sizes,
+            seeds=range(chosen.seed, chosen.seed + seeds),
+            options=options,
+            from_scratch=from_scratch,
+            example_inputs=chosen.inputs(source),
+            out=output,
+            progress=update,
+        )
+    if as_json:
+        print_json({"output": output, **found.to_json()})
+        return
+    heading, *rows = found.rows()
+    print_table(heading, rows, title="top-1 in % by batch size", numeric=heading[1:])
+    for cell in found.cells:
+        if cell.failure:
+            say(f"{cell.name} failed: {cell.failure}")
+    say(f"the picture is {output / PICTURE}")

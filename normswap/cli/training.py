@@ -1,0 +1,143 @@
+"""What ``finetune`` and ``sweep`` share: the options of a run, its images, the head for them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normswap.cli.options import Function
+
+if TYPE_CHECKING:
+    from normswap.sources import Source
+    from normswap.training import FineTune
+
+_logger = logging.getLogger("normswap")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What to train on and to validate on; whether the model got a new head for it."""
+
+    train: Any
+    val: Any
+    new_head: bool
+
+
+@dataclass(frozen=True)
+class RunChoice:
+    """Where the images are, and how to train on them."""
+
+    data: str
+    val_split: float | None
+    skip_broken: bool
+    recipe: dict[str, Any]
+
+    def options(self, **more: Any) -> FineTune:
+        """The library's own options."""
+        from normswap.training import FineTune
+
+        on_broken = "skip" if self.skip_broken else "error"
+        return FineTune(on_broken=on_broken, **self.recipe, **more)
+
+    def open(self, source: Source, image_size: int | None, seed: int) -> Images:
+        """Training and validation images; the model's head is made to fit their classes."""
+        from normswap.data import labelled_dataset
+
+        read = functools.partial(
+            labelled_dataset,
+            self.data,
+            source.preprocessing.resized(image_size),
+            val_split=self.val_split,
+            seed=seed,
+        )
+        found: Any = read(split="train", train=True)
+        names, new_head = _classes(source, tuple(found.class_names))
+        train = read(split="train", train=True, class_names=names)
+        return Images(train, read(class_names=names), new_head)
+
+
+def _classes(source: Source, found: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """The model's own classes where they cover those of the data; else a head for these."""
+    from normswap.provenance import provenance_of, remember
+    from normswap.sources import resize_head
+
+    known = provenance_of(source.model).class_names
+    if known is not None and (len(known) == len(found) or set(found) <= set(known)):
+        return known, False
+    replaced = resize_head(source.model, len(found), found)
+    if replaced:
+        _logger.info("new head for %d classes: %s", len(found), ", ".join(replaced))
+    remember(source.model, class_names=found)
+    return found, bool(replaced)
+
+
+def run_options(function: Function) -> Function:
+    """Add the options of a training run; the callback gets them as ``run: RunChoice``."""
+
+    @functools.wraps(function)
+    def wrapper(*, data: str, val_split: float | None, skip_broken: bool, **rest: Any) -> Any:
+        recipe = {name: rest.pop(name) for name in _RECIPE if name in rest}
+        return function(run=RunChoice(data, val_split, skip_broken, recipe), **rest)
+
+    for option in reversed(_RUN_OPTIONS):
+        wrapper = option(wrapper)
+    return wrapper  # type: ignore[return-value]
+
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_SHARE = click.FloatRange(0, 1)
+_RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--data", required=True, help="train/CLASS/ and val/CLASS/ folders, or a timm data set."
+    ),
+    click.option(
+        "--val-split",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="Share kept for validation, where --data is one folder of CLASS/ folders.",
+    ),
+    click.option(
+        "--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Passes over it."
+    ),
+    click.option(
+        "--lr", "learning_rate", type=_POSITIVE, help="Learning rate. [default: linear rule]"
+    ),
+    click.option("--optimizer", default="sgd", show_default=True, help="A name timm knows."),
+    click.option(
+        "--weight-decay",
+        type=click.FloatRange(min=0),
+        default=1e-4,
+        show_default=True,
+        help="Never on norms and biases.",
+    ),
+    click.option("--warmup-epochs", type=click.FloatRange(min=0), help="[default: a tenth]"),
+    click.option(
+        "--grad-accum",
+        "gradient_accumulation",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Forwards per update; does not enlarge BN's batch.",
+    ),
+    click.option("--clip-grad", type=_POSITIVE, help="Largest norm of the gradient."),
+    click.option("--label-smoothing", type=_SHARE, default=0.0, help="Of the cross-entropy."),
+    click.option("--mixup", type=click.FloatRange(min=0), default=0.0, help="timm's mixup alpha."),
+    click.option(
+        "--cutmix", type=click.FloatRange(min=0), default=0.0, help="timm's cutmix alpha."
+    ),
+    click.option("--ema", type=_SHARE, help="Decay of the weights' moving average."),
+    click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Mixed precision."),
+    click.option("--freeze-backbone", is_flag=True, help="Train the classifier only."),
+    click.option("--norms-only", is_flag=True, help="Train the normalisers only."),
+    click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
+    click.option("--skip-broken", is_flag=True, help="Skip broken images instead of stopping."),
+)
+_RECIPE = (
+    "epochs", "learning_rate", "optimizer", "weight_decay", "warmup_epochs",
+    "gradient_accumulation", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "amp",
+    "freeze_backbone", "norms_only", "workers",
+)  # fmt: skip
