@@ -77,9 +77,14 @@ def command(
     """Train MODEL further at a small batch size.
 
     Ctrl-C finishes the step, saves, and leaves; the same command with --resume goes on from there,
-    exactly. Several GPUs or machines: put `accelerate launch -m` in front.
+    exactly. Several GPUs or machines: `accelerate launch -m normswap finetune …`, or torchrun.
     """
-    check_output(output, force=resume, hint="--resume to go on with the run in it, or another -o")
+    first = int(os.environ.get("RANK", "0")) == 0  # under a launcher, one process writes
+    check_output(
+        output,
+        force=resume or not first,
+        hint="--resume to go on with the run in it, or another -o",
+    )
     import normswap
 
     source = chosen.load()
@@ -103,7 +108,7 @@ def command(
             resume=resume,
             progress=lambda now: show(now.step, now.steps, _facts(now)),
         )
-    if int(os.environ.get("RANK", "0")) == 0:  # under a launcher, one process writes
+    if first:
         normswap.save(model.cpu(), output, force=True)
         _print(history, output, as_json=as_json)
 

@@ -147,7 +147,9 @@ _MODEL_OPTIONS = (
         help="Pretrained weights (the default) or none.",
     ),
     click.option("--num-classes", type=click.IntRange(min=1), help="Size of the classifier."),
-    click.option("--device", help="cpu, cuda, cuda:1, mps … [default: cpu]"),
+    click.option(
+        "--device", help="cpu, cuda, cuda:1, mps … [default: cpu; to train, what there is]"
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="For all random numbers."),
     click.option("--image-size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
 )
