@@ -183,6 +183,7 @@ def plan(
     exclude: Patterns = None,
     fallback: str | Recipe | None = None,
     init: str = "match",
+    graph: Graph | None = None,
 ) -> Plan:
     """Say what would become what, and why not. Read-only.
 
@@ -199,6 +200,7 @@ def plan(
             cbn, ``keep`` otherwise.
         init: ``match`` (keep the pretrained function), ``copy`` (γ and β as they are) or
             ``reset`` (1 and 0); it concerns the per-sample targets only.
+        graph: what :func:`normswap.walk` said of this model, if it was walked already.
 
     Raises:
         PlanError: unknown target, fallback or init; a pattern that matches nothing; a model
@@ -214,8 +216,10 @@ def plan(
     """
     choice = _Choice(target, fallback)
     _check_init(init)
-    inputs = _inputs_for(model, example_inputs)
-    graph = walk(model, inputs, exclude=exclude)
+    if graph is None:
+        graph = walk(model, _inputs_for(model, example_inputs), exclude=exclude)
+    else:
+        graph = replace(graph, sites=tuple(s for s in graph if not matches(s.names, exclude)))
     left_alone = _left_alone(model, exclude)
     names = [site.names for site in graph] + [entry.names for entry in left_alone]
     if not names:

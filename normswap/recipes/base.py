@@ -182,8 +182,8 @@ def origin_of(norm: nn.Module) -> dict[str, Any]:
 
 
 def has_statistics(state: BatchNormState) -> bool:
-    """Whether ``state`` has running statistics to match."""
-    return state.mean is not None and state.var is not None
+    """Whether ``state`` has running statistics to match; on the meta device nothing has values."""
+    return state.mean is not None and state.var is not None and not state.mean.is_meta
 
 
 def affine_warnings(site: Site, init: str) -> tuple[str, ...]:

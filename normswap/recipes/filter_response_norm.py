@@ -86,7 +86,7 @@ class FilterResponseNorm(base.Recipe):
 
     def _start_eps(self, new: nn.Module, state: BatchNormState) -> Tensor | None:
         """The ε to match at, per channel; None without statistics. Sets a learnable ε to it."""
-        if state.mean is None or state.var is None:
+        if not base.has_statistics(state) or state.mean is None or state.var is None:
             return None
         power = state.var.detach().double() + state.mean.detach().double() ** 2
         learnt = self.eps_share * power if self.learnable_eps else torch.zeros_like(power)
