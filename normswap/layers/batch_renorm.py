@@ -168,8 +168,7 @@ class _BatchRenorm(TracksBatches):
         self._store_running(
             running_mean + rate * (mean - running_mean),
             (new_deviation * new_deviation - self.eps).clamp_min(0.0),
-            mean,
-            variance,
+            mean + variance,
         )
         return r, d
 

@@ -80,14 +80,6 @@ def _is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def keep_finite(new: Tensor, old: Tensor, *evidence: Tensor) -> Tensor:
-    """``new`` where all ``evidence`` is finite, else ``old``: a NaN batch must not stay."""
-    finite = torch.isfinite(evidence[0])
-    for more in evidence[1:]:
-        finite = finite & torch.isfinite(more)
-    return torch.where(finite, new, old)
-
-
 def is_recomputation() -> bool:
     """Whether this forward runs inside a backward, as checkpointing's second forward does."""
     if torch.compiler.is_compiling():
@@ -194,12 +186,13 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
         assert self.running_var is not None
         return self.running_mean.to(dtype), self.running_var.to(dtype)
 
-    def _store_running(self, mean: Tensor, variance: Tensor, *evidence: Tensor) -> None:
-        old_mean, old_variance = self._running(mean.dtype)
+    def _store_running(self, mean: Tensor, variance: Tensor, evidence: Tensor) -> None:
+        """Take over the new statistics where the ``evidence`` is finite: a NaN must not stay."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        self.running_mean.copy_(keep_finite(mean, old_mean, *evidence))
-        self.running_var.copy_(keep_finite(variance, old_variance, *evidence))
+        finite = torch.isfinite(evidence)
+        self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
+        self.running_var.copy_(torch.where(finite, variance, self.running_var))
 
     def _count_batch(self) -> float | Tensor:
         """Count one batch and return the weight its statistics get in the running ones."""

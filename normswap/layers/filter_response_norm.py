@@ -159,18 +159,12 @@ class _FilterResponse(torch.autograd.Function):
         kept = grad
         if tau is not None:
             # z − τ is exactly 0 where the TLU clipped; threshold_backward is the fast way to mask
-            above = z - per_channel(tau.to(z.dtype), z)
-            kept = torch.ops.aten.threshold_backward(grad, above, 0)
+            kept = z - per_channel(tau.to(z.dtype), z)
+            torch.ops.aten.threshold_backward.grad_input(grad, kept, 0, grad_input=kept)
         x_wide, kept_wide = x.to(dtype), kept.to(dtype)
         dot, total = _row_dot(kept_wide, x_wide), _row_sum(kept_wide)
         scale = inverse_root if weight is None else inverse_root * weight
         grad_x = grad_weight = grad_bias = grad_tau = grad_eps = None
-        if ctx.needs_input_grad[0]:
-            elements = max(x[0, 0].numel(), 1)
-            pull = scale * inverse_root * inverse_root * dot * (-1.0 / elements)
-            grad_x = kept_wide * _rows(scale, x)
-            grad_x.addcmul_(x_wide, _rows(pull, x))
-            grad_x = grad_x.to(x.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = (inverse_root * dot).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -180,6 +174,13 @@ class _FilterResponse(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             slope = (scale * inverse_root * inverse_root * dot).sum(0) * -0.5
             grad_eps = (slope * eps_l.sign()).to(eps_l.dtype)
+        if ctx.needs_input_grad[0]:
+            elements = max(x[0, 0].numel(), 1)
+            pull = scale * inverse_root * inverse_root * dot * (-1.0 / elements)
+            # last, and in place where the buffer is ours: fresh memory costs more than the product
+            buffer = torch.empty_like(x_wide) if kept_wide is grad else kept_wide
+            torch.mul(kept_wide, _rows(scale, x), out=buffer)
+            grad_x = buffer.addcmul_(x_wide, _rows(pull, x)).to(x.dtype)
         return grad_x, grad_weight, grad_bias, grad_tau, grad_eps, None
 
 
