@@ -171,3 +171,56 @@ def write_table(rows, folder):
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     (folder / "zoo.md").write_text("\n".join(lines) + "\n")
     return totals
+
+
+EXACT = ("brn", "cbn", "naive-cbn", "frozen", "bn")
+
+
+def outputs_of(model, inputs):
+    """All floating-point tensors of the output, in one list."""
+    with torch.no_grad():
+        output = normswap.graph.call(model.eval(), inputs)
+    return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def distance(outputs, references):
+    """Largest difference over the largest reference; shapes have to agree."""
+    worst = 0.0
+    for output, reference in zip(outputs, references, strict=True):
+        assert output.shape == reference.shape
+        if reference.numel():
+            scale = reference.abs().max().clamp_min(1e-30)
+            worst = max(worst, float((output - reference).abs().max() / scale))
+    return worst
+
+
+def exactness(spec, *, dtype=torch.float32):
+    """Errors of every exact target in eval mode, on real arithmetic and random statistics."""
+    from traps import randomise
+
+    torch.manual_seed(0)
+    source = build(spec, meta=False)
+    model = randomise(source.model).eval().to(dtype)
+    inputs = tree_map(
+        lambda t: t.to(dtype) if isinstance(t, torch.Tensor) else t, source.example_inputs()
+    )
+    if not any(norms.is_batchnorm(m) for m in model.modules()):
+        return {}
+    graph = normswap.walk(model, inputs)
+    expected = outputs_of(model, inputs)
+    errors = {}
+    for target in EXACT:
+        plan = normswap.plan(model, target, graph=graph)
+        twin = normswap.convert(copy.deepcopy(model), plan).model
+        errors[target] = distance(outputs_of(twin, inputs), expected)
+        if target == "frozen":
+            back = normswap.convert(twin, normswap.plan(twin, "bn", example_inputs=inputs)).model
+            outputs = outputs_of(back, inputs)
+            same = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+            errors["frozen→bn bits"] = 0.0 if same else 1.0
+    frn = {}
+    for tlu in ("auto", False):
+        plan = normswap.plan(model, normswap.FilterResponseNorm(tlu=tlu), graph=graph)
+        frn[tlu] = outputs_of(normswap.convert(copy.deepcopy(model), plan).model, inputs)
+    errors["frn absorbed"] = distance(frn["auto"], frn[False])
+    return errors
