@@ -21,7 +21,7 @@ from normswap.errors import TrainingError
 from normswap.training import FineTune, TrainingInterrupted, finetune, read_metrics
 from normswap.training.checkpoints import read_checkpoint, write_checkpoint
 
-KILLS = int(os.environ.get("NORMSWAP_KILLS", "2"))  # 20 shows more and takes minutes
+KILLS = int(os.environ.get("NORMSWAP_KILLS", "1"))  # 20 shows more and takes minutes
 HEAVY = [
     "accelerate",
     "timm.optim",
