@@ -15,7 +15,8 @@ from normswap.cli.boundary import exit_code
 from normswap.cli.options import debug_option
 
 COMMANDS = (
-    "list", "inspect", "convert", "finetune", "evaluate", "export", "verify", "sweep", "demo",
+    "list", "inspect", "convert", "finetune", "evaluate", "export", "verify", "sweep", "bench",
+    "demo",
 )  # fmt: skip
 """In the order of the help text; each is ``command`` in the file of its name."""
 

@@ -29,7 +29,7 @@ def command(*, chosen: ModelChoice, as_json: bool) -> None:
     inputs = chosen.inputs(source)
     graph = normswap.walk(source.model, inputs)
     plans = {
-        target: normswap.plan(source.model, target, example_inputs=inputs)
+        target: normswap.plan(source.model, target, graph=graph)
         for target in TARGETS
         if target != "bn"
     }

@@ -1,0 +1,277 @@
+"""What each target costs beside BatchNorm: training step, inference, memory, onnxruntime.
+
+All variants take turns within every round, in one process, so that a busy machine slows all of
+them alike; results are quartiles over the rounds of each variant's time divided by BatchNorm's in
+the same round. Absolute times are given for BatchNorm only: they say what machine it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from normswap.graph import call
+from normswap.planning import Target, plan
+from normswap.swap import convert
+
+BASE = "bn"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Quartiles of a cost divided by BatchNorm's."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target beside BatchNorm.
+
+    Attributes:
+        target: its name; ``bn`` is the model itself.
+        training: forward, backward and SGD step, or None where it cannot train (``note``).
+        inference: forward in eval mode without gradients.
+        onnx: latency of the exported file in onnxruntime; None if not measured.
+        kept: bytes of distinct tensors that one training forward keeps for its backward.
+        state: bytes of training state beyond parameters and buffers (CBN's history).
+        peak: peak CUDA memory of a training step in bytes; None on other devices.
+        note: what could not be measured, and why.
+    """
+
+    target: str
+    training: Ratio | None
+    inference: Ratio
+    onnx: Ratio | None
+    kept: int
+    state: int
+    peak: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every target's row, and BatchNorm's own median times in seconds."""
+
+    rows: tuple[Row, ...]
+    training_seconds: float
+    inference_seconds: float
+    rounds: int
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return asdict(self)
+
+
+def compare(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    example_inputs: Any,
+    *,
+    rounds: int = 15,
+    warmup: int = 9,
+    compiled: bool = False,
+    onnx: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Measure converted copies of a model beside the model itself.
+
+    Args:
+        model: a model with BatchNorm, on the device to measure on.
+        targets: label → what to convert to, as in :func:`normswap.convert`.
+        example_inputs: what the model is called with; its batch size is the one measured.
+        rounds: rounds of measurement.
+        warmup: runs of each variant before the first round; CBN's window should be full by then.
+        compiled: measure ``torch.compile`` of every variant.
+        onnx: export every variant, with its proof, and measure onnxruntime on the CPU.
+        progress: called with a line before each stage.
+
+    Returns:
+        Comparison: one row per target, BatchNorm first.
+    """
+
+    def say(line: str) -> None:
+        if progress is not None:
+            progress(line)
+
+    models = {BASE: copy.deepcopy(model)}
+    for label, target in targets.items():
+        say(f"converting to {label}")
+        models[label] = convert(
+            copy.deepcopy(model), plan(model, target, example_inputs=example_inputs)
+        ).model
+    say("training steps")
+    training, notes = _training(models, example_inputs, compiled, warmup, rounds)
+    say("inference")
+    inference = {n: _inference_step(m, example_inputs, compiled) for n, m in models.items()}
+    infer = _interleave(inference, min(warmup, 3), rounds)
+    latencies: dict[str, list[float]] = {}
+    if onnx:
+        say("onnxruntime")
+        latencies = _onnx(models, example_inputs, rounds)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    rows = [
+        Row(
+            target=name,
+            training=_ratio(training, name),
+            inference=_ratio(infer, name) or Ratio(1.0, 1.0, 1.0),
+            onnx=_ratio(latencies, name),
+            kept=kept_for_backward(variant, example_inputs) if name in training else 0,
+            state=_history_bytes(variant),
+            peak=_peak(variant, example_inputs, device) if name in training else None,
+            note=notes.get(name, ""),
+        )
+        for name, variant in models.items()
+    ]
+    return Comparison(
+        tuple(rows),
+        statistics.median(training.get(BASE, [float("nan")])),
+        statistics.median(infer[BASE]),
+        rounds,
+        str(device),
+    )
+
+
+def _ratio(seconds: Mapping[str, list[float]], name: str) -> Ratio | None:
+    if name not in seconds or BASE not in seconds:
+        return None
+    ratios = [a / b for a, b in zip(seconds[name], seconds[BASE], strict=True)]
+    if len(ratios) == 1:
+        ratios *= 2
+    return Ratio(*statistics.quantiles(ratios, n=4, method="inclusive"))
+
+
+def _synchronize(inputs: Any) -> None:
+    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves(inputs)):
+        torch.cuda.synchronize()
+
+
+def _interleave(
+    steps: Mapping[str, Callable[[], None]], warmup: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every step in every round, the steps taking turns."""
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    gc.collect()
+    for number in range(rounds):
+        # a rotating order: whoever comes first in a round finds other caches
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _loss(output: Any) -> Tensor:
+    floats = (t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+    return torch.stack([t.float().square().mean() for t in floats]).sum()
+
+
+def _training_step(model: nn.Module, inputs: Any, compiled: bool) -> Callable[[], None]:
+    model.train()
+    run: Any = torch.compile(model) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(_loss(call(run, inputs)))
+        optimizer.step()
+        _synchronize(inputs)
+
+    return step
+
+
+def _inference_step(model: nn.Module, inputs: Any, compiled: bool) -> Callable[[], None]:
+    model.eval()
+    run: Any = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with torch.no_grad():
+            call(run, inputs)
+        _synchronize(inputs)
+
+    return step
+
+
+def _training(
+    models: Mapping[str, nn.Module], inputs: Any, compiled: bool, warmup: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of a training step; and why a variant cannot take one on this input."""
+    steps, notes = {}, {}
+    for name, model in models.items():
+        step = _training_step(model, inputs, compiled)
+        try:
+            step()
+        except (RuntimeError, ValueError) as error:
+            notes[name] = f"cannot train here: {str(error).splitlines()[0][:120]}"
+        else:
+            steps[name] = step
+    return _interleave(steps, warmup, rounds), notes
+
+
+def _onnx(models: Mapping[str, nn.Module], inputs: Any, rounds: int) -> dict[str, list[float]]:
+    from normswap.onnx import export_onnx, load_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, Callable[[], None]] = {}
+        for name, model in models.items():
+            path = Path(folder) / f"{name}.onnx"
+            export_onnx(model.cpu().eval(), path, example_inputs=inputs)
+            session = load_onnx(path)
+            steps[name] = lambda session=session: call(session, inputs)  # type: ignore[misc]
+        return _interleave(steps, 3, rounds)
+
+
+def kept_for_backward(model: nn.Module, inputs: Any) -> int:
+    """Bytes of distinct activations that one training forward keeps for its backward.
+
+    Counted tensor by tensor, each storage once and parameters not at all: resident memory says more
+    about the allocator than about the model.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    twin = copy.deepcopy(model).train()
+    own |= {t.untyped_storage().data_ptr() for t in (*twin.parameters(), *twin.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call(twin, inputs)
+    del output
+    return sum(storages.values())
+
+
+def _history_bytes(model: nn.Module) -> int:
+    from normswap.layers import training_state
+
+    kept = tree_leaves(training_state(model))
+    return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+
+
+def _peak(model: nn.Module, inputs: Any, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    _training_step(model, inputs, False)()
+    return int(torch.cuda.max_memory_allocated(device))

@@ -1,0 +1,125 @@
+"""``normswap bench``: what each target costs beside BatchNorm, all in one run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from normswap.cli.console import print_json, print_table, say
+from normswap.cli.options import ModelChoice, cli_command, json_option, model_options
+from normswap.errors import NormSwapError
+from normswap.targets import TARGETS
+
+if TYPE_CHECKING:
+    from normswap.benchmark import Comparison, Ratio
+
+
+def _split(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """The callback of ``--to``: names with an optional window, as in ``gn,frn,cbn:4``."""
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    for name in names:
+        target, _, window = name.partition(":")
+        if target not in TARGETS or (window and (not window.isdigit() or "cbn" not in target)):
+            raise click.BadParameter(
+                f"got {name!r}; need names of {', '.join(TARGETS)}, cbn:WINDOW among them."
+            )
+    return names
+
+
+@cli_command("bench")
+@click.option(
+    "--to", "targets", default="gn,frn,brn,cbn:4,cbn:8", show_default=True, callback=_split,
+    help="Targets, with commas; cbn:4 is a window of 4.",
+)  # fmt: skip
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Images in a training step and an inference.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=15, show_default=True,
+    help="Measurements of each; they take turns.",
+)  # fmt: skip
+@click.option("--compile", "compiled", is_flag=True, help="Measure torch.compile of each.")
+@click.option("--no-onnx", is_flag=True, help="Leave onnxruntime out.")
+@json_option
+@model_options
+def command(
+    *,
+    chosen: ModelChoice,
+    targets: tuple[str, ...],
+    batch_size: int,
+    rounds: int,
+    compiled: bool,
+    no_onnx: bool,
+    as_json: bool,
+) -> None:
+    """Measure what each target costs on MODEL.
+
+    Training step, inference, memory and onnxruntime latency, as quartiles of the ratio to BatchNorm
+    over rounds in which all variants take turns.
+    """
+    from normswap.benchmark import compare
+    from normswap.recipes import CrossIterationBatchNorm, recipe_for
+
+    source = chosen.load()
+    if source.task == "detection":
+        raise NormSwapError(
+            chosen.spec,
+            got="a detector, whose training needs boxes",
+            need="a model that trains on tensors alone",
+            hint="its backbone, or another model",
+        )
+    inputs = source.example_inputs(batch_size, chosen.image_size, chosen.seed)
+    recipes = {}
+    for name in targets:
+        target, _, window = name.partition(":")
+        windowed = CrossIterationBatchNorm(window=int(window)) if window else None
+        recipes[name] = windowed if windowed and target == "cbn" else recipe_for(target)
+    found = compare(
+        source.model,
+        recipes,
+        inputs,
+        rounds=rounds,
+        compiled=compiled,
+        onnx=not no_onnx,
+        progress=say,
+    )
+    if as_json:
+        print_json({"model": chosen.spec, "batch_size": batch_size, **found.to_json()})
+    else:
+        _print(chosen.spec, batch_size, found)
+
+
+def _print(spec: str, batch_size: int, found: Comparison) -> None:
+    columns = ("training step", "inference", "onnxruntime", "kept for backward", "extra state")
+    base = found.rows[0].kept or 1
+    print_table(
+        ("target", *columns, "note"),
+        [
+            (
+                row.target,
+                _quartiles(row.training),
+                _quartiles(row.inference),
+                _quartiles(row.onnx),
+                f"{row.kept / base:.3f}" if row.kept else "",
+                f"{row.state / 1e6:.1f} MB" if row.state else "",
+                row.note,
+            )
+            for row in found.rows
+        ],
+        title=f"{spec}, batch {batch_size}, {found.device}: ratio to BatchNorm, quartiles of "
+        f"{found.rounds} rounds",
+        numeric=columns,
+    )
+    say(
+        f"BatchNorm itself: {found.training_seconds * 1e3:.0f} ms a training step, "
+        f"{found.inference_seconds * 1e3:.0f} ms an inference"
+    )
+
+
+def _quartiles(ratio: Ratio | None) -> str:
+    return "" if ratio is None else f"{ratio.lower:.2f} {ratio.median:.2f} {ratio.upper:.2f}"

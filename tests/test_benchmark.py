@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import normswap
+from normswap.benchmark import compare, kept_for_backward
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)
+    )
+
+
+def test_rows_for_every_target_beside_batchnorm():
+    x = torch.randn(2, 3, 8, 8)
+    targets = {name: name for name in ("gn", "frn", "brn", "cbn")}
+    found = compare(net(), targets, x, rounds=3, warmup=8, onnx=False)
+    rows = {row.target: row for row in found.rows}
+    assert list(rows) == ["bn", *targets]
+    assert rows["bn"].training.median == 1.0
+    assert rows["cbn"].state > 0
+    assert rows["gn"].state == 0
+    assert found.to_json()["rows"][0]["target"] == "bn"
+
+
+def test_a_variant_that_cannot_train_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    found = compare(model, {"brn": "brn"}, torch.randn(1, 3, 1, 1), rounds=1, onnx=False)
+    assert "cannot train here: Expected more than 1 value" in found.rows[0].note
+    assert found.rows[0].training is None
+    assert found.rows[1].note == ""
+
+
+def test_onnx_latency_is_measured():
+    found = compare(net(), {"gn": "gn"}, torch.randn(2, 3, 8, 8), rounds=2, warmup=1)
+    assert found.rows[1].onnx.median > 0
+
+
+def test_kept_bytes_are_the_activations_that_backward_needs():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    relu = nn.Sequential(nn.ReLU())
+    assert kept_for_backward(relu, x) == x.numel() * 4
+    bn = nn.BatchNorm2d(3)
+    stored = kept_for_backward(bn, x)
+    assert x.numel() * 4 <= stored <= x.numel() * 4 + 200
+
+
+def test_measuring_leaves_the_model_alone():
+    model = net().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    compare(
+        model, {"frn": normswap.FilterResponseNorm()}, torch.randn(2, 3, 8, 8), rounds=1, onnx=False
+    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model.training
