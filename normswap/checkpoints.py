@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Mapping
@@ -120,10 +121,30 @@ def _foreign_names(path: Path, error: Exception) -> str | None:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001  (legacy or broken files: the message has to do)
         names = []
-    names = [name for name in names if name != "argparse.Namespace"]
+    names = [n for n in names or _pickled_names(path) if n != "argparse.Namespace"]
     if names:
         return ", ".join(sorted(names)[:_SHOWN])
     return blocked.group(1) if blocked else None
+
+
+def _pickled_names(path: Path) -> list[str]:
+    """What a bare pickle (``pickle.dump``, not ``torch.save``) would import; it is not run."""
+    with path.open("rb") as file:
+        if file.read(1) != pickle.PROTO:
+            return []
+        file.seek(0)
+        names, strings = [], ["", ""]
+        try:
+            for code, argument, _ in pickletools.genops(file):
+                if code.name == "GLOBAL":
+                    names.append(str(argument).replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+        except Exception:  # noqa: BLE001 - a broken pickle names what it got to
+            return names
+    return names
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

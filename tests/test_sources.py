@@ -630,3 +630,19 @@ def test_nothing_warns_on_any_torchvision_builder_with_flags():
         warnings.simplefilter("error")
         for name in ("googlenet", "inception_v3", "mnasnet0_5", "shufflenet_v2_x0_5"):
             sources.build(f"torchvision/{name}", pretrained=False)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_bare_pickle_with_code_is_named_and_not_run(tmp_path, protocol):
+    import os
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = tmp_path / "bad.pth"
+    path.write_bytes(pickle.dumps({"weight": Payload()}, protocol=protocol))
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir; nothing of it was run"):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
