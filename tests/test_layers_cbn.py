@@ -374,7 +374,10 @@ def test_copies_are_wired_to_themselves(duplicate):
     model = wired(nn.Conv2d(2, 3, 1), CrossIterationBatchNorm2d(3, window=3))
     x = torch.randn(2, 2, 4, 4)
     model(x)
+    pending = model[0](x)
     twin = duplicate(model)
+    assert not twin[1]._link._inbox
+    del pending
     assert twin[1].producer is twin[0]
     assert model[1].producer is model[0]
     nudge(twin, 1.0)

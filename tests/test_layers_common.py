@@ -178,6 +178,29 @@ def test_checkpointing_of_several_forwards_before_one_backward(name):
 
 
 @pytest.mark.parametrize("name", NORMS)
+def test_checkpointing_of_the_same_batch_twice_before_one_backward(name):
+    x = batches(1)[0]
+
+    def gradients(model, run):
+        run(batches(2)[1])
+        (run(x).square().mean() + 2 * run(x).mean()).backward()
+        return [p.grad for p in model.parameters()]
+
+    plain, checked = block(name), block(name)
+    expected = gradients(plain, plain)
+    ours = gradients(checked, lambda x: checkpoint(checked, x, use_reentrant=False))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_repeated_forward_records_no_input():
+    model = block("cbn")
+    x = batches(1)[0]
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert not model.norm._link._inbox
+    assert model.norm.iteration == 1
+
+
+@pytest.mark.parametrize("name", NORMS)
 def test_functional_call(name):
     model, twin = block(name), block(name)
     other = {name: p + 0.1 for name, p in model.named_parameters()}
