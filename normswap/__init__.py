@@ -44,7 +44,7 @@ _HOME = {
     "NormSwapError": "errors",
 }
 
-__all__ = ["__version__", "layers", *sorted(_HOME)]  # noqa: PLE0604, PLE0605
+__all__ = ["__version__", "layers", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from normswap import layers

@@ -41,9 +41,7 @@ class NormSwapError(Exception):
         return (_rebuild, (type(self), self.where, self.got, self.need, self.hint))
 
 
-def _rebuild(
-    cls: type[NormSwapError], where: str, got: str, need: str, hint: str
-) -> NormSwapError:
+def _rebuild(cls: type[NormSwapError], where: str, got: str, need: str, hint: str) -> NormSwapError:
     return cls(where, got=got, need=need, hint=hint)
 
 
