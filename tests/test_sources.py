@@ -637,6 +637,8 @@ def test_a_bare_pickle_with_code_is_named_and_not_run(tmp_path, protocol):
     import os
     import pickle
 
+    from normswap.checkpoints import load_checkpoint
+
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
