@@ -73,6 +73,16 @@ def test_groups_that_do_not_divide_are_an_error_with_the_divisors():
         normswap.plan(net(20), normswap.GroupNorm(groups=32), example_inputs=X)
 
 
+def test_groups_follow_the_statistics_of_a_trained_norm_and_the_paper_without():
+    model = net(64)
+    assert normswap.plan(model, "gn", example_inputs=X).entries[0].recipe["groups"] == 32
+    model[1].running_mean.normal_()
+    trained = normswap.plan(model, "gn", example_inputs=X).entries[0].recipe["groups"]
+    paper = normswap.plan(model, normswap.GroupNorm(groups=None), example_inputs=X)
+    assert trained < 32
+    assert paper.entries[0].recipe["groups"] == 32
+
+
 def test_automatic_groups_keep_a_quiet_channel_away_from_a_loud_one():
     model = net(8)
     model[1].running_var.copy_(torch.tensor([1.0, 1, 1, 1, 1e4, 1e4, 1e4, 1e4]))

@@ -53,7 +53,7 @@ _TARGETS = "\b\nTARGET is one of\n" + "\n".join(
     show_default=True,
     help="Affine parameters: solved from BN's statistics, BN's own, or 1 and 0.",
 )
-@click.option("--groups", metavar="N|auto", help="For gn: how many groups.")
+@click.option("--groups", metavar="N|auto", help="For gn: how many groups [default: auto].")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No layers of this name.")
 @click.option(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from normswap.errors import PlanError
-from normswap.graph.norms import state_of
+from normswap.graph.norms import BatchNormState, state_of
 from normswap.graph.sites import Site
 from normswap.recipes import base
 from normswap.recipes.matching import match_groups, predicted_group_drift
@@ -50,9 +50,10 @@ class GroupNorm(_Grouped):
 
     Args:
         groups: number of groups, which must divide C at every site; ``"auto"`` chooses per site
-            from the running statistics; None takes the paper's 32, or the nearest smaller divisor
-            of C that leaves two channels in a group.
-        max_groups: with ``groups=None``, the bound to use in place of 32.
+            the number that keeps most of what a trained BN computes, by its running statistics;
+            None takes the paper's 32, or the nearest smaller divisor of C that leaves two channels
+            in a group, and so does ``"auto"`` for a BN that was never trained.
+        max_groups: the bound to use in place of the paper's 32.
         eps: ε; None keeps BN's.
 
     Reference:
@@ -61,7 +62,7 @@ class GroupNorm(_Grouped):
 
     target: ClassVar[str] = "gn"
 
-    groups: int | Literal["auto"] | None = None
+    groups: int | Literal["auto"] | None = "auto"
     max_groups: int = PAPER_GROUPS
     eps: float | None = None
 
@@ -73,7 +74,7 @@ class GroupNorm(_Grouped):
         if self.groups is None:
             return nearest_groups(site.channels, self.max_groups)
         if self.groups == "auto":
-            return automatic_groups(norm)
+            return automatic_groups(norm, self.max_groups)
         if self.groups < 1 or site.channels % self.groups:
             fitting = divisors(site.channels)
             below = [n for n in fitting if n <= max(self.groups, 1)][-2:]
@@ -95,14 +96,26 @@ class GroupNorm(_Grouped):
         return base.take_over(norm, base.set_affine(norm, new, matched, init))
 
 
-def automatic_groups(norm: nn.Module) -> int:
-    """The number of groups with the smallest predicted drift, among the divisors of C up to 32."""
+def automatic_groups(norm: nn.Module, most: int = PAPER_GROUPS) -> int:
+    """The number of groups with the smallest predicted drift, among the divisors of C.
+
+    Statistics that no batch has touched say nothing: such a BN gets the paper's number.
+
+    Args:
+        norm: the BatchNorm.
+        most: the largest number to consider.
+    """
     state = state_of(norm)
-    choices = [n for n in divisors(state.channels) if n <= PAPER_GROUPS]
-    choices = [n for n in choices if state.channels // n >= 2] or [1]
-    if not base.has_statistics(state) or state.mean is None or state.mean.is_meta:
-        return nearest_groups(state.channels)
+    if not base.has_statistics(state) or _is_fresh(state):
+        return nearest_groups(state.channels, most)
+    choices = [n for n in divisors(state.channels) if n <= most and state.channels // n >= 2] or [1]
     return min(choices, key=lambda n: (round(predicted_group_drift(state, n), 6), n))
+
+
+def _is_fresh(state: BatchNormState) -> bool:
+    assert state.mean is not None
+    assert state.var is not None
+    return not state.mean.any() and bool((state.var == 1).all())
 
 
 @dataclass(frozen=True)
