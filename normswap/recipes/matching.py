@@ -91,19 +91,19 @@ def match_filter_response(state: BatchNormState, eps: float | Tensor) -> Affine:
 MEAN_SHARE = 0.2
 """Share of a channel's variance that lies between samples: a typical trained network's."""
 
-POWER_SPREAD = 0.5
+POWER_SPREAD = 0.35
 """Variance of a sample's channel variance, over its square: a typical trained network's."""
 
-TOGETHER = 0.1
-"""How much of those fluctuations the channels of a group share."""
+MEANS_TOGETHER, POWERS_TOGETHER = 0.05, 0.4
+"""Correlation between channels of their sample means and of their sample variances, likewise."""
 
 
-def _pooled(variance: Tensor, groups: int) -> Tensor:
+def _pooled(variance: Tensor, groups: int, correlation: float) -> Tensor:
     """Variance of a group's mean of quantities with these variances, spread over its channels."""
     by_group = variance.view(groups, -1)
     apart = by_group.mean(1, keepdim=True) / by_group.shape[1]
     joint = by_group.sqrt().mean(1, keepdim=True) ** 2
-    pooled = (1 - TOGETHER) * apart + TOGETHER * joint
+    pooled = (1 - correlation) * apart + correlation * joint
     return pooled.expand_as(by_group).reshape(-1)
 
 
@@ -118,9 +118,9 @@ def predicted_group_drift(state: BatchNormState, groups: int) -> float:
     bn = _population(state)
     centre, spread = group_moments(bn.mean, bn.var, groups)
     offset = (bn.mean - centre) ** 2
-    shift = _pooled(MEAN_SHARE * bn.var, groups)
+    shift = _pooled(MEAN_SHARE * bn.var, groups, MEANS_TOGETHER)
     power = POWER_SPREAD * bn.var**2 + 4 * offset * MEAN_SHARE * bn.var
-    stretch = _pooled(power, groups) / (4 * spread.clamp_min(1e-300) ** 2)
+    stretch = _pooled(power, groups, POWERS_TOGETHER) / (4 * spread.clamp_min(1e-300) ** 2)
     return _relative(bn, stretch * (bn.var + offset) + shift, bn.var > DEAD * spread)
 
 

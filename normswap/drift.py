@@ -1,0 +1,437 @@
+"""How far a converted model is from its BatchNorm original.
+
+Per site: the error predicted from the running statistics alone, the error of the site by itself
+(fed what the original feeds its BatchNorm), and the error that has built up by there. End to end:
+the error of the outputs and how often the two models agree. Nothing here changes a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import CalibrationError
+from normswap.graph import call
+from normswap.graph.norms import fused_parts, is_batchnorm, state_of
+from normswap.recipes.matching import predicted_filter_response_drift, predicted_group_drift
+
+TRUST = 0.9
+"""Top-1 agreement below which a conversion should not be used without fine-tuning."""
+
+
+# --- what is compared with what -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One site in both models.
+
+    Attributes:
+        name: qualified name, the same in both.
+        module: what stands there in the converted model.
+        original: the BatchNorm of the original.
+    """
+
+    name: str
+    module: nn.Module
+    original: nn.Module
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the conversion put another kind of layer here."""
+        return type(self.module) is not type(self.original)
+
+    @property
+    def rectified(self) -> bool:
+        """Whether the converted layer took a ReLU in that its BatchNorm does not hold."""
+        clips = isinstance(getattr(self.module, "tau", None), Tensor)
+        return clips and fused_parts(self.original) is None
+
+    def reference(self, output: Tensor) -> Tensor:
+        """A copy of the original's output, in the form the converted layer's output takes."""
+        return output.detach().clamp_min(0) if self.rectified else output.detach().clone()
+
+
+def paired_sites(model: nn.Module, teacher: nn.Module) -> tuple[Pair, ...]:
+    """The BatchNorms of ``teacher`` and what stands at the same names in ``model``.
+
+    Raises:
+        CalibrationError: the two are one model, share modules, or have no site in common.
+    """
+    ours = dict(model.named_modules(remove_duplicate=False))
+    pairs = tuple(
+        Pair(name, ours[name], bn)
+        for name, bn in teacher.named_modules()
+        if is_batchnorm(bn) and name in ours
+    )
+    if any(pair.module is pair.original for pair in pairs):
+        raise CalibrationError(
+            "teacher",
+            got="the converted model itself, or one that shares its layers",
+            need="the BatchNorm original",
+            hint="teacher = copy.deepcopy(model) before convert(model, ...)",
+        )
+    if not pairs:
+        raise CalibrationError(
+            "teacher",
+            got="a model without a BatchNorm at any name of the converted model",
+            need="the BatchNorm original of this very model",
+            hint="a deep copy taken before the conversion, or load_model with the same spec",
+        )
+    return pairs
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode; every module's own flag comes back."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Remove hooks on the way out, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def leaves(output: Any) -> list[Tensor]:
+    """All floating-point tensors of an output of any structure, in a stable order.
+
+    Example:
+        >>> [t.shape[0] for t in leaves({"a": torch.zeros(2), "b": [torch.zeros(3), None]})]
+        [2, 3]
+    """
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [leaf for value in output.values() for leaf in leaves(value)]
+    if isinstance(output, (list, tuple)):
+        return [leaf for value in output for leaf in leaves(value)]
+    if is_dataclass(output) and not isinstance(output, type):
+        return [leaf for f in fields(output) for leaf in leaves(getattr(output, f.name))]
+    return []
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's tensors live."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch of any structure on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def batches(images: Tensor | Iterable[Any], size: int) -> list[Any]:
+    """Images as a list of batches: a tensor is split, an iterable is taken as it comes.
+
+    Raises:
+        CalibrationError: there are no images.
+    """
+    found = list(torch.split(images, size)) if isinstance(images, Tensor) else list(images)
+    if not found or (isinstance(images, Tensor) and not len(images)):
+        raise CalibrationError(
+            "images",
+            got="none",
+            need="at least one batch of preprocessed images",
+            hint="normswap.data.load_images(folder, preprocessing)",
+        )
+    return found
+
+
+# --- the measurement ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SiteDrift:
+    """The relative error of one site's output: root mean square over the original's spread.
+
+    Attributes:
+        name: qualified name.
+        kind: class of the converted layer.
+        predicted: from the running statistics alone, no data; None where nothing can be said.
+        alone: with the inputs that the original gives its BatchNorm.
+        measured: with the inputs that the converted model gives it.
+    """
+
+    name: str
+    kind: str
+    predicted: float | None
+    alone: float | None
+    measured: float | None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The distance between a converted model and its original on some images.
+
+    Attributes:
+        sites: one entry per BatchNorm of the original, in the order of its modules.
+        output_error: relative root mean square error of all outputs together; None if the outputs
+            cannot be compared.
+        agreement: share of equal top-1 choices (per pixel in dense prediction), or None.
+        images: number of batches' entries seen.
+    """
+
+    sites: tuple[SiteDrift, ...]
+    output_error: float | None
+    agreement: float | None
+    images: int
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the converted model may be used as it is."""
+        if self.agreement is not None:
+            return self.agreement >= TRUST
+        return self.output_error is not None and self.output_error <= 1 - TRUST
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell a user whose model should be calibrated or fine-tuned first; else None."""
+        if self.trusted:
+            return None
+        worst = max(self.sites, key=lambda site: site.alone or 0.0, default=None)
+        place = f"; the worst layer is {worst.name}" if worst is not None else ""
+        return f"{self.summary}: do not use it without calibration or fine-tuning{place}"
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        parts = []
+        if self.agreement is not None:
+            parts.append(f"top-1 agreement {self.agreement:.1%}")
+        if self.output_error is not None:
+            parts.append(f"output error {self.output_error:.1%}")
+        return ", ".join(parts) or "outputs that cannot be compared"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table: name, kind, predicted, alone, measured."""
+        return [
+            (s.name, s.kind, *(_share(v) for v in (s.predicted, s.alone, s.measured)))
+            for s in self.sites
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ("site", "layer", "predicted", "alone", "measured")
+        table = [head, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        ]
+        return "\n".join([*lines, self.summary])
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a picture of the three errors along the network."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for field, style in (("predicted", ":"), ("alone", "--"), ("measured", "-")):
+            values = [getattr(site, field) for site in self.sites]
+            shown = [float("nan") if v is None else v for v in values]
+            axes.plot(range(len(shown)), shown, style, marker=".", label=field)
+        axes.set(xlabel="site", ylabel="relative error", title=self.summary, ylim=(0, None))
+        axes.legend()
+        figure.savefig(path)
+        return Path(path)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+class _Error:
+    """Running relative error: sums of squared differences and of the reference's spread."""
+
+    def __init__(self) -> None:
+        self.difference = self.square = self.total = 0.0
+        self.count = 0
+
+    def add(self, found: Tensor, reference: Tensor) -> None:
+        if found.shape != reference.shape or not found.numel():
+            return
+        found, reference = found.detach().double(), reference.double()
+        self.difference += float((found - reference).square().sum())
+        self.square += float(reference.square().sum())
+        self.total += float(reference.sum())
+        self.count += reference.numel()
+
+    @property
+    def value(self) -> float | None:
+        if not self.count:
+            return None
+        spread = self.square - self.total**2 / self.count
+        if spread <= 1e-12 * max(self.square, 1e-300):
+            spread = self.square
+        if spread <= 0:
+            return None if self.difference > 0 else 0.0
+        return float((self.difference / spread) ** 0.5)
+
+
+class _Recorder:
+    """Hooks that compare every site of two models, call by call."""
+
+    def __init__(self, pairs: tuple[Pair, ...]) -> None:
+        self.pairs = pairs
+        self.alone = {pair.name: _Error() for pair in pairs}
+        self.measured = {pair.name: _Error() for pair in pairs}
+        self._kept: dict[str, list[Tensor]] = {}
+
+    def install(self, stack: ExitStack) -> None:
+        for pair in self.pairs:
+            stack.enter_context(
+                hooked(
+                    pair.original.register_forward_hook(self._keep(pair)),
+                    pair.module.register_forward_hook(self._compare(pair)),
+                )
+            )
+
+    def _keep(self, pair: Pair) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            reference = pair.reference(output)
+            self._kept.setdefault(pair.name, []).append(reference)
+            # .forward: the hooks of the converted layer are for the converted model's own pass
+            self.alone[pair.name].add(pair.module.forward(args[0].clone()), reference)
+
+        return hook
+
+    def _compare(self, pair: Pair) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            waiting = self._kept.get(pair.name)
+            if waiting:
+                self.measured[pair.name].add(output, waiting.pop(0))
+
+        return hook
+
+
+class _Agreement:
+    def __init__(self) -> None:
+        self.same = self.count = 0
+
+    def add(self, found: list[Tensor], reference: list[Tensor]) -> None:
+        for ours, theirs in zip(found, reference, strict=False):
+            if theirs.dim() >= 2 and theirs.shape[1] > 1 and ours.shape == theirs.shape:
+                same = ours.argmax(1) == theirs.argmax(1)
+                self.same += int(same.sum())
+                self.count += same.numel()
+                return  # the first output that can hold classes; others are auxiliary
+
+    @property
+    def value(self) -> float | None:
+        return self.same / self.count if self.count else None
+
+
+@torch.no_grad()
+def measure_drift(
+    model: nn.Module,
+    teacher: nn.Module,
+    images: Tensor | Iterable[Any],
+    *,
+    batch_size: int = 32,
+) -> Drift:
+    """Compare a converted model with its BatchNorm original on unlabelled images.
+
+    The relative error of an output z against its reference t is
+    ``√(Σ (z − t)² / Σ (t − mean t)²)``: 0 is equal, 1 is as bad as a constant.
+
+    Args:
+        model: the converted model.
+        teacher: its BatchNorm original; sites are paired by qualified name.
+        images: a preprocessed tensor, or an iterable of batches (a tuple is the positional
+            arguments, a dict the keyword arguments). No labels.
+        batch_size: images per forward pass when ``images`` is a tensor.
+
+    Returns:
+        Drift: per site and end to end.
+
+    Raises:
+        CalibrationError: the models do not belong together, or there are no images.
+
+    Example:
+        >>> import copy, normswap
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> teacher, x = copy.deepcopy(net), torch.randn(4, 3, 8, 8)
+        >>> net = normswap.convert(net, "brn", example_inputs=x).model
+        >>> measure_drift(net, teacher, x).output_error
+        0.0
+    """
+    pairs = paired_sites(model, teacher)
+    recorder, whole, agreement, seen = _Recorder(pairs), _Error(), _Agreement(), 0
+    device = device_of(model)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model, teacher))
+        recorder.install(stack)
+        for batch in batches(images, batch_size):
+            inputs = moved(batch, device)
+            reference = [leaf.clone() for leaf in leaves(call(teacher, inputs))]
+            found = leaves(call(model, inputs))
+            for ours, theirs in zip(found, reference, strict=False):
+                whole.add(ours, theirs)
+            agreement.add(found, reference)
+            seen += entries(batch)
+    sites = tuple(
+        SiteDrift(
+            pair.name,
+            type(pair.module).__name__,
+            predicted_drift(pair.module, pair.original),
+            recorder.alone[pair.name].value,
+            recorder.measured[pair.name].value,
+        )
+        for pair in pairs
+    )
+    return Drift(sites, whole.value, agreement.value, seen)
+
+
+def entries(batch: Any) -> int:
+    """How many images a batch holds: the length of its first tensor."""
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return entries(batch[0]) if batch else 0
+    return int(batch.shape[0]) if isinstance(batch, Tensor) and batch.dim() else 1
+
+
+def predicted_drift(module: nn.Module, original: nn.Module) -> float | None:
+    """The relative error to expect of a matched layer, from BatchNorm's statistics alone.
+
+    0 for layers that keep running statistics; None where BatchNorm has none.
+    """
+    state = state_of(original)
+    if state.mean is None or state.var is None:
+        return None
+    if isinstance(module, nn.GroupNorm):
+        return predicted_group_drift(state, module.num_groups)
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return predicted_group_drift(state, state.channels)
+    if "FilterResponseNorm" in type(module).__name__:
+        return predicted_filter_response_drift(state)
+    return 0.0 if is_batchnorm(module) else None

@@ -1,0 +1,301 @@
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap.calibration import calibrate
+from normswap.drift import measure_drift
+from normswap.errors import CalibrationError
+
+
+class Net(nn.Module):
+    """Depthwise and dense convolutions, a module that is used in place, dropout, a head."""
+
+    def __init__(self, form="tensor"):
+        super().__init__()
+        self.form = form
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12)
+        self.relu1, self.relu2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x, scale=1.0):
+        x = self.relu1(self.bn1(self.conv1(x * scale)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        dense = self.bn3(self.conv3(x))
+        y = self.head(self.drop(dense.mean((2, 3))))
+        forms = {
+            "tensor": lambda: y,
+            "tuple": lambda: (y, dense),
+            "dict": lambda: {"out": dense, "more": [y, None]},
+            "none": lambda: len(x),
+        }
+        return forms[self.form]()
+
+
+def images(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    loud = 0.3 + torch.rand(count, 3, 1, 1, generator=draw)
+    coarse = torch.randn(count, 3, 4, 4, generator=draw)
+    smooth = nn.functional.interpolate(coarse, 12, mode="bilinear", align_corners=False)
+    return loud * (smooth + 0.3 * torch.randn(count, 3, 12, 12, generator=draw))
+
+
+def pair(target, form="tensor", **options):
+    torch.manual_seed(0)
+    teacher = Net(form).train()
+    with torch.no_grad():
+        for i in range(50):
+            teacher(images(32, 100 + i))
+        for bn in (teacher.bn1, teacher.bn2, teacher.bn3):
+            bn.weight.uniform_(0.5, 1.5)
+            bn.bias.uniform_(-0.5, 0.5)
+    model = copy.deepcopy(teacher.eval())
+    return normswap.convert(model, target, example_inputs=images(2, 0), **options).model, teacher
+
+
+def values(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def same(model, before):
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in now.items())
+
+
+@pytest.mark.parametrize("target", ["gn", "ln", "frn", "in"])
+def test_it_brings_the_model_closer_on_images_it_has_not_seen(target):
+    model, teacher = pair(target)
+    fresh = images(128, 7)
+    before = measure_drift(model, teacher, fresh).output_error
+    report = calibrate(model, teacher, images(256, 1), steps=80, seconds=60)
+    after = measure_drift(model, teacher, fresh).output_error
+    assert after < 0.9 * before
+    assert report.best_loss < report.first_loss
+    assert (report.steps, report.stopped) == (80, "steps") or report.stopped == "plateau"
+
+
+def test_the_closed_form_gives_every_site_the_moments_of_the_original():
+    model, teacher = pair("gn", init="copy")
+    x = images(14, 1)  # fewer than 16: nothing is held out, all images make the moments
+    calibrate(model, teacher, x, seconds=1e-9)
+    with torch.no_grad():
+        ours, theirs = model.bn1(model.conv1(x)), teacher.bn1(teacher.conv1(x))
+        assert torch.allclose(ours.mean((0, 2, 3)), theirs.mean((0, 2, 3)), atol=1e-4)
+        ratio = ours.std((0, 2, 3)) / theirs.std((0, 2, 3))
+        assert ((ratio > 0.6) & (ratio < 1.01)).all()  # least squares would shrink, matching not
+        ours = model.bn2(model.conv2(model.relu1(ours.clone())))
+        theirs = teacher.bn2(teacher.conv2(teacher.relu1(theirs.clone())))
+        assert torch.allclose(ours.mean((0, 2, 3)), theirs.mean((0, 2, 3)), atol=1e-3)
+
+
+def test_only_the_replaced_layers_move():
+    model, teacher = pair("frn", exclude="bn2")
+    before, original = values(model), values(teacher)
+    calibrate(model, teacher, images(256, 1), steps=25)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"bn1.weight", "bn1.bias", "bn1.tau", "bn3.weight", "bn3.bias"}
+    assert same(teacher, original)
+
+
+def test_all_parameters_move_if_asked_and_running_statistics_never():
+    model, teacher = pair("gn", exclude="bn2")
+    model.conv3.weight.requires_grad_(False)
+    before, original = values(model), values(teacher)
+    calibrate(model, teacher, images(256, 1), steps=20, parameters="all")
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"conv1.weight", "head.weight", "bn2.weight"} <= moved
+    assert not any(k.startswith("bn2.running") or k == "conv3.weight" for k in moved)
+    assert same(teacher, original)
+
+
+def test_flags_hooks_gradients_and_random_numbers_are_as_before():
+    model, teacher = pair("gn")
+    model.train()
+    model.drop.eval()
+    model.conv1.weight.requires_grad_(False)
+    model.head.bias.grad = torch.ones(5)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = torch.random.get_rng_state()
+    calibrate(model, teacher, images(32, 1), steps=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
+    assert not model.drop.training
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert torch.equal(model.head.bias.grad, torch.ones(5))
+    assert model.bn1.weight.grad is None
+    for module in (*model.modules(), *teacher.modules()):
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_failure_leaves_the_model_untouched():
+    model, teacher = pair("frn")
+    before = values(model)
+    calls = []
+
+    def explode(share, loss):
+        calls.append((share, loss))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, teacher, images(32, 1), steps=20, progress=explode)
+    assert len(calls) == 1
+    assert same(model, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_numbers_that_are_not_finite_end_it_in_the_best_state():
+    model, teacher = pair("gn")
+    x = images(64, 1)
+    x[3] = float("nan")  # a training image: the held-out part stays clean
+    report = calibrate(model, teacher, x, steps=50)
+    assert report.stopped == "not finite"
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+    assert report.best_loss <= report.first_loss
+
+
+def test_images_that_are_all_broken_change_nothing():
+    model, teacher = pair("gn")
+    before = values(model)
+    calibrate(model, teacher, torch.full((32, 3, 12, 12), float("nan")), steps=5)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "none"])
+def test_outputs_of_any_structure(form):
+    model, teacher = pair("gn", form)
+    report = calibrate(model, teacher, images(64, 1), steps=20)
+    assert report.best_loss < report.first_loss
+
+
+@pytest.mark.parametrize("kind", ["generator", "sizes", "positional", "keywords", "dicts"])
+def test_images_of_any_structure(kind):
+    model, teacher = pair("gn")
+    parts = [images(8, i) for i in range(4)]
+    given = {
+        "generator": (part for part in parts),
+        "sizes": [parts[0], parts[1][:, :, :10, :10], parts[2]],
+        "positional": [(part, 1.1) for part in parts],
+        "keywords": [{"x": part, "scale": 1.1} for part in parts],
+        "dicts": [{"x": part} for part in parts],
+    }[kind]
+    report = calibrate(model, teacher, given, steps=20)
+    assert report.best_loss < report.first_loss
+    assert report.images == (24 if kind == "sizes" else 32)
+
+
+def test_the_same_seed_gives_the_same_model():
+    found = []
+    for seed in (0, 0, 1):
+        model, teacher = pair("frn")
+        calibrate(model, teacher, images(256, 1), steps=20, seed=seed)
+        found.append(model.bn1.weight.detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_the_budget_is_kept():
+    model, teacher = pair("gn")
+    now = [0.0]
+
+    def clock():
+        now[0] += 0.1
+        return now[0]
+
+    report = calibrate(model, teacher, images(32, 1), seconds=20, clock=clock)
+    assert report.seconds <= 21
+    assert report.stopped in ("budget", "plateau")
+    assert report.steps > 20
+
+
+def test_no_trace_stays_in_the_model():
+    model, teacher = pair("frn")
+    eps = [model.bn1.eps, model.bn2.eps]
+    kinds = [type(m) for m in model.modules()]
+    keys = list(model.state_dict())
+    calibrate(model, teacher, images(32, 1), steps=5)
+    assert [type(m) for m in model.modules()] == kinds
+    assert list(model.state_dict()) == keys
+    assert [model.bn1.eps, model.bn2.eps] == eps
+    assert model.bn1(torch.randn(2, 8, 4, 4)).requires_grad
+
+
+def test_a_learnable_epsilon_does_not_move():
+    model, teacher = pair(normswap.FilterResponseNorm(learnable_eps=True))
+    before = model.bn1.eps_l.detach().clone()
+    calibrate(model, teacher, images(32, 1), steps=5)
+    assert torch.equal(model.bn1.eps_l, before)
+
+
+def test_a_tied_layer_and_a_layer_used_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.alias = self.bn
+
+        def forward(self, x):
+            return self.alias(self.conv(self.bn(self.conv(x)).relu()))
+
+    torch.manual_seed(0)
+    teacher = Twice().train()
+    for i in range(30):
+        teacher(images(16, i))
+    model = copy.deepcopy(teacher.eval())
+    model = normswap.convert(model, "gn", example_inputs=images(2, 0)).model
+    report = calibrate(model, teacher, images(64, 1), steps=40)
+    assert model.alias is model.bn
+    assert report.best_loss < report.first_loss
+
+
+def test_fused_activations():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    teacher = timm.create_model("mobilenetv2_050", num_classes=3).train()
+    for i in range(5):
+        teacher(images(16, i).repeat(1, 1, 4, 4))
+    model = copy.deepcopy(teacher.eval())
+    x = images(16, 50).repeat(1, 1, 4, 4)
+    model = normswap.convert(model, "frn", example_inputs=x[:2]).model
+    report = calibrate(model, teacher, x, steps=3)
+    assert report.best_loss < report.first_loss
+
+
+def test_report(caplog):
+    model, teacher = pair("gn")
+    report = calibrate(model, teacher, images(32, 1), steps=2)
+    text = json.dumps(report.to_json())
+    assert json.loads(text)["images"] == 32
+    assert "calibrated on 32 images" in str(report)
+    entry = normswap.provenance.provenance_of(model).history[-1]
+    assert entry["step"] == "calibrated"
+    assert entry["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"seconds": 0}, "seconds: got 0"),
+        ({"parameters": "some"}, "parameters: got 'some'"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+    ],
+)
+def test_options_are_checked_first(options, match):
+    model, teacher = pair("gn")
+    with pytest.raises(CalibrationError, match=match):
+        calibrate(model, teacher, images(4, 1), **options)
+
+
+def test_nothing_to_calibrate():
+    _, teacher = pair("gn")
+    with pytest.raises(CalibrationError, match="nothing was replaced"):
+        calibrate(copy.deepcopy(teacher), teacher, images(4, 1))
+    model, _ = pair("gn")
+    with pytest.raises(CalibrationError, match="images: got none"):
+        calibrate(model, teacher, [])
