@@ -179,6 +179,16 @@ def test_keeps_no_more_than_batch_norm_for_backward():
     assert kept(FilterResponseNorm2d(8)) <= 1.05 * kept(batch_norm)
 
 
+def test_what_follows_a_tlu_may_work_in_place():
+    layer = scrambled(FilterResponseNorm2d(3))
+    x = torch.randn(2, 3, 5, 5)
+    layer(x).mul(2).sum().backward()
+    expected = layer.tau.grad.clone()
+    layer.zero_grad()
+    layer(x).mul_(2).sum().backward()
+    torch.testing.assert_close(layer.tau.grad, expected)
+
+
 def test_eps_l_alone_makes_one_by_one_maps_nearly_linear():
     layer = FilterResponseNorm2d(1, tlu=False, learnable_eps=True)
     with torch.no_grad():

@@ -36,8 +36,11 @@ def replace(
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, build(child))
                 relu = isinstance(following[1], nn.ReLU | nn.ReLU6)
-                if tlu and relu and isinstance(parent, nn.Sequential):
-                    setattr(parent, following[0], nn.Identity())
+                if tlu and isinstance(parent, nn.Sequential):
+                    if relu:
+                        setattr(parent, following[0], nn.Identity())
+                    else:
+                        getattr(parent, name).tau = None
     return model
 
 

@@ -121,8 +121,8 @@ class _FilterResponse(torch.autograd.Function):
 
     With rows of M elements (one sample's channel), h = g where z > τ else 0, A = Σ h·x and
     B = Σ h over a row: ∂x = γ·s·(h − x·s²·A/M), ∂γ = Σ_n s·A, ∂β = Σ_n B, ∂τ = Σ g − ∂β,
-    ∂ε = Σ_n −½·γ·s³·A. Keeps x, which BatchNorm keeps too, and the output where there is a TLU,
-    as ReLU does.
+    ∂ε = Σ_n −½·γ·s³·A. Keeps x, as BatchNorm does, and not the output, as ReLU would: what is
+    behind a TLU may work in place.
     """
 
     @staticmethod
@@ -146,24 +146,22 @@ class _FilterResponse(torch.autograd.Function):
         if tau is not None:
             threshold = per_channel(tau.to(y.dtype), y)
             torch.maximum(y, threshold, out=y)
-        ctx.save_for_backward(
-            x, y if tau is not None else None, inverse_root, weight, bias, tau, eps_l
-        )
+        ctx.save_for_backward(x, inverse_root, weight, bias, tau, eps_l)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, inverse_root, weight, bias, tau, eps_l = ctx.saved_tensors
+        x, inverse_root, weight, bias, tau, eps_l = ctx.saved_tensors
         dtype = inverse_root.dtype
+        scale = inverse_root if weight is None else inverse_root * weight
         kept = grad
         if tau is not None:
-            # z − τ is exactly 0 where the TLU clipped; threshold_backward is the fast way to mask
-            kept = z - per_channel(tau.to(z.dtype), z)
+            # y − τ, once more from x; threshold_backward is the fast way to mask
+            kept = _scale_and_shift(x, scale, -tau if bias is None else bias - tau)
             torch.ops.aten.threshold_backward.grad_input(grad, kept, 0, grad_input=kept)
         x_wide, kept_wide = x.to(dtype), kept.to(dtype)
         dot, total = _row_dot(kept_wide, x_wide), _row_sum(kept_wide)
-        scale = inverse_root if weight is None else inverse_root * weight
         grad_x = grad_weight = grad_bias = grad_tau = grad_eps = None
         if ctx.needs_input_grad[1]:
             grad_weight = (inverse_root * dot).sum(0).to(weight.dtype)
