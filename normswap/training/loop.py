@@ -279,7 +279,7 @@ class Run:
         self.meter.hits += int(right)
         self.meter.images += len(labels)
         self._count_broken(batch.broken)
-        part = loss / parts if parts > 1 else loss
+        part: Any = loss / parts if parts > 1 else loss
         if self.accelerator.scaler is None:
             part.backward()
         else:
