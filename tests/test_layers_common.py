@@ -6,14 +6,13 @@ import pickle
 
 import pytest
 import torch
+from layer_blocks import NORMS, Block, batches, block, train_in_process
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normswap import layers
 from normswap.errors import LayerError
 from normswap.layers import (
-    BatchRenorm2d,
-    CrossIterationBatchNorm2d,
     FilterResponseNorm2d,
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
@@ -22,36 +21,7 @@ from normswap.layers import (
     fused_classes,
 )
 
-
-class Block(nn.Module):
-    """A convolution, a normaliser and a head."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.norm = norm
-        self.head = nn.Conv2d(4, 2, 1)
-        if isinstance(norm, CrossIterationBatchNorm2d) and norm.compensate:
-            norm.attach(self.conv)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.norm(self.conv(x))))
-
-
-NORMS = {
-    "frn": lambda: FilterResponseNorm2d(4, learnable_eps=True),
-    "brn": lambda: BatchRenorm2d(4, momentum=0.2),
-    "brn with a schedule": lambda: BatchRenorm2d(4, momentum=0.2, warmup=1, r_ramp=2, d_ramp=2),
-    "cbn": lambda: CrossIterationBatchNorm2d(4, window=3),
-    "naive cbn": lambda: CrossIterationBatchNorm2d(4, window=3, compensate=False),
-    "frozen": lambda: FrozenBatchNorm2d(4),
-}
 WITHOUT_GRAPH_BREAK = {"frn", "brn", "frozen"}
-
-
-def block(name):
-    torch.manual_seed(0)
-    return Block(NORMS[name]())
 
 
 def train(model, batches, run=None):
@@ -66,11 +36,6 @@ def train(model, batches, run=None):
         optimizer.step()
         seen += [y.detach(), *(p.grad.clone() for p in model.parameters())]
     return seen, {name: b.clone() for name, b in model.named_buffers()}
-
-
-def batches(count=4):
-    torch.manual_seed(1)
-    return [torch.randn(2, 3, 6, 6) for _ in range(count)]
 
 
 def assert_same(ours, theirs, **tolerance):
@@ -307,28 +272,10 @@ def test_the_public_names():
 # two processes
 
 
-def _train_in_process(rank, rendezvous, results, names):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
-    )
-    gradients = {}
-    for name in names:
-        model = nn.parallel.DistributedDataParallel(block(name))
-        for x in batches(3):
-            # two forwards before one backward: a buffer changed in place must not matter
-            loss = model(x + rank).square().mean() + model(x - rank).square().mean()
-            model.zero_grad()
-            loss.backward()
-        gradients[name] = [p.grad for p in model.parameters()]
-    torch.save(gradients, f"{results}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_agree_on_gradients(tmp_path):
     names = list(NORMS)
     torch.multiprocessing.spawn(
-        _train_in_process, (tmp_path / "rendezvous", tmp_path, names), nprocs=2
+        train_in_process, (tmp_path / "rendezvous", tmp_path, names), nprocs=2
     )
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in names:
