@@ -281,7 +281,7 @@ class Run:
         self._count_broken(batch.broken)
         part: Any = loss / parts if parts > 1 else loss
         if self.accelerator.scaler is None:
-            part.backward()
+            torch.autograd.backward(part)
         else:
             self.accelerator.backward(part)
 
