@@ -7,7 +7,9 @@ one call each, whatever they do inside. Nothing is kept alive: tensors are only 
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -95,6 +97,15 @@ class Trace:
     made: dict[int, Call] = field(default_factory=dict)
     used: dict[int, list[Call]] = field(default_factory=dict)
     stray_norms: set[nn.Module] = field(default_factory=set)
+
+    @functools.cached_property
+    def by_module(self) -> dict[nn.Module, list[Call]]:
+        """The calls of every recorded module, in order; to be read when the run is over."""
+        found: dict[nn.Module, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            if call.module is not None:
+                found[call.module].append(call)
+        return dict(found)
 
 
 def _product(sizes: Iterable[int]) -> int:

@@ -172,7 +172,7 @@ def _runs(
 
 
 def _unseen(found: dict[nn.Module, tuple[str, ...]], runs: list[_Run]) -> bool:
-    ran = {call.module for run in runs for call in run.trace.calls if call.op == "batch_norm"}
+    ran = {module for run in runs for module in run.trace.by_module}
     return any(module not in ran for module in found)
 
 
@@ -250,11 +250,9 @@ class _Reader:
     def sites(self) -> list[Site]:
         sites: dict[nn.Module, Site] = {}
         for run in self._runs:
-            calls = [c for c in run.trace.calls if c.op == "batch_norm" and c.module in self._found]
-            for module in dict.fromkeys(c.module for c in calls):
-                if module is not None and module not in sites:
-                    own = [c for c in calls if c.module is module]
-                    sites[module] = self._site(module, run, own)
+            for module, calls in run.trace.by_module.items():
+                if module in self._found and module not in sites:
+                    sites[module] = self._site(module, run, calls)
         for module in self._found:
             if module not in sites:
                 sites[module] = self._silent_site(module)
@@ -318,7 +316,7 @@ class _Reader:
             return None, "a view that does not keep the channel axis"
         if maker.module is None:
             return None, f"{maker.op} with a computed weight"
-        calls = sum(1 for c in trace.calls if c.module is maker.module and c.op == maker.op)
+        calls = len(trace.by_module[maker.module])
         kind = type(maker.module).__name__
         name = self._names[maker.module]
         return Producer(name, maker.op, kind, calls, plain=maker.own_weight), None
@@ -369,7 +367,7 @@ class _Reader:
         op = activation_module_op(user.module)
         if op is None:
             return None
-        uses = sum(1 for c in trace.calls if c.module is user.module)
+        uses = len(trace.by_module[user.module])
         name = user.slot or self._names[user.module]
         return Activation(op, name, uses=uses, removals=self._relus.removals(user))
 
