@@ -42,9 +42,9 @@ from normswap.provenance import add_history
 _log = logging.getLogger("normswap")
 
 _PER_CHANNEL = ("weight", "bias", "tau")
-_NOISE = 0.05
-"""A correlation this small says nothing about the sign of γ."""
-_PATIENCE = 5
+_HEAD_START = 1.1
+"""How much worse than the best the last state may look on the held-out images and yet stay."""
+_PATIENCE = 8
 """Checks without progress before the time is called wasted; there are ten in a budget."""
 _REST_SCALE = 0.01
 """Learning rate of convolutions over that of the normalisers', with ``parameters="all"``."""
@@ -52,22 +52,26 @@ _REST_SCALE = 0.01
 
 @dataclass(frozen=True)
 class _Tuning:
-    """What the research settled; see examples/benchmarks/NOTES.md."""
+    """What the research settled; see examples/benchmarks/NOTES.md.
 
-    rate: float = 0.02
-    site_weight: float = 1.0
-    flow_power: float = 0.5
-    mix: float = 0.5
-    flip: bool = True
-    sites: float = 1.0
-    kl: float = 0.0
-    temp: float = 1.0
-    passage: float = 0.0
-    start: float = 0.3
-    jitter: float = 0.0
-    shift: float = 0.0
-    positions: int = 16
-    flow: bool = True
+    Attributes:
+        rate: learning rate of all sites together, in spreads of their outputs; one site gets its
+            share, because what the sites do adds up along the network.
+        most: largest rate of one site.
+        site_weight: weight of the sites' mean error beside the outputs'.
+        sites: share of the sites that a step looks at; looking at all costs half as much again.
+        mix: share of the images that are mixed with another one.
+        jitter: spread of a random gain and offset per image and input channel.
+        warp: largest zoom and shift, as a share of the image.
+    """
+
+    rate: float = 0.8
+    most: float = 0.03
+    site_weight: float = 0.1
+    sites: float = 0.3
+    mix: float = 1.0
+    jitter: float = 0.2
+    warp: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -161,30 +165,36 @@ class _Pool:
         batch = self._at(chosen)
         return self._augmented(batch, tuning) if isinstance(batch, Tensor) else batch
 
+    def choose(self, pairs: tuple[Pair, ...], share: float) -> tuple[Pair, ...]:
+        """A random share of the sites, at least one."""
+        count = max(1, round(share * len(pairs)))
+        chosen = torch.randperm(len(pairs), generator=self._draw)[:count].tolist()
+        return tuple(pairs[i] for i in sorted(chosen))
+
     def _augmented(self, x: Tensor, tuning: _Tuning) -> Tensor:
         if x.dim() < 3 or not x.is_floating_point():
             return x
-        rolls = torch.rand(len(x), 2, generator=self._draw)
-        shape = (-1, *[1] * (x.dim() - 1))
-        if tuning.flip:
-            x = torch.where((rolls[:, 0] < 0.5).view(shape).to(x.device), x.flip(-1), x)
-        if tuning.mix and len(x) > 1:
-            strength = 0.5 * rolls[:, 1] * (torch.rand(len(x), generator=self._draw) < tuning.mix)
-            partner = torch.randperm(len(x), generator=self._draw).to(x.device)
-            x = torch.lerp(x, x[partner], strength.view(shape).to(x))
-        if tuning.jitter:
-            colour = (len(x), x.shape[1], *[1] * (x.dim() - 2))
-            gain, offset = (torch.randn(2, *colour, generator=self._draw) * tuning.jitter).to(x)
-            x = x * (1 + gain) + offset
-        if tuning.shift:
-            x = torch.stack([self._rolled(image, tuning.shift) for image in x])
-        return x
+        count, column = len(x), (-1, *[1] * (x.dim() - 1))
+        rolls = torch.rand(3, count, generator=self._draw)
+        partner = torch.randperm(count, generator=self._draw).to(x.device)
+        noise = torch.randn(2, *x.shape[:2], *[1] * (x.dim() - 2), generator=self._draw)
+        x = torch.where((rolls[0] < 0.5).view(column).to(x.device), x.flip(-1), x)
+        if x.dim() == 4:
+            x = self._warped(x, tuning)
+        strength = 0.5 * rolls[1] * (rolls[2] < tuning.mix)
+        x = torch.lerp(x, x[partner], strength.view(column).to(x))
+        noise = (tuning.jitter * noise).to(x)
+        return x * (1 + noise[0]) + noise[1]
 
-    def _rolled(self, image: Tensor, share: float) -> Tensor:
-        axes = list(range(1, image.dim()))
-        rolls = (2 * torch.rand(len(axes), generator=self._draw) - 1) * share
-        by = [int(roll * size) for roll, size in zip(rolls.tolist(), image.shape[1:], strict=True)]
-        return torch.roll(image, by, axes)
+    def _warped(self, x: Tensor, tuning: _Tuning) -> Tensor:
+        """Zoomed and shifted at random, mirrored at the border."""
+        rolls = 2 * torch.rand(len(x), 4, generator=self._draw) - 1
+        matrix = torch.zeros(len(x), 2, 3)
+        matrix[:, 0, 0], matrix[:, 1, 1] = (1 + tuning.warp * rolls[:, :2]).unbind(1)
+        matrix[:, :, 2] = tuning.warp * rolls[:, 2:]
+        grid = F.affine_grid(matrix.to(x), list(x.shape), align_corners=False)
+        warped: Tensor = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+        return warped
 
 
 def _joined(found: list[Any]) -> Tensor | list[Any]:
@@ -239,104 +249,64 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """The original's output at one site before any activation: moments and a few values."""
-
-    mean: Tensor
-    std: Tensor
-    values: Tensor
-
-
-@dataclass
 class _Scale:
-    """Where a layer works: moments of its standardised input and of the original's output."""
+    """Where a layer works: moments of its standardised input x̂ and spread of the original's y."""
 
     mean: Tensor
     std: Tensor
     out: Tensor
 
 
-def _sample(x: Tensor, positions: int) -> Tensor:
-    """The same few positions of every sample: (C, N·positions)."""
-    flat = x.detach().flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
-    step = max(1, flat.shape[2] // positions)
-    return _by_channel(flat[:, :, step // 2 :: step])
-
-
 def _targets(
-    pairs: tuple[Pair, ...], teacher: nn.Module, x: Any, positions: int
-) -> dict[str, _Target]:
-    found: dict[str, _Target] = {}
+    pairs: tuple[Pair, ...], teacher: nn.Module, x: Any
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and spread of the original's output per site and channel, before any activation."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    repeated: set[str] = set()
 
     def hook_for(pair: Pair) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            y = _linear_output(pair.original, args[0])
-            first = pair.name not in found
-            found[pair.name] = _Target(*_moments(y), _sample(y, positions))
-            if not first:  # a layer used several times: one (γ, β) cannot serve each call alone
+            if pair.name in found:  # one (γ, β) cannot serve each of several calls alone
                 repeated.add(pair.name)
+            found[pair.name] = _moments(_linear_output(pair.original, args[0]))
 
         return hook
 
-    repeated: set[str] = set()
-    handles = [p.original.register_forward_pre_hook(hook_for(p)) for p in pairs]
-    with hooked(*handles):
+    with hooked(*[p.original.register_forward_pre_hook(hook_for(p)) for p in pairs]):
         call(teacher, x)
     return {name: target for name, target in found.items() if name not in repeated}
 
 
 def _match_in_flow(
-    pairs: tuple[Pair, ...],
-    model: nn.Module,
-    teacher: nn.Module,
-    x: Any,
-    tuning: _Tuning,
+    pairs: tuple[Pair, ...], model: nn.Module, teacher: nn.Module, x: Any
 ) -> dict[str, _Scale]:
     """Set every γ and β from what really arrives there, upstream first, in one forward pass.
 
-    With x̂ the standardised input: ``γ = r^p · std(t)/std(x̂)`` with r the correlation of x̂ and
-    the original's output t, and ``β = mean(t) − γ·mean(x̂)``. p = 0 keeps the spread, p = 1 is
-    least squares.
+    With x̂ the standardised input and t the original's output: ``γ = ±std(t)/std(x̂)``, with the
+    sign γ has, and ``β = mean(t) − γ·mean(x̂)``.
     """
-    targets = _targets(pairs, teacher, x, tuning.positions)
+    targets = _targets(pairs, teacher, x)
     scales: dict[str, _Scale] = {}
 
     def hook_for(pair: Pair) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            target = targets.get(pair.name)
             normal = _standardised(module, args[0])
-            if target is None or normal is None:
+            if pair.name not in targets or normal is None:
                 return
-            mean, std = _moments(normal)
+            (mean, std), (centre, spread) = _moments(normal), targets[pair.name]
             std = std.clamp_min(1e-4 * std.max().clamp_min(1e-6))
-            scales[pair.name] = _Scale(mean, std, target.std)
-            if tuning.flow:
-                _set_affine(
-                    module, target, scales[pair.name], _sample(normal, tuning.positions), tuning
-                )
+            scales[pair.name] = _Scale(mean, std, spread)
+            own = _own(module)
+            if "weight" in own and "bias" in own:
+                slope = own["weight"].sign() * spread / std
+                own["weight"].copy_(slope)
+                own["bias"].copy_(centre - slope * mean)
 
         return hook
 
-    handles = [p.module.register_forward_pre_hook(hook_for(p)) for p in pairs]
-    with hooked(*handles):
+    with hooked(*[p.module.register_forward_pre_hook(hook_for(p)) for p in pairs]):
         call(model, x)
     return scales
-
-
-def _set_affine(
-    module: nn.Module, target: _Target, scale: _Scale, normal: Tensor, tuning: _Tuning
-) -> None:
-    own = _own(module)
-    if "weight" not in own or "bias" not in own:
-        return
-    a = normal - normal.mean(1, keepdim=True)
-    b = target.values - target.values.mean(1, keepdim=True)
-    product = (a * b).sum(1)
-    r = product / (a.square().sum(1) * b.square().sum(1)).sqrt().clamp_min(1e-12)
-    sign = torch.where(r.abs() > _NOISE, r.sign(), own["weight"].sign())
-    slope = sign * r.abs().clamp_min(_NOISE).pow(tuning.flow_power) * target.std / scale.std
-    own["weight"].copy_(slope)
-    own["bias"].copy_(target.mean - slope * scale.mean)
 
 
 # --- distillation ---------------------------------------------------------------------------------
@@ -350,30 +320,8 @@ class _Distance:
     ) -> None:
         self.pairs, self.model, self.teacher = pairs, model, teacher
         self.site_weight = site_weight
-        self.blend = 1.0
-        self.kl = 0.0
-        self.temp = 1.0
-        self._draw = torch.Generator().manual_seed(0)
         self._kept: dict[str, list[Tensor]] = {}
         self._errors: list[Tensor] = []
-
-    def _hook(self, share: float) -> Iterator[Any]:
-        if self.blend < 1:
-            for pair in self.pairs:
-                yield pair.module.register_forward_hook(self._blend(pair))
-        few = max(1, round(share * len(self.pairs)))
-        chosen = torch.randperm(len(self.pairs), generator=self._draw)[:few].tolist()
-        for pair in self.pairs if share >= 1 else [self.pairs[i] for i in chosen]:
-            keep, compare = self._hooks(pair)
-            yield pair.original.register_forward_hook(keep)
-            yield pair.module.register_forward_hook(compare)
-
-    def _blend(self, pair: Pair) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            old = pair.original.forward(args[0])
-            return torch.lerp(old.relu() if pair.rectified else old, output, self.blend)
-
-        return hook
 
     def _hooks(self, pair: Pair) -> tuple[Any, Any]:
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -386,35 +334,44 @@ class _Distance:
 
         return keep, compare
 
-    def __call__(self, batch: Any, share: float = 1.0) -> Tensor:
+    def _watch(self, pairs: tuple[Pair, ...]) -> Iterator[Any]:
+        for pair in pairs:
+            keep, compare = self._hooks(pair)
+            yield pair.original.register_forward_hook(keep)
+            yield pair.module.register_forward_hook(compare)
+
+    def __call__(self, batch: Any, pairs: tuple[Pair, ...] | None = None) -> Tensor:
+        """The loss on ``batch``, looking at ``pairs`` (all of them by default)."""
         self._kept.clear()
         self._errors.clear()
-        with hooked(*self._hook(share)):
+        with hooked(*self._watch(self.pairs if pairs is None else pairs)):
             with torch.no_grad():
                 reference = [leaf.clone() for leaf in leaves(call(self.teacher, batch))]
             found = leaves(call(self.model, batch))
         outputs = [
-            _relative(ours, theirs)
+            _output_loss(ours, theirs)
             for ours, theirs in zip(found, reference, strict=False)
             if ours.shape == theirs.shape
         ]
-        terms = []
-        if outputs:
-            terms.append(torch.stack(outputs).mean())
-            for ours, theirs in zip(found, reference, strict=False):
-                if self.kl and ours.dim() == 2:
-                    T=self.temp
-                    terms.append(self.kl * T*T* F.kl_div((ours.float()/T).log_softmax(1), (theirs.float()/T).log_softmax(1), log_target=True, reduction="batchmean"))
-        if self._errors:
-            terms.append(self.site_weight * torch.stack(self._errors).mean())
-        if not terms:
+        if not outputs and not self._errors:
             raise CalibrationError(
                 "calibrate",
                 got="a model with no comparable site or output",
                 need="a model that runs its replaced layers",
                 hint="images of the size the model was made for",
             )
-        return torch.stack(terms).sum()
+        weighted = [self.site_weight * torch.stack(self._errors).mean()] if self._errors else []
+        mean = [torch.stack(outputs).mean()] if outputs else []
+        return torch.stack([*mean, *weighted]).sum()
+
+
+def _output_loss(found: Tensor, reference: Tensor) -> Tensor:
+    """Relative squared error; for rows of logits also what it does to their softmax."""
+    loss = _relative(found, reference)
+    if found.dim() == 2 and found.shape[1] > 1:
+        ours, theirs = found.float().log_softmax(1), reference.float().log_softmax(1)
+        loss = loss + F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    return loss
 
 
 def _relative(found: Tensor, reference: Tensor) -> Tensor:
@@ -639,8 +596,6 @@ class _Run:
         self.moving = [*self.own, *self.rest]
         self.distance = _Distance(self.pairs, model, teacher, tuning.site_weight)
         self.amp = amp
-        self.distance.kl = tuning.kl
-        self.distance.temp = tuning.temp
         self.steps, self.stopped = 0, "budget"
         self.history: list[tuple[float, float]] = []
         self.best, self.best_state = math.inf, _State(self.moving)
@@ -648,21 +603,24 @@ class _Run:
     def _autocast(self) -> Any:
         return torch.autocast(self.pool.device.type, torch.bfloat16) if self.amp else nullcontext()
 
-    def check(self, elapsed: float) -> float:
-        """Held-out loss now; keeps the state if it is the best so far."""
+    def check(self, elapsed: float, *, last: bool = False) -> float:
+        """Held-out loss now; keeps the state if it is the best so far.
+
+        The held-out part is small and its loss noisy. Where the learning rate has come to rest the
+        last state generalises better than a lucky one before, so it has a head start.
+        """
         with torch.no_grad(), self._autocast():
             losses = [float(self.distance(batch)) for batch in self.pool.held_out()]
         loss = sum(losses) / len(losses)
         self.history.append((elapsed, loss))
-        if loss < self.best:
+        if loss < self.best * (_HEAD_START if last else 1):
             self.best, self.best_state = loss, _State(self.moving)
         return loss
 
     @torch.no_grad()
     def flow(self) -> dict[str, _Scale]:
         """The closed form."""
-        widest = self.pool.widest()
-        return _match_in_flow(self.pairs, self.model, self.teacher, widest, self.tuning)
+        return _match_in_flow(self.pairs, self.model, self.teacher, self.pool.widest())
 
     def distil(
         self,
@@ -670,27 +628,21 @@ class _Run:
         budget: _Budget,
         progress: Callable[[float, float], None] | None,
     ) -> None:
-        """Adam until the deadline, the step limit, or a plateau."""
+        """Adam until the deadline, the step limit, or a plateau; ten checks on the way."""
         coordinates = _Coordinates(self.pairs, scales)
         optimizer = self._optimizer(coordinates)
-        next_check, stale, lowest = 0.1, 0, math.inf
+        lowest, stale, next_check = math.inf, 0, 0.1
         while True:
             share = budget.share(self.steps)
             if share >= min(next_check, 1):
-                blend, self.distance.blend = self.distance.blend, 1.0
-                loss = self.check(budget.elapsed)
-                self.distance.blend = blend
-                stale = 0 if loss < 0.995 * lowest else stale + 1
-                lowest = min(lowest, loss)
+                loss = self.check(budget.elapsed, last=share >= 1)
+                stale, lowest = 0 if loss < lowest else stale + 1, min(loss, lowest)
                 next_check = share + 0.1
                 if progress is not None:
                     progress(min(share, 1.0), loss)
                 if self._over(share, loss, stale, budget.steps):
                     return
             self._set_rate(optimizer, share)
-            if self.tuning.passage:
-                gone = min(1.0, share / self.tuning.passage)
-                self.distance.blend = self.tuning.start + (1 - self.tuning.start) * gone
             if not self._step(coordinates, optimizer):
                 self.stopped = "not finite"
                 return
@@ -699,10 +651,11 @@ class _Run:
         groups: list[dict[str, Any]] = [{"params": coordinates.leaves, "scale": 1.0}]
         if self.rest:
             groups.append({"params": self.rest, "scale": _REST_SCALE})
-        return torch.optim.Adam(groups, lr=self.tuning.rate, betas=(0.9, 0.99))
+        return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, share: float) -> None:
-        rate = self.tuning.rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        rate = min(self.tuning.most, self.tuning.rate / len(self.pairs))
+        rate *= 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (self.steps + 1) / 10) * group["scale"]
 
@@ -721,7 +674,8 @@ class _Run:
         for parameter in self.moving:
             parameter.grad = None
         with self._autocast():
-            loss = self.distance(self.pool.draw(self.tuning), self.tuning.sites)
+            few = self.pool.choose(self.pairs, self.tuning.sites)
+            loss = self.distance(self.pool.draw(self.tuning), few)
         if not bool(torch.isfinite(loss)):
             return False
         torch.autograd.backward(loss)
@@ -848,14 +802,19 @@ def _search(
 ) -> None:
     """Closed form, then distillation; ends in the best state seen."""
     begun, deadline = span
+    start = _State(run.moving)
     with ExitStack() as stack:
         stack.enter_context(evaluating(run.model, run.teacher))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_only(run.model, run.moving))
         stack.enter_context(_only(run.teacher, []))
-        run.check(clock() - begun)
+        came = run.check(clock() - begun)
         scales = run.flow()
         run.check(clock() - begun)
         run.best_state.restore()
         run.distil(scales, _Budget(clock, begun, deadline, clock(), steps), progress)
-        run.best_state.restore()
+        if run.best <= came:
+            run.best_state.restore()
+        else:
+            start.restore()
+            run.best = came
