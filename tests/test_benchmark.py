@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import nn
 
@@ -56,3 +58,24 @@ def test_measuring_leaves_the_model_alone():
     )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model.training
+
+
+def test_the_command_prints_json_alone(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from normswap.cli.app import app
+
+    (tmp_path / "small_net.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["bench", "python:small_net:make", "--no-pretrained", "--rounds", "2", "--no-onnx"]
+    run = CliRunner().invoke(app, [*arguments, "--image-size", "16", "--to", "gn,cbn:2", "--json"])
+    assert run.exit_code == 0, run.stderr
+    assert [row["target"] for row in json.loads(run.stdout)["rows"]] == ["bn", "gn", "cbn:2"]
+    table = CliRunner().invoke(app, [*arguments, "--image-size", "16", "--to", "gn"])
+    assert "ratio to BatchNorm" in table.stdout
+    assert CliRunner().invoke(app, [*arguments, "--to", "gn:4"]).exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import click
@@ -86,7 +87,7 @@ def command(
         rounds=rounds,
         compiled=compiled,
         onnx=not no_onnx,
-        progress=say,
+        progress=logging.getLogger("normswap").info,
     )
     if as_json:
         print_json({"model": chosen.spec, "batch_size": batch_size, **found.to_json()})
