@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import traps
 from torch import nn
 from traps import TRAPS, built
 
@@ -238,3 +239,56 @@ def test_walk_is_deterministic_and_order_is_data_flow():
     assert [s.name for s in graph] == ["first", "last"]
     assert graph == walk(copy.deepcopy(model), torch.zeros(1, 3, 4, 4))
     assert graph["last"].no_producer == "batch_norm"
+
+
+def test_an_output_object_counts_as_a_use():
+    site = walk(traps.Named(), torch.zeros(2, 3, 8, 8)).sites[0]
+    assert site.activation is None
+
+
+class RealOnly(nn.Module):
+    """Needs values to run; in training its ReLU also serves another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        if x.mean().item() > 1e9:
+            return x
+        y = self.relu(self.bn(self.conv(x)))
+        return self.relu(y - 1) if self.training else y
+
+
+def test_training_is_looked_at_where_values_are_needed_too():
+    site = walk(RealOnly(), torch.zeros(2, 3, 8, 8)).sites[0]
+    assert [r.obstacle is None for r in site.activation.removals] == [False, True]
+
+
+def test_a_hook_that_may_change_the_input_hides_the_producer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].register_forward_pre_hook(lambda module, inputs: inputs)
+    assert "hook" in walk(model, torch.zeros(2, 3, 8, 8)).sites[0].no_producer
+
+
+def test_nested_attributes_python_rng_and_gradient_flags_come_back():
+    import random
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def train(self, mode=True):
+            self.bn.weight.requires_grad_(False)
+            return super().train(mode)
+
+        def forward(self, x):
+            random.random()
+            return self.bn(x)
+
+    model = Model()
+    state = random.getstate()
+    walk(model, torch.zeros(2, 3, 4, 4))
+    assert random.getstate() == state
+    assert model.bn.weight.requires_grad

@@ -244,6 +244,104 @@ class SharedConv(nn.Module):
         return self.a(x) + self.b(x)
 
 
+class CallsAnything(nn.Module):
+    """One expression runs a convolution, a BN and a ReLU in turn."""
+
+    def __init__(self):
+        super().__init__()
+        conv, bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+        self.parts = nn.ModuleList((conv, bn, self.relu))
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return self.relu(x + 1)
+
+
+class OneOfTwo(Functional):
+    """The same expression is a ReLU at first and a sigmoid later."""
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        for index in range(2):
+            x = (F.relu if index == 0 else torch.sigmoid)(x)
+        return x
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.bn(input=self.conv(input=x))
+        return F.relu(x) + self.conv(input=x)
+
+
+class Private(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.__bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.__bn(self.conv(x)))
+
+
+class DirectForward(Functional):
+    def forward(self, x):
+        x = self.conv(x)
+        return F.relu(self.bn(x)) + self.bn.forward(2 * x)
+
+
+class NoiseInTraining(Functional):
+    def forward(self, x):
+        x = self.conv(x)
+        if self.training:
+            x = x * (1 + torch.ones_like(x))
+        return F.silu(self.bn(x))
+
+
+class Named(Functional):
+    """An output that pytrees do not know still uses the BN's output."""
+
+    class Output:
+        def __init__(self, feature, result):
+            self.feature, self.result = feature, result
+
+        def sum(self):
+            return self.feature.sum() + self.result.sum()
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return Named.Output(x, F.relu(x))
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+        self.stages = [(self.conv, {"norm": self.bn})]
+
+    def forward(self, x):
+        for conv, found in self.stages:
+            x = F.relu(found["norm"](conv(x)))
+        return x
+
+
+def hooked_relu():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model[2].register_forward_hook(doubled)
+    return model
+
+
+def doubled(module, inputs, output):
+    return output * 2
+
+
 def shared_slot():
     relu = nn.ReLU()
     block = (nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), relu)
@@ -354,6 +452,29 @@ TRAPS: dict[str, Trap] = {
     "shared conv": Trap(
         SharedConv, {"a": Answer("conv", cbn=False), "b": Answer("conv", cbn=False)}
     ),
+    "calls anything": Trap(CallsAnything, {"parts.1": Answer("parts.0", "relu", "relu")}),
+    "one of two": Trap(OneOfTwo, {"bn": Answer("conv", "relu")}),
+    "by keyword": Trap(ByKeyword, {"bn": Answer("conv", cbn=False)}),
+    "private names": Trap(Private, {"_Private__bn": Answer("conv", "relu")}),
+    "direct forward": Trap(
+        DirectForward,
+        {
+            "bn": Answer(
+                None,
+                "relu",
+                no_producer="its tensors are used by a batch_norm call outside of the module",
+            )
+        },
+    ),
+    "noise in training": Trap(
+        NoiseInTraining, {"bn": Answer(None, "silu", no_producer="calls disagree")}
+    ),
+    "dropout before": Trap(
+        sequential(lambda: nn.Conv2d(3, 4, 3), nn.Dropout, lambda: nn.BatchNorm2d(4)),
+        {"2": Answer(None, no_producer="dropout")},
+    ),
+    "nested containers": Trap(Nested, {"bn": Answer("conv", "relu", None, "call")}),
+    "hooked relu": Trap(hooked_relu, {"1": Answer("0", "relu", "2")}),
     "no affine": Trap(
         sequential(lambda: nn.Conv2d(3, 4, 3), lambda: nn.BatchNorm2d(4, affine=False)),
         {"1": Answer("0")},

@@ -18,12 +18,15 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils import _device
 
 from normswap.graph.sites import CallSite
 
 Position = tuple[int, int, int, int]
+
+_RELUS = (torch.relu, torch.relu_, F.relu, F.relu_)
 
 _SKIPPED = (
     torch.overrides.__file__,
@@ -144,6 +147,8 @@ def _running_position(frame: FrameType, code: CodeType) -> Position | None:
 
 def _obstacle(owner: nn.Module, code: CodeType, position: Position) -> str | None:
     function = method_of(owner, code.co_name)
+    if isinstance(owner, nn.ReLU):
+        return "a ReLU module's forward is called directly"
     if function is None or function.__code__ is not code:
         return f"it is called in {code.co_qualname}, which is not a plain method of its block"
     if set(code.co_freevars) - {"__class__"}:
@@ -151,12 +156,47 @@ def _obstacle(owner: nn.Module, code: CodeType, position: Position) -> str | Non
     source = method_source(function)
     if source is None:
         return f"the source of {code.co_qualname} cannot be read"
+    return _obstacle_in_source(source, owner, code, position)
+
+
+def _obstacle_in_source(
+    source: MethodSource, owner: nn.Module, code: CodeType, position: Position
+) -> str | None:
     if source.definition.decorator_list:
         return f"{code.co_qualname} is decorated"
     call = source.calls.get(position)
     if call is None or argument_of(call) is None:
         return f"the call cannot be told apart in the source of {code.co_qualname}"
+    if not _is_always_relu(call, owner, source.function):
+        return f"the call in {code.co_qualname} may run something else another time"
+    if any(_is_mangled(node) for node in ast.walk(source.definition)):
+        return f"{code.co_qualname} uses private names"
     return None
+
+
+def _is_always_relu(call: ast.Call, owner: nn.Module, function: FunctionType) -> bool:
+    """Whether the called expression can mean nothing but a ReLU, whenever it runs."""
+    path: list[str] = []
+    node = call.func
+    while isinstance(node, ast.Attribute):
+        path.insert(0, node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id not in {"self", *function.__globals__}:
+        # x.relu(): a method of whatever tensor x is
+        return path[-1:] in (["relu"], ["relu_"]) and not call.args
+    if node.id in function.__code__.co_varnames and node.id != "self":
+        return path[-1:] in (["relu"], ["relu_"]) and not call.args
+    found: Any = owner if node.id == "self" else function.__globals__[node.id]
+    for attribute in path:
+        found = getattr(found, attribute, None)
+    return found in _RELUS or (
+        isinstance(found, nn.ReLU) and type(found).forward is nn.ReLU.forward
+    )
+
+
+def _is_mangled(node: ast.AST) -> bool:
+    name = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "arg", None)
+    return isinstance(name, str) and name.startswith("__") and not name.endswith("__")
 
 
 def _place(node: Any) -> Position:

@@ -135,12 +135,11 @@ def spatial_rank_of(module: nn.Module) -> int:
 def state_of(module: nn.Module) -> BatchNormState:
     """Read a BatchNorm of any known class."""
     eps = getattr(module, "eps", 1e-5)
-    tracked = getattr(module, "track_running_stats", True)
     return BatchNormState(
         weight=getattr(module, "weight", None),
         bias=getattr(module, "bias", None),
-        mean=getattr(module, "running_mean", None) if tracked else None,
-        var=getattr(module, "running_var", None) if tracked else None,
+        mean=getattr(module, "running_mean", None),
+        var=getattr(module, "running_var", None),
         batches=getattr(module, "num_batches_tracked", None),
         eps=float(eps),
         momentum=getattr(module, "momentum", 0.1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,8 @@ def preserved(model: nn.Module, *, values: bool) -> Iterator[None]:
     attributes = [dict(vars(module)) for module in modules]
     containers = [_copied_containers(vars(module)) for module in modules]
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if values else []
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    python_rng = random.getstate()
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -60,6 +63,9 @@ def preserved(model: nn.Module, *, values: bool) -> Iterator[None]:
                     if not _same(plain[key], saved):
                         _restore_container(plain[key], saved)
             _restore_values(buffers)
+            for parameter, wanted in gradients:
+                parameter.requires_grad_(wanted)
+            random.setstate(python_rng)
 
 
 def _restore_values(saved: list[tuple[Tensor, Tensor]]) -> None:

@@ -121,6 +121,19 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def _opened(output: Any, depth: int = 3) -> Any:
+    """``output`` with the objects in it that pytrees do not know opened into their attributes."""
+    if depth == 0 or isinstance(output, Tensor | nn.Module):
+        return output
+    leaves = [output] if not isinstance(output, dict | list | tuple) else tree_leaves(output)
+    return [
+        leaf
+        if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__")
+        else _opened(dict(vars(leaf)), depth - 1)
+        for leaf in leaves
+    ]
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -172,6 +185,8 @@ class Recorder(TorchFunctionMode):
         changed = [tensor for tensor, version in before if _version(tensor) != version]
         inputs = {id(tensor) for tensor, _ in before}
         fresh = [tensor for tensor in _tensors(output) if id(tensor) not in inputs]
+        if "dropout" in call.op and not fresh and not changed:
+            fresh = _tensors(output)  # in eval it returns its input, in training it does not
         numbers = [self._new_value(tensor, call) for tensor in (*fresh, *changed)]
         if numbers:
             call.output = numbers[0]
@@ -227,6 +242,11 @@ class Recorder(TorchFunctionMode):
 
     def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         module, call, before = self._opaque[-1]
+        first = args[0] if args else None
+        if not before and isinstance(first, Tensor) and not isinstance(first, nn.Parameter):
+            # the module was given its input by keyword: the hook could not see it
+            before.append((first, _version(first)))
+            call.inputs, call.shape = (self.value(first),), tuple(first.shape)
         if vocabulary.op_of(func) in vocabulary.PRODUCER_OPS and len(args) > 1:
             stored = getattr(module, "weight", None)
             call.own_weight = args[1] is stored and bool(before) and args[0] is before[0][0]
@@ -281,7 +301,7 @@ class Recorder(TorchFunctionMode):
     def output(self, output: Any) -> None:
         """The model returned ``output``: its tensors are used by whoever called the model."""
         with torch._C.DisableTorchFunction():
-            numbers = tuple(self.value(t) for t in _tensors(output))
+            numbers = tuple(self.value(t) for t in _tensors(_opened(output)))
         self._use(Call("output", numbers))
 
 

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from normswap.errors import WalkError
 from normswap.graph import norms
+from normswap.graph.callsites import method_source
 from normswap.graph.preserved import preserved
 from normswap.graph.recorder import Call, Trace, recording
 from normswap.graph.sites import Activation, CallSite, Graph, Producer, Removal, Site
@@ -163,11 +165,10 @@ def _runs(
         except Exception as error:
             raise _cannot_run(error) from error
     unseen = _unseen(found, runs)
-    if runs[0].device == "meta" or unseen:
-        training = _training_run(model, example_inputs, meta=runs[0].device == "meta")
-        if training is None and unseen:
-            notes.append("the model did not run in training mode on these inputs")
-        runs.extend([training] if training is not None else [])
+    training = _training_run(model, example_inputs, meta=runs[0].device == "meta")
+    if training is None and unseen:
+        notes.append("the model did not run in training mode on these inputs")
+    runs.extend([training] if training is not None else [])
     return runs, notes
 
 
@@ -245,7 +246,7 @@ class _Reader:
         names = qualified_names(model)
         self._names = {module: found_names[0] for module, found_names in names.items()}
         trained = any(run.mode == "train" for run in runs)
-        self._relus = _ReluCalls(runs, names, trained)
+        self._relus = _ReluCalls(model, runs, names, trained)
 
     def sites(self) -> list[Site]:
         sites: dict[nn.Module, Site] = {}
@@ -282,8 +283,16 @@ class _Reader:
     def _site(self, module: nn.Module, run: _Run, calls: list[Call]) -> Site:
         shapes = [c.shape for c in calls]
         spatial = min((s[2:] for s in shapes), key=lambda s: torch.Size(s).numel())
-        producers = {self._producer(c, run.trace) for c in calls}
+        producers = {
+            self._producer(call, other.trace)
+            for other in self._runs
+            for call in other.trace.by_module.get(module, ())
+        }
         producer, reason = producers.pop() if len(producers) == 1 else (None, "calls disagree")
+        if module in run.trace.stray_norms:
+            producer, reason = None, _USED_APART
+        elif producer is not None and module._forward_pre_hooks:
+            producer, reason = None, "a hook of the BatchNorm may change its input"
         notes = [] if run.mode == "eval" else ["ran in training mode only"]
         notes += [_USED_APART] if module in run.trace.stray_norms else []
         return replace(
@@ -376,8 +385,13 @@ class _ReluCalls:
     """Every ReLU that ran, in all runs, by the ways in which it could be taken out."""
 
     def __init__(
-        self, runs: list[_Run], names: dict[nn.Module, tuple[str, ...]], trained: bool
+        self,
+        model: nn.Module,
+        runs: list[_Run],
+        names: dict[nn.Module, tuple[str, ...]],
+        trained: bool,
     ) -> None:
+        self._model = model
         self._names = names
         self._trained = trained
         self._sources: dict[Any, dict[str, None]] = defaultdict(dict)
@@ -393,7 +407,7 @@ class _ReluCalls:
         maker = trace.made.get(relu.inputs[0]) if relu.inputs else None
         if maker is None or maker.op != "batch_norm" or maker.module is None:
             return "?" + (maker.op if maker else "an input")
-        alone = len(trace.used[relu.inputs[0]]) == 1
+        alone = len(trace.used[relu.inputs[0]]) == 1 and maker.module not in trace.stray_norms
         return self._names[maker.module][0] if alone else "?a BN output that has other uses"
 
     def removals(self, relu: Call) -> tuple[Removal, ...]:
@@ -411,13 +425,33 @@ class _ReluCalls:
             if obstacle is None and relu.site.moody and not self._trained:
                 obstacle = f"{relu.site.method} depends on the mode and did not run in training"
             found.append(replace(removal, call=relu.site, obstacle=obstacle))
+        if relu.module is not None and _has_hooks(relu.module):
+            return tuple(replace(r, obstacle="the ReLU carries hooks") for r in found)
         return tuple(found)
 
     def _removal(self, how: str, key: Any, names: tuple[str, ...]) -> Removal:
         sources = tuple(self._sources[key])
         others = [source[1:] for source in sources if source.startswith("?")]
+        feeders = tuple(s for s in sources if not s.startswith("?"))
         obstacle = f"it is also applied to {others[0]}" if others else None
-        return Removal(how, names, tuple(s for s in sources if s[0] != "?"), obstacle)
+        if obstacle is None and not self._trained:
+            blocks = {name.rpartition(".")[0] for name in feeders}
+            if any(_is_moody(self._model.get_submodule(block)) for block in blocks):
+                obstacle = "its block depends on the mode, and the model did not run in training"
+        return Removal(how, names, feeders, obstacle)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+def _is_moody(block: nn.Module) -> bool:
+    """Whether any method of the block's class, torch's own apart, reads ``self.training``."""
+    own = (c for c in type(block).__mro__ if not c.__module__.startswith("torch.nn"))
+    methods = (f for c in own for f in vars(c).values() if isinstance(f, FunctionType))
+    sources = (method_source(f) for f in methods)
+    return any(source is not None and source.moody for source in sources)
 
 
 def _place(site: CallSite | None) -> tuple[Any, ...] | None:

@@ -164,14 +164,14 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
         )
         self._recent = RecentBatches()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise ``x``."""
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        if self.training and x.numel() > 0:
-            return self._train(x)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        if self.training and input.numel() > 0:
+            return self._train(input)
         # an empty batch says nothing about the statistics; its output only has to have a graph
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
     def _train(self, x: Tensor) -> Tensor:

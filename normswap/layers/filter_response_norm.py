@@ -63,14 +63,16 @@ class _FilterResponseNorm(nn.Module):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise each channel of each sample of ``x`` by its root mean square."""
-        check_rank(self, x, self._ranks)
-        if x.numel() == 0 or _must_be_plain():
+        check_rank(self, input, self._ranks)
+        if input.numel() == 0 or _must_be_plain():
             return plain_filter_response_norm(
-                x, self.weight, self.bias, self.tau, self.eps_l, self.eps
+                input, self.weight, self.bias, self.tau, self.eps_l, self.eps
             )
-        y: Tensor = _FilterResponse.apply(x, self.weight, self.bias, self.tau, self.eps_l, self.eps)
+        y: Tensor = _FilterResponse.apply(
+            input, self.weight, self.bias, self.tau, self.eps_l, self.eps
+        )
         return y
 
     def extra_repr(self) -> str:

@@ -52,11 +52,11 @@ class _FrozenBatchNorm(nn.Module):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise ``x`` by the stored statistics."""
-        check_rank(self, x, self._ranks)
+        check_rank(self, input, self._ranks)
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
     def _load_from_state_dict(

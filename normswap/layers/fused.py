@@ -34,9 +34,9 @@ class _Act(nn.Module):
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act is None else act
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise, drop, activate."""
-        y: Tensor = self.act(self.drop(super().forward(x)))
+        y: Tensor = self.act(self.drop(super().forward(input)))
         return y
 
 

@@ -46,16 +46,16 @@ class ThresholdedLinearUnit(nn.Module):
         """Set every threshold to 0, which makes the layer a ReLU."""
         nn.init.zeros_(self.tau)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Clip ``x`` from below."""
-        if x.dim() < 2 or x.shape[1] != self.num_features:
+        if input.dim() < 2 or input.shape[1] != self.num_features:
             raise LayerError(
                 "ThresholdedLinearUnit",
-                got=f"an input of shape {tuple(x.shape)}",
+                got=f"an input of shape {tuple(input.shape)}",
                 need=f"(N, {self.num_features}, *)",
                 hint="num_features equal to the channels of the input",
             )
-        return torch.maximum(x, per_channel(self.tau.to(x.dtype), x))
+        return torch.maximum(input, per_channel(self.tau.to(input.dtype), input))
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

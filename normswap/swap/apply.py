@@ -122,7 +122,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conver
         converted = replace_everywhere(model, replacements, journal)
         _wire(converted, plan, new, journal)
         if optimizer is not None:
-            move_optimizer(optimizer, replacements, journal)
+            names = {parameter: name for name, parameter in converted.named_parameters()}
+            move_optimizer(optimizer, replacements, journal, names)
         _record(converted, record, plan, journal)
     # Nothing can fail any more: CBN layers that are gone let go of their convolutions.
     for module in replacements:

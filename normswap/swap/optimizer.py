@@ -31,6 +31,7 @@ def move_optimizer(
     optimizer: torch.optim.Optimizer,
     replacements: dict[nn.Module, nn.Module],
     journal: Journal,
+    names: dict[nn.Parameter, str] | None = None,
 ) -> None:
     """Swap each old norm parameter for the new one of the same name, in its own group.
 
@@ -43,7 +44,12 @@ def move_optimizer(
         new: list[nn.Parameter] = homeless if index == 0 else []
         for parameter in reversed(group["params"]):
             new = [*exchange.get(parameter, [parameter]), *new]
-        journal.put_all(group["params"], list(dict.fromkeys(new)))
+        new = list(dict.fromkeys(new))
+        if "param_names" in group:
+            old_names = dict(zip(group["params"], group["param_names"], strict=True))
+            named = [old_names.get(p) or (names or {}).get(p, "") for p in new]
+            journal.put(group, "param_names", named)
+        journal.put_all(group["params"], new)
     surviving = {p for group in optimizer.param_groups for p in group["params"]}
     for parameter in exchange:
         if parameter not in surviving and parameter in optimizer.state:
@@ -62,7 +68,7 @@ def _exchange(
         news = dict(new.named_parameters(recurse=False))
         extra = [p for name, p in news.items() if name not in olds]
         for name, parameter in olds.items():
-            exchange[parameter] = [news[name]] if name in news else []
+            exchange.setdefault(parameter, []).extend([news[name]] if name in news else [])
         if olds:
             exchange[next(iter(olds.values()))] += extra
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -32,26 +31,39 @@ def replace_everywhere(
 
 def _replace_in_attribute(
     attributes: dict[str, Any],
-    key: str,
+    key: Any,
     value: Any,
     replacements: dict[nn.Module, nn.Module],
     journal: Journal,
+    depth: int = 4,
 ) -> None:
-    def new(item: Any) -> Any:
-        return replacements.get(item, item) if isinstance(item, nn.Module) else item
-
-    def stale(items: Iterable[Any]) -> bool:
-        return any(new(item) is not item for item in items)
-
-    if isinstance(value, nn.Module) and stale([value]):
-        journal.put(attributes, key, new(value))
-    elif isinstance(value, list) and stale(value):
-        journal.put_all(value, [new(item) for item in value])
-    elif type(value) is tuple and stale(value):
-        journal.put(attributes, key, tuple(new(item) for item in value))
-    elif isinstance(value, dict) and stale(value.values()):
+    """Replace modules in a plain attribute: itself, or inside lists, tuples and dicts."""
+    if isinstance(value, nn.Module):
+        if value in replacements:
+            journal.put(attributes, key, replacements[value])
+    elif depth and isinstance(value, dict):
         for name, item in list(value.items()):
-            journal.put(value, name, new(item))
+            _replace_in_attribute(value, name, item, replacements, journal, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        items: dict[Any, Any] = dict(enumerate(value))
+        for index, item in enumerate(value):
+            _replace_in_attribute(items, index, item, replacements, journal, depth - 1)
+        if any(items[index] is not item for index, item in enumerate(value)):
+            _put_sequence(attributes, key, value, list(items.values()), journal)
+
+
+def _put_sequence(
+    attributes: dict[str, Any],
+    key: Any,
+    old: list[Any] | tuple[Any, ...],
+    new: list[Any],
+    journal: Journal,
+) -> None:
+    if isinstance(old, list):
+        journal.put_all(old, new)
+    else:
+        named = hasattr(old, "_fields")
+        journal.put(attributes, key, type(old)(*new) if named else tuple(new))
 
 
 def put_at(model: nn.Module, name: str, module: nn.Module, journal: Journal) -> None:

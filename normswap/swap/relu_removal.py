@@ -33,7 +33,7 @@ class _WithoutReLU:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         base, edits = self._normswap_base, self._normswap_edits
-        return (_blank_instance, (base, edits), dict(vars(self)))
+        return (_blank_instance, (base, edits), self.__getstate__())
 
 
 def _blank_instance(base: type[nn.Module], edits: frozenset[Edit]) -> nn.Module:
@@ -104,7 +104,15 @@ def _generate(base: type[nn.Module], edits: frozenset[Edit]) -> type[nn.Module]:
         "_normswap_base": base,
         "_normswap_edits": edits,
     }
-    return type(base.__name__, (_WithoutReLU, base), namespace)
+    try:
+        return type(base.__name__, (_WithoutReLU, base), namespace)
+    except Exception as error:
+        raise SwapError(
+            f"{base.__module__}.{base.__qualname__}",
+            got=f"a class that refuses to be derived from ({error})",
+            need="a block whose ReLU can be taken out",
+            hint="normswap.FilterResponseNorm(tlu=False)",
+        ) from error
 
 
 def _source(base: type[nn.Module], method: str) -> MethodSource | None:
