@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -272,8 +273,6 @@ def test_a_hook_that_may_change_the_input_hides_the_producer():
 
 
 def test_nested_attributes_python_rng_and_gradient_flags_come_back():
-    import random
-
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -283,12 +282,16 @@ def test_nested_attributes_python_rng_and_gradient_flags_come_back():
             self.bn.weight.requires_grad_(False)
             return super().train(mode)
 
-        def forward(self, x):
+        def forward(this, x):  # noqa: N805 - not everybody says self
             random.random()
-            return self.bn(x)
+            this.seen["shapes"].append(x.shape)
+            return F.relu(this.bn(x))
 
     model = Model()
+    model.seen = {"shapes": []}
     state = random.getstate()
-    walk(model, torch.zeros(2, 3, 4, 4))
+    site = walk(model, torch.zeros(2, 3, 4, 4)).sites[0]
+    assert site.activation.removals[0].obstacle is None
+    assert model.seen == {"shapes": []}
     assert random.getstate() == state
     assert model.bn.weight.requires_grad

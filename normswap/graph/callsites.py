@@ -181,12 +181,12 @@ def _is_always_relu(call: ast.Call, owner: nn.Module, function: FunctionType) ->
     while isinstance(node, ast.Attribute):
         path.insert(0, node.attr)
         node = node.value
-    if not isinstance(node, ast.Name) or node.id not in {"self", *function.__globals__}:
+    this, *others = function.__code__.co_varnames
+    known = {this, *function.__globals__} - set(others)
+    if not isinstance(node, ast.Name) or node.id not in known:
         # x.relu(): a method of whatever tensor x is
         return path[-1:] in (["relu"], ["relu_"]) and not call.args
-    if node.id in function.__code__.co_varnames and node.id != "self":
-        return path[-1:] in (["relu"], ["relu_"]) and not call.args
-    found: Any = owner if node.id == "self" else function.__globals__[node.id]
+    found: Any = owner if node.id == this else function.__globals__[node.id]
     for attribute in path:
         found = getattr(found, attribute, None)
     return found in _RELUS or (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 
-def _copied_containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (dict, list, set)
-    return {key: value.copy() for key, value in attributes.items() if isinstance(value, plain)}
+def _copied_containers(values: Iterable[Any], depth: int = 4) -> list[tuple[Any, Any]]:
+    """Every dict, list and set among ``values`` and inside them, with a shallow copy of each."""
+    found: list[tuple[Any, Any]] = []
+    for value in values if depth else ():
+        if isinstance(value, dict | list | set):
+            found.append((value, value.copy()))
+            inner = value.values() if isinstance(value, dict) else value
+            found += _copied_containers(inner, depth - 1)
+    return found
 
 
 def _restore_container(container: Any, saved: Any) -> None:
@@ -47,7 +53,7 @@ def preserved(model: nn.Module, *, values: bool) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    containers = [_copied_containers(vars(module)) for module in modules]
+    containers = _copied_containers([v for module in modules for v in vars(module).values()])
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if values else []
     gradients = [(p, p.requires_grad) for p in model.parameters()]
     python_rng = random.getstate()
@@ -56,12 +62,12 @@ def preserved(model: nn.Module, *, values: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, plain, nested in zip(modules, attributes, containers, strict=True):
+            for module, plain in zip(modules, attributes, strict=True):
                 vars(module).clear()
                 vars(module).update(plain)
-                for key, saved in nested.items():
-                    if not _same(plain[key], saved):
-                        _restore_container(plain[key], saved)
+            for container, saved in containers:
+                if not _same(container, saved):
+                    _restore_container(container, saved)
             _restore_values(buffers)
             for parameter, wanted in gradients:
                 parameter.requires_grad_(wanted)
