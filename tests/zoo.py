@@ -220,8 +220,13 @@ def exactness(spec, *, dtype=torch.float32):
     )
     if not any(norms.is_batchnorm(m) for m in model.modules()):
         return {}
+    try:
+        expected = outputs_of(model, inputs)
+    except RuntimeError as error:
+        # torchvision's RAFT builds float32 tensors on its way: its BN original fails in float64
+        assert "expected scalar type" in str(error)
+        return {}
     graph = normswap.walk(model, inputs)
-    expected = outputs_of(model, inputs)
     errors = {}
     for target in EXACT:
         plan = normswap.plan(model, target, graph=graph)
