@@ -224,7 +224,8 @@ def exactness(spec, *, dtype=torch.float32):
         expected = outputs_of(model, inputs)
     except RuntimeError as error:
         # torchvision's RAFT builds float32 tensors on its way: its BN original fails in float64
-        assert "expected scalar type" in str(error)
+        if "expected scalar type" not in str(error):
+            raise
         return {}
     graph = normswap.walk(model, inputs)
     errors = {}
