@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -195,8 +195,6 @@ def _wire(model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Jour
 
 
 def _record(model: nn.Module, record: Provenance, plan: Plan, journal: Journal) -> None:
-    from dataclasses import replace
-
     if plan.swapped:
         plans = (*record.plans, plan.to_json())
         journal.put(vars(model), "_normswap_provenance", replace(record, plans=plans))
