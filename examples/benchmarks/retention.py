@@ -250,7 +250,6 @@ def train_round(name: str, model: nn.Module, draw: torch.Generator, *, fade: flo
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 3e-3, total_steps=steps, pct_start=0.1, div_factor=4
     )
-    half = "mobilenet" not in name  # depthwise convolutions are slower in bf16
     for epoch in range(epochs):
         model.train()
         started = time.monotonic()
@@ -260,9 +259,7 @@ def train_round(name: str, model: nn.Module, draw: torch.Generator, *, fade: flo
             inputs = torch.lerp(images[index], ink[index], plain)
             inputs = inputs[:, torch.randperm(3, generator=draw)]
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-                logits = model(inputs)
-            loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
+            loss = F.cross_entropy(model(inputs), labels[index], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

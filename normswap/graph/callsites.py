@@ -63,6 +63,11 @@ class MethodSource:
         attributes = (n.attr for n in ast.walk(self.definition) if isinstance(n, ast.Attribute))
         return "training" in attributes
 
+    @functools.cached_property
+    def mangled(self) -> bool:
+        """Whether the method uses names that mean something else outside of its class."""
+        return any(_is_mangled(node) for node in ast.walk(self.definition))
+
 
 @functools.lru_cache(maxsize=512)
 def method_source(function: FunctionType) -> MethodSource | None:
@@ -169,7 +174,7 @@ def _obstacle_in_source(
         return f"the call cannot be told apart in the source of {code.co_qualname}"
     if not _is_always_relu(call, owner, source.function):
         return f"the call in {code.co_qualname} may run something else another time"
-    if any(_is_mangled(node) for node in ast.walk(source.definition)):
+    if source.mangled:
         return f"{code.co_qualname} uses private names"
     return None
 

@@ -6,6 +6,7 @@ cannot contain a class of a package that nobody imported.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,7 +84,13 @@ def _known_forwards() -> set[Callable[..., Any]]:
 
 def is_batchnorm(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm of any kind, known or not."""
-    return isinstance(module, (_BatchNorm, *_frozen_classes()))
+    cls: Any = type(module)
+    return _is_batchnorm_class(cls)
+
+
+@functools.cache  # for good: what a class descends from was there before it
+def _is_batchnorm_class(cls: type[nn.Module]) -> bool:
+    return issubclass(cls, (_BatchNorm, *_frozen_classes()))
 
 
 def check_known(module: nn.Module, name: str) -> None:

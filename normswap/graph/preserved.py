@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,21 +43,24 @@ def _same(container: Any, saved: Any) -> bool:
 
 
 @contextmanager
-def preserved(model: nn.Module, *, values: bool) -> Iterator[None]:
-    """Restore every attribute, mode and RNG state of ``model`` on exit, also after an exception.
+def preserved(modules: Sequence[nn.Module], *, values: bool) -> Iterator[None]:
+    """Restore every attribute, mode and RNG state of ``modules`` on exit, also after an exception.
 
     Args:
-        model: any module.
+        modules: all modules of a model.
         values: also copy and restore the values of all buffers. Needed where the model runs on
             its own tensors; on the meta device nothing can change them.
     """
-    modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    containers = _copied_containers([v for module in modules for v in vars(module).values()])
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if values else []
-    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    every = [v for held in attributes for v in held.values() if isinstance(v, dict | list | set)]
+    empty = [container for container in every if not container]  # most: dictionaries of hooks
+    containers = _copied_containers([container for container in every if container])
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    gradients = [(p, p.requires_grad) for p in parameters]
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None] if values else []
+    copies = [(b, b.detach().clone()) for b in buffers]
     python_rng = random.getstate()
-    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
+    devices = sorted({t.device.index for t in parameters if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:
             yield
@@ -65,12 +68,16 @@ def preserved(model: nn.Module, *, values: bool) -> Iterator[None]:
             for module, plain in zip(modules, attributes, strict=True):
                 vars(module).clear()
                 vars(module).update(plain)
+            for container in empty:
+                if container:
+                    container.clear()
             for container, saved in containers:
                 if not _same(container, saved):
                     _restore_container(container, saved)
-            _restore_values(buffers)
+            _restore_values(copies)
             for parameter, wanted in gradients:
-                parameter.requires_grad_(wanted)
+                if parameter.requires_grad != wanted:
+                    parameter.requires_grad_(wanted)
             random.setstate(python_rng)
 
 

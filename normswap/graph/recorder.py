@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -28,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap.graph import vocabulary
 from normswap.graph.callsites import find_call_site
+from normswap.graph.meta import run_on_meta
 from normswap.graph.norms import is_batchnorm
 from normswap.graph.sites import CallSite
 
@@ -115,9 +115,17 @@ def _product(sizes: Iterable[int]) -> int:
     return product
 
 
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
+
+
 def _tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in a tree; most trees are small, and pytrees take their time."""
     if isinstance(tree, Tensor):
         return [tree]
+    if isinstance(tree, _PLAIN):
+        return []
+    if type(tree) in (tuple, list):
+        return [tensor for branch in tree for tensor in _tensors(branch)]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -143,10 +151,12 @@ class Recorder(TorchFunctionMode):
 
     Args:
         names: first qualified name of every module of the model.
+        meta: the model runs on the meta device.
     """
 
-    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+    def __init__(self, names: Mapping[nn.Module, str], *, meta: bool = False) -> None:
         super().__init__()
+        self._run = run_on_meta if meta else _run
         self.trace = Trace()
         self._names = names
         self._norms = [module for module in names if is_batchnorm(module)]
@@ -206,10 +216,10 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._opaque:
             self._look_inside(func, args)
-            return _run(func, args, kwargs)
-        before = [(t, _version(t)) for t in _tensors((args, kwargs))]
+            return self._run(func, args, kwargs)
+        before = [(t, _version(t)) for t in _tensors((args, *kwargs.values()))]
         numbers = tuple(self.value(t) for t, _ in before)
-        output = _run(func, args, kwargs)
+        output = self._run(func, args, kwargs)
         op = vocabulary.op_of(func)
         if not _consumes(op, output, before):
             return output
@@ -311,9 +321,6 @@ def _holds_any(module: nn.Module, tensors: set[int]) -> bool:
 
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call ``func``; on meta, skip torch's long way round to the fact that BN keeps the shape."""
-    if func is F.batch_norm and args and args[0].is_meta:
-        return torch.empty_like(args[0])
     return func(*args, **kwargs)
 
 
@@ -350,9 +357,9 @@ def _view_of(
 
 
 @contextmanager
-def recording(names: Mapping[nn.Module, str]) -> Iterator[Recorder]:
+def recording(names: Mapping[nn.Module, str], *, meta: bool = False) -> Iterator[Recorder]:
     """Record every call made in this thread until the block ends; hooks are removed again."""
-    recorder = Recorder(names)
+    recorder = Recorder(names, meta=meta)
 
     # The hooks look at tensors themselves; that must not come back to the recorder as calls.
     def before(module: nn.Module, args: Any) -> None:

@@ -1,18 +1,19 @@
 """Run a model once under the recorder and turn the trace into sites.
 
 The model runs on the meta device where it can (no arithmetic, no memory), else on its own. It runs
-in eval mode, and once in training mode, because auxiliary heads run only there and because a call
-that may be removed has to mean the same in both. The model comes back exactly as it was.
+in eval mode, and where its code depends on the mode once more in training mode, because auxiliary
+heads run only there and because a call that may be removed has to mean the same in both. The model
+comes back exactly as it was.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils._pytree import tree_map
 
 from normswap.errors import WalkError
 from normswap.graph import norms
-from normswap.graph.callsites import method_source
+from normswap.graph.meta import put_on_meta
+from normswap.graph.modes import any_depends_on_mode, class_depends_on_mode
 from normswap.graph.preserved import preserved
 from normswap.graph.recorder import Call, Trace, recording
 from normswap.graph.sites import Activation, CallSite, Graph, Producer, Removal, Site
@@ -38,6 +40,9 @@ _WRAPPERS = {
 }
 
 
+_Names = dict[nn.Module, tuple[str, ...]]
+
+_NO_TRAINING = "the model did not run in training mode on these inputs"
 _USED_APART = "its tensors are used by a batch_norm call outside of the module"
 
 
@@ -98,16 +103,18 @@ def walk(
         ('1', '0', 'relu', (6, 6))
     """
     refuse_wrapped(model)
-    found = batchnorms(model, exclude=exclude)
+    names = qualified_names(model)
+    found = _batchnorms(names, exclude)
     if not found:
         return Graph(())
-    runs, notes = _runs(model, example_inputs, found)
-    sites = _Reader(model, found, runs).sites()
-    device = runs[0].device
-    return Graph(tuple(sites), device, tuple(notes))
+    runs = _runs(model, example_inputs, names, found)
+    silent = any(all(module not in run.trace.by_module for run in runs) for module in found)
+    notes = [_NO_TRAINING] if silent and len(runs) == 1 else []
+    sites = _Reader(model, names, found, runs).sites()
+    return Graph(tuple(sites), runs[0].device, tuple(notes))
 
 
-def qualified_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+def qualified_names(model: nn.Module) -> _Names:
     """Every name of every module; a module registered twice has two."""
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -123,10 +130,13 @@ def batchnorms(
     Raises:
         WalkError: for a BatchNorm of unknown class that ``exclude`` does not name.
     """
-    found = {m: n for m, n in qualified_names(model).items() if norms.is_batchnorm(m)}
-    found = {m: n for m, n in found.items() if not matches(n, exclude)}
-    for module, names in found.items():
-        norms.check_known(module, names[0])
+    return _batchnorms(qualified_names(model), exclude)
+
+
+def _batchnorms(names: _Names, exclude: str | Sequence[str] | None) -> _Names:
+    found = {m: n for m, n in names.items() if norms.is_batchnorm(m) and not matches(n, exclude)}
+    for module, own_names in found.items():
+        norms.check_known(module, own_names[0])
     return found
 
 
@@ -137,54 +147,56 @@ def refuse_wrapped(model: nn.Module) -> None:
         WalkError: with the advice that fits the wrapper.
     """
     for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch"):
-                kind = type(module).__name__
-                raise WalkError(
-                    name or "the model",
-                    got=f"a {cls.__name__}" + ("" if kind == cls.__name__ else f" ({kind})"),
-                    need="a plain eager module",
-                    hint=f"to {_WRAPPERS[cls.__name__]}",
-                )
+        cls: Any = type(module)
+        wrapper = _wrapper(cls)
+        if wrapper is not None:
+            kind = cls.__name__
+            raise WalkError(
+                name or "the model",
+                got=f"a {wrapper}" + ("" if kind == wrapper else f" ({kind})"),
+                need="a plain eager module",
+                hint=f"to {_WRAPPERS[wrapper]}",
+            )
 
 
-def _runs(
-    model: nn.Module, example_inputs: Any, found: dict[nn.Module, tuple[str, ...]]
-) -> tuple[list[_Run], list[str]]:
-    notes: list[str] = []
-    on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    runs: list[_Run] = []
+@functools.cache
+def _wrapper(cls: type[nn.Module]) -> str | None:
+    known = (c for c in cls.__mro__ if c.__name__ in _WRAPPERS and c.__module__.startswith("torch"))
+    return next((c.__name__ for c in known), None)
+
+
+def _runs(model: nn.Module, example_inputs: Any, names: _Names, found: _Names) -> list[_Run]:
+    """The eval run, and the training run where it can show anything else."""
+    eval_run = _eval_run(model, example_inputs, names)
+    seen = eval_run.trace.by_module
+    if all(module in seen for module in found) and not any_depends_on_mode(names):
+        return [eval_run]
+    training_run = _training_run(model, example_inputs, names, meta=eval_run.device == "meta")
+    return [eval_run] if training_run is None else [eval_run, training_run]
+
+
+def _eval_run(model: nn.Module, example_inputs: Any, names: _Names) -> _Run:
     try:
-        runs.append(_run(model, example_inputs, mode="eval", meta=True))
+        return _run(model, example_inputs, names, mode="eval", meta=True)
     except Exception as error:
-        if on_meta:
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             raise _cannot_run(error) from error
-    if not runs:
-        try:
-            runs.append(_run(model, example_inputs, mode="eval", meta=False))
-        except Exception as error:
-            raise _cannot_run(error) from error
-    unseen = _unseen(found, runs)
-    training = _training_run(model, example_inputs, meta=runs[0].device == "meta")
-    if training is None and unseen:
-        notes.append("the model did not run in training mode on these inputs")
-    runs.extend([training] if training is not None else [])
-    return runs, notes
+    try:
+        return _run(model, example_inputs, names, mode="eval", meta=False)
+    except Exception as error:
+        raise _cannot_run(error) from error
 
 
-def _unseen(found: dict[nn.Module, tuple[str, ...]], runs: list[_Run]) -> bool:
-    ran = {module for run in runs for module in run.trace.by_module}
-    return any(module not in ran for module in found)
-
-
-def _training_run(model: nn.Module, example_inputs: Any, *, meta: bool) -> _Run | None:
+def _training_run(
+    model: nn.Module, example_inputs: Any, names: _Names, *, meta: bool
+) -> _Run | None:
     """Run in training mode; BN refuses one element per channel there, so try a doubled batch."""
     doubled = tree_map(
         lambda leaf: torch.cat([leaf, leaf]) if _batched(leaf) else leaf, example_inputs
     )
     for inputs in (example_inputs, doubled):
         try:
-            return _run(model, inputs, mode="train", meta=meta)
+            return _run(model, inputs, names, mode="train", meta=meta)
         except Exception:  # noqa: BLE001 - the eval run is what counts; sites say what ran
             continue
     return None
@@ -205,15 +217,18 @@ def _cannot_run(error: Exception) -> WalkError:
     )
 
 
-def _run(model: nn.Module, example_inputs: Any, *, mode: str, meta: bool) -> _Run:
-    names = {module: found[0] for module, found in qualified_names(model).items()}
+def _run(model: nn.Module, example_inputs: Any, names: _Names, *, mode: str, meta: bool) -> _Run:
+    first_names = {module: found[0] for module, found in names.items()}
     device = torch.device("meta") if meta else _device_of(model)
     inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_inputs)
-    with preserved(model, values=not meta), torch.no_grad(), warnings.catch_warnings():
+    with preserved(list(names), values=not meta), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model has to say, it says when it is used
-        model.train(mode == "train")
-        with recording(names) as recorder:
-            output = _call_on_meta(model, inputs) if meta else call(model, inputs)
+        if any(module.training != (mode == "train") for module in names):
+            model.train(mode == "train")
+        if meta:
+            put_on_meta(names)
+        with recording(first_names, meta=meta) as recorder:
+            output = call(model, inputs)
             recorder.output(output)
     return _Run(mode, device.type, recorder.trace)
 
@@ -223,30 +238,15 @@ def _device_of(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _call_on_meta(model: nn.Module, inputs: Any) -> Any:
-    tensors: dict[str, Tensor] = {
-        name: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for name, p in model.named_parameters()
-    }
-    tensors.update((name, torch.empty_like(b, device="meta")) for name, b in model.named_buffers())
-    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else {}
-    with torch.device("meta"):
-        return torch.func.functional_call(model, tensors, args, kwargs)
-
-
 class _Reader:
     """Turns traces into sites."""
 
-    def __init__(
-        self, model: nn.Module, found: dict[nn.Module, tuple[str, ...]], runs: list[_Run]
-    ) -> None:
+    def __init__(self, model: nn.Module, names: _Names, found: _Names, runs: list[_Run]) -> None:
         self._found = found
         self._runs = runs
-        names = qualified_names(model)
         self._names = {module: found_names[0] for module, found_names in names.items()}
-        trained = any(run.mode == "train" for run in runs)
-        self._relus = _ReluCalls(model, runs, names, trained)
+        complete = len(runs) > 1 or not any_depends_on_mode(names)
+        self._relus = _ReluCalls(model, runs, names, complete)
 
     def sites(self) -> list[Site]:
         sites: dict[nn.Module, Site] = {}
@@ -388,12 +388,12 @@ class _ReluCalls:
         self,
         model: nn.Module,
         runs: list[_Run],
-        names: dict[nn.Module, tuple[str, ...]],
-        trained: bool,
+        names: _Names,
+        complete: bool,
     ) -> None:
         self._model = model
         self._names = names
-        self._trained = trained
+        self._complete = complete
         self._sources: dict[Any, dict[str, None]] = defaultdict(dict)
         for run in runs:
             for call in run.trace.calls:
@@ -422,7 +422,7 @@ class _ReluCalls:
         if relu.site is not None:
             removal = self._removal("call", _place(relu.site), ())
             obstacle = relu.site.obstacle or removal.obstacle
-            if obstacle is None and relu.site.moody and not self._trained:
+            if obstacle is None and relu.site.moody and not self._complete:
                 obstacle = f"{relu.site.method} depends on the mode and did not run in training"
             found.append(replace(removal, call=relu.site, obstacle=obstacle))
         if relu.module is not None and _has_hooks(relu.module):
@@ -434,9 +434,10 @@ class _ReluCalls:
         others = [source[1:] for source in sources if source.startswith("?")]
         feeders = tuple(s for s in sources if not s.startswith("?"))
         obstacle = f"it is also applied to {others[0]}" if others else None
-        if obstacle is None and not self._trained:
+        if obstacle is None and not self._complete:
             blocks = {name.rpartition(".")[0] for name in feeders}
-            if any(_is_moody(self._model.get_submodule(block)) for block in blocks):
+            classes: set[Any] = {type(self._model.get_submodule(block)) for block in blocks}
+            if any(class_depends_on_mode(cls) for cls in classes):
                 obstacle = "its block depends on the mode, and the model did not run in training"
         return Removal(how, names, feeders, obstacle)
 
@@ -444,14 +445,6 @@ class _ReluCalls:
 def _has_hooks(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind, None) for kind in kinds)
-
-
-def _is_moody(block: nn.Module) -> bool:
-    """Whether any method of the block's class, torch's own apart, reads ``self.training``."""
-    own = (c for c in type(block).__mro__ if not c.__module__.startswith("torch.nn"))
-    methods = (f for c in own for f in vars(c).values() if isinstance(f, FunctionType))
-    sources = (method_source(f) for f in methods)
-    return any(source is not None and source.moody for source in sources)
 
 
 def _place(site: CallSite | None) -> tuple[Any, ...] | None:
