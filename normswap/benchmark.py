@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import config as compiler_config
 from torch.utils._pytree import tree_leaves
 
 from normswap.graph import call
@@ -26,6 +27,7 @@ from normswap.planning import Target, plan
 from normswap.swap import convert
 
 BASE = "bn"
+_COMPILED = "compiled "  # put before a variant's name
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,19 @@ class Row:
 
     Attributes:
         target: its name; ``bn`` is the model itself.
+        compiled: measured under ``torch.compile``; ratios are to eager BatchNorm all the same.
         training: forward, backward and SGD step, or None where it cannot train (``note``).
         inference: forward in eval mode without gradients.
         onnx: latency of the exported file in onnxruntime; None if not measured.
         kept: bytes of distinct tensors that one training forward keeps for its backward.
         state: bytes of training state beyond parameters and buffers (CBN's history).
         peak: peak CUDA memory of a training step in bytes; None on other devices.
+            Bytes are counted for eager rows only.
         note: what could not be measured, and why.
     """
 
     target: str
+    compiled: bool
     training: Ratio | None
     inference: Ratio
     onnx: Ratio | None
@@ -96,7 +101,7 @@ def compare(
         example_inputs: what the model is called with; its batch size is the one measured.
         rounds: rounds of measurement.
         warmup: runs of each variant before the first round; CBN's window should be full by then.
-        compiled: measure ``torch.compile`` of every variant.
+        compiled: measure ``torch.compile`` of every variant too, beside it.
         onnx: export every variant, with its proof, and measure onnxruntime on the CPU.
         progress: called with a line before each stage.
 
@@ -114,25 +119,33 @@ def compare(
         models[label] = convert(
             copy.deepcopy(model), plan(model, target, example_inputs=example_inputs)
         ).model
-    say("training steps")
-    training, notes = _training(models, example_inputs, compiled, warmup, rounds)
-    say("inference")
-    inference = {n: _inference_step(m, example_inputs, compiled) for n, m in models.items()}
-    infer = _interleave(inference, min(warmup, 3), rounds)
+    eager = dict(models)
+    if compiled:
+        models |= {f"{_COMPILED}{name}": copy.deepcopy(m) for name, m in eager.items()}
+    # torch counts the compiled forms of one forward, and the variants share theirs
+    limit = compiler_config.recompile_limit * len(models)
+    with compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
+        say("training steps")
+        training, notes = _training(models, example_inputs, warmup, rounds)
+        say("inference")
+        inference = {n: _inference_step(n, m, example_inputs) for n, m in models.items()}
+        infer = _interleave(inference, min(warmup, 3), rounds)
     latencies: dict[str, list[float]] = {}
     if onnx:
         say("onnxruntime")
-        latencies = _onnx(models, example_inputs, rounds)
+        latencies = _onnx(eager, example_inputs, rounds)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    measured = eager.keys() & training.keys()
     rows = [
         Row(
-            target=name,
+            target=name.removeprefix(_COMPILED),
+            compiled=name not in eager,
             training=_ratio(training, name),
             inference=_ratio(infer, name) or Ratio(1.0, 1.0, 1.0),
             onnx=_ratio(latencies, name),
-            kept=kept_for_backward(variant, example_inputs) if name in training else 0,
-            state=_history_bytes(variant),
-            peak=_peak(variant, example_inputs, device) if name in training else None,
+            kept=kept_for_backward(variant, example_inputs) if name in measured else 0,
+            state=_history_bytes(variant) if name in eager else 0,
+            peak=_peak(variant, example_inputs, device) if name in measured else None,
             note=notes.get(name, ""),
         )
         for name, variant in models.items()
@@ -184,9 +197,13 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([t.float().square().mean() for t in floats]).sum()
 
 
-def _training_step(model: nn.Module, inputs: Any, compiled: bool) -> Callable[[], None]:
+def _compiled_or_not(name: str, model: nn.Module) -> Any:
+    return torch.compile(model) if name.startswith(_COMPILED) else model
+
+
+def _training_step(name: str, model: nn.Module, inputs: Any) -> Callable[[], None]:
     model.train()
-    run: Any = torch.compile(model) if compiled else model
+    run = _compiled_or_not(name, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -198,9 +215,9 @@ def _training_step(model: nn.Module, inputs: Any, compiled: bool) -> Callable[[]
     return step
 
 
-def _inference_step(model: nn.Module, inputs: Any, compiled: bool) -> Callable[[], None]:
+def _inference_step(name: str, model: nn.Module, inputs: Any) -> Callable[[], None]:
     model.eval()
-    run: Any = torch.compile(model) if compiled else model
+    run = _compiled_or_not(name, model)
 
     def step() -> None:
         with torch.no_grad():
@@ -211,12 +228,12 @@ def _inference_step(model: nn.Module, inputs: Any, compiled: bool) -> Callable[[
 
 
 def _training(
-    models: Mapping[str, nn.Module], inputs: Any, compiled: bool, warmup: int, rounds: int
+    models: Mapping[str, nn.Module], inputs: Any, warmup: int, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of a training step; and why a variant cannot take one on this input."""
     steps, notes = {}, {}
     for name, model in models.items():
-        step = _training_step(model, inputs, compiled)
+        step = _training_step(name, model, inputs)
         try:
             step()
         except (RuntimeError, ValueError) as error:
@@ -273,5 +290,5 @@ def _peak(model: nn.Module, inputs: Any, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
-    _training_step(model, inputs, False)()
+    _training_step(BASE, model, inputs)()
     return int(torch.cuda.max_memory_allocated(device))

@@ -28,6 +28,19 @@ def test_rows_for_every_target_beside_batchnorm():
     assert found.to_json()["rows"][0]["target"] == "bn"
 
 
+def test_compiled_variants_stand_beside_the_eager_ones():
+    x = torch.randn(2, 3, 8, 8)
+    found = compare(net(), {"frn": "frn"}, x, rounds=1, warmup=1, compiled=True, onnx=False)
+    assert [(row.target, row.compiled) for row in found.rows] == [
+        ("bn", False),
+        ("frn", False),
+        ("bn", True),
+        ("frn", True),
+    ]
+    assert all(row.training.median > 0 and row.inference.median > 0 for row in found.rows)
+    assert [row.kept > 0 for row in found.rows] == [True, True, False, False]
+
+
 def test_a_variant_that_cannot_train_says_so():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     found = compare(model, {"brn": "brn"}, torch.randn(1, 3, 1, 1), rounds=1, onnx=False)

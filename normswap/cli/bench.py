@@ -44,7 +44,7 @@ def _split(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tupl
     "--rounds", type=click.IntRange(min=1), default=15, show_default=True,
     help="Measurements of each; they take turns.",
 )  # fmt: skip
-@click.option("--compile", "compiled", is_flag=True, help="Measure torch.compile of each.")
+@click.option("--compile", "compiled", is_flag=True, help="Measure torch.compile of each too.")
 @click.option("--no-onnx", is_flag=True, help="Leave onnxruntime out.")
 @json_option
 @model_options
@@ -102,7 +102,7 @@ def _print(spec: str, batch_size: int, found: Comparison) -> None:
         ("target", *columns, "note"),
         [
             (
-                row.target,
+                f"{row.target}, compiled" if row.compiled else row.target,
                 _quartiles(row.training),
                 _quartiles(row.inference),
                 _quartiles(row.onnx),
