@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from normswap.cli.app import app
+from normswap.cli.boundary import describe
 from normswap.tour import digits_net
 
 MODEL = "python:normswap.tour:digits_net"
@@ -337,3 +338,10 @@ def test_out_of_memory_is_one_line(monkeypatch):
 
     monkeypatch.setattr("normswap.artifact.load_model", fail)
     assert_one_line(run("inspect", MODEL), 1, r"smaller --batch-size")
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_way_to_get_it():
+    code, line = describe(ModuleNotFoundError("No module named 'torch'", name="torch"))
+    assert code == 1
+    assert line.startswith("torch: got no such package")
+    assert "pip install normswap" in line

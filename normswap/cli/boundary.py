@@ -24,6 +24,16 @@ _SYSTEM = {
     errno.ENOENT: ("nothing there", "an existing file", "another path"),
 }
 
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "onnxscript",
+    "safetensors",
+    "accelerate",
+    "matplotlib",
+)
+
 
 def exit_code(run: Callable[[], Any], *, debug: bool) -> int:
     """Run a command line and say how it ended.
@@ -77,6 +87,11 @@ def _foreign(error: BaseException) -> str:
         return (
             "memory: got less than this run needs; need room for one batch. "
             "Try a smaller --batch-size or --image-size, or --device cpu."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name in _PACKAGES:
+        return (
+            f"{error.name}: got no such package; need it for this command ('verify' alone does "
+            "without). Try 'pip install normswap', with its dependencies."
         )
     return f"{type(error).__name__}: {error}. Unexpected: run again with --debug."
 
