@@ -654,13 +654,16 @@ def test_schedules_are_fitted_into_the_run():
     short = layers.BatchRenorm2d(2, warmup=10, r_ramp=30, d_ramp=20)
     long = layers.BatchRenorm2d(2, warmup=1000, r_ramp=3000, d_ramp=2000)
     cbn = attached_cbn(nn.Conv2d(1, 2, 1), burn_in=1000)
-    model = nn.ModuleList([fresh, trained, short, long, cbn])
+    fresh_cbn = attached_cbn(nn.Conv2d(1, 2, 1))
+    trained_cbn = attached_cbn(nn.Conv2d(1, 2, 1))
+    trained_cbn.running_var += 1
+    model = nn.ModuleList([fresh, trained, short, long, cbn, fresh_cbn, trained_cbn])
     scale_schedules(model, iterations=1300)
     assert (fresh.warmup, fresh.r_ramp, fresh.d_ramp) == (50, 350, 200)
     assert (trained.warmup, trained.r_ramp, trained.d_ramp) == (0, 0, 0)
     assert (short.warmup, short.r_ramp, short.d_ramp) == (10, 30, 20)
     assert (long.warmup, long.r_ramp, long.d_ramp) == (97, 292, 195)
-    assert cbn.burn_in == 390
+    assert [norm.burn_in for norm in (cbn, fresh_cbn, trained_cbn)] == [390, 390, 0]
 
 
 def test_sync_batch_norm_on_the_cpu_is_said(caplog):

@@ -25,13 +25,16 @@ def norm_state(model: nn.Module) -> dict[str, Any]:
         name: {key: getattr(module, key) for key in _PAPER_SCHEDULE}
         for name, module in _renorms(model)
     }
-    return {"schedules": schedules, "layers": layers.training_state(model)}
+    burn_ins = {name: module.burn_in for name, module in _cross_iteration(model)}
+    return {"schedules": schedules, "burn_ins": burn_ins, "layers": layers.training_state(model)}
 
 
 def load_norm_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Put back what ``norm_state`` gave."""
     for name, module in _renorms(model):
         module.set_schedule(**state["schedules"][name])
+    for name, module in _cross_iteration(model):
+        module.burn_in = state["burn_ins"][name]
     layers.load_training_state(model, state["layers"])
 
 
@@ -40,8 +43,10 @@ def scale_schedules(model: nn.Module, iterations: int) -> None:
 
     BRN with running statistics and no schedule starts open: its statistics are already good. BRN
     with fresh running statistics gets the paper's schedule in proportion (plain BN for 4 % of the
-    run, r open at 31 %, d at 19 %). Any other schedule of BRN, and CBN's burn-in, keeps its
-    iterations unless it would take more than 30 % of the run; then it is shortened to that.
+    run, r open at 31 %, d at 19 %). CBN with fresh running statistics and no burn-in gets one of
+    30 % of the run: its first-order prediction does not reach as far as weights move at first.
+    Any other schedule keeps its iterations unless it would take more than 30 % of the run; then it
+    is shortened to that.
 
     Args:
         model: changed in place.
@@ -52,12 +57,11 @@ def scale_schedules(model: nn.Module, iterations: int) -> None:
         if wanted != {key: getattr(module, key) for key in wanted}:
             module.set_schedule(**wanted)
             log.info("%s: BRN schedule %s of %d iterations", name, wanted, iterations)
-    for name, module in model.named_modules():
-        burn_in = getattr(module, "burn_in", 0)
-        longest = int(_LONGEST * iterations)
-        if isinstance(burn_in, int) and burn_in > longest:
+    longest = int(_LONGEST * iterations)
+    for name, module in _cross_iteration(model):
+        if module.burn_in > longest or (module.burn_in == 0 and _is_fresh(module)):
+            log.info("%s: burn-in of %d iterations, not %d", name, longest, module.burn_in)
             module.burn_in = longest
-            log.info("%s: burn-in shortened from %d to %d iterations", name, burn_in, longest)
 
 
 def _schedule(module: Any, iterations: int) -> dict[str, int]:
@@ -79,6 +83,12 @@ def _is_fresh(module: Any) -> bool:
 def _renorms(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "set_schedule") and hasattr(module, "r_ramp"):
+            yield name, module
+
+
+def _cross_iteration(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "burn_in", None), int):
             yield name, module
 
 
