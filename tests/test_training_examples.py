@@ -22,7 +22,7 @@ def test_small_batch(tmp_path):
     found = example("small_batch").main(arguments)["pretrained"]
     assert found.targets == ("bn", "gn", "frn", "brn", "cbn")
     assert all(cell.failure is None for cell in found.cells)
-    assert (tmp_path / "camera" / "pretrained" / "sweep.png").exists()
+    assert (tmp_path / "textured" / "pretrained" / "sweep.png").exists()
 
 
 def test_own_training_loop(capsys):
