@@ -1,0 +1,268 @@
+"""Turn the traces of a model's runs into sites: producers, activations, ways to remove a ReLU."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.graph import norms
+from normswap.graph.modes import any_depends_on_mode, class_depends_on_mode
+from normswap.graph.recorder import Call, Trace
+from normswap.graph.sites import Activation, CallSite, Producer, Removal, Site
+from normswap.graph.vocabulary import ACTIVATION_FUNCTIONS, PRODUCER_OPS, activation_module_op
+
+Names = dict[nn.Module, tuple[str, ...]]
+"""Every name of every module."""
+
+_USED_APART = "its tensors are used by a batch_norm call outside of the module"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward of the model under the recorder.
+
+    Attributes:
+        mode: ``eval`` or ``train``.
+        device: where it ran.
+        trace: what it did.
+    """
+
+    mode: str
+    device: str
+    trace: Trace
+
+
+def read_sites(model: nn.Module, names: Names, found: Names, runs: Sequence[Run]) -> list[Site]:
+    """One site per BatchNorm, in the order in which they first ran; the silent ones last.
+
+    Args:
+        model: the model that ran.
+        names: names of all its modules.
+        found: names of its BatchNorms.
+        runs: in eval mode, and in training mode where that could show anything else.
+    """
+    return _Reader(model, names, found, runs).sites()
+
+
+class _Reader:
+    """Turns traces into sites."""
+
+    def __init__(self, model: nn.Module, names: Names, found: Names, runs: Sequence[Run]) -> None:
+        self._found = found
+        self._runs = runs
+        self._names = {module: found_names[0] for module, found_names in names.items()}
+        complete = len(runs) > 1 or not any_depends_on_mode(names)
+        self._relus = _ReluCalls(model, runs, names, complete)
+
+    def sites(self) -> list[Site]:
+        sites: dict[nn.Module, Site] = {}
+        for run in self._runs:
+            for module, calls in run.trace.by_module.items():
+                if module in self._found and module not in sites:
+                    sites[module] = self._site(module, run, calls)
+        for module in self._found:
+            if module not in sites:
+                sites[module] = self._silent_site(module)
+        return self._with_shared_producers(list(sites.values()))
+
+    def _blank(self, module: nn.Module) -> Site:
+        state = norms.state_of(module)
+        return Site(
+            names=self._found[module],
+            kind=type(module).__name__,
+            channels=state.channels,
+            rank=norms.spatial_rank_of(module),
+            dtype=str(norms.dtype_of(module)),
+            affine=state.weight is not None,
+            tracked=state.mean is not None and state.var is not None,
+        )
+
+    def _silent_site(self, module: nn.Module) -> Site:
+        site = self._blank(module)
+        fused = self._fused(module)
+        stray = any(module in run.trace.stray_norms for run in self._runs)
+        note = _USED_APART if stray else "never ran, in eval or in training mode"
+        return replace(
+            site, calls=0, mode=None, no_producer="never ran", activation=fused, notes=(note,)
+        )
+
+    def _site(self, module: nn.Module, run: Run, calls: list[Call]) -> Site:
+        shapes = [c.shape for c in calls]
+        spatial = min((s[2:] for s in shapes), key=lambda s: torch.Size(s).numel())
+        producers = {
+            self._producer(call, other.trace)
+            for other in self._runs
+            for call in other.trace.by_module.get(module, ())
+        }
+        producer, reason = producers.pop() if len(producers) == 1 else (None, "calls disagree")
+        if module in run.trace.stray_norms:
+            producer, reason = None, _USED_APART
+        elif producer is not None and module._forward_pre_hooks:
+            producer, reason = None, "a hook of the BatchNorm may change its input"
+        notes = [] if run.mode == "eval" else ["ran in training mode only"]
+        notes += [_USED_APART] if module in run.trace.stray_norms else []
+        return replace(
+            self._blank(module),
+            rank=len(spatial),
+            calls=len(calls),
+            mode=run.mode,
+            spatial=spatial,
+            producer=producer,
+            no_producer=reason,
+            activation=self._activation(module, run, calls),
+            notes=tuple(notes),
+        )
+
+    # producers ---------------------------------------------------------------------------------
+
+    def _producer(self, norm: Call, trace: Trace) -> tuple[Producer | None, str | None]:
+        if not norm.inputs:
+            return None, "unknown input"
+        axis: int | None = 1
+        maker = trace.made.get(norm.inputs[0])
+        while maker is not None and maker.view is not None and axis is not None:
+            axis = maker.view.source_axis(axis)
+            maker = trace.made.get(maker.inputs[0])
+        if maker is None:
+            return None, "input"
+        if maker.op not in PRODUCER_OPS:
+            return None, maker.op
+        if axis is None or axis != _channel_axis(maker):
+            return None, "a view that does not keep the channel axis"
+        if maker.module is None:
+            return None, f"{maker.op} with a computed weight"
+        calls = len(trace.by_module[maker.module])
+        kind = type(maker.module).__name__
+        name = self._names[maker.module]
+        return Producer(name, maker.op, kind, calls, plain=maker.own_weight), None
+
+    @staticmethod
+    def _with_shared_producers(sites: list[Site]) -> list[Site]:
+        counts = Counter(site.producer.name for site in sites if site.producer)
+        return [
+            replace(site, producer=replace(site.producer, shared=True))
+            if site.producer and counts[site.producer.name] > 1
+            else site
+            for site in sites
+        ]
+
+    # activations -------------------------------------------------------------------------------
+
+    def _fused(self, module: nn.Module) -> Activation | None:
+        parts = norms.fused_parts(module)
+        if parts is None or isinstance(parts[1], nn.Identity):
+            return None
+        act = parts[1]
+        op = activation_module_op(act) or type(act).__name__.lower()
+        removals = (Removal("absorb"),) if op == "relu" else ()
+        return Activation(op, self._names.get(act), fused=True, removals=removals)
+
+    def _activation(self, module: nn.Module, run: Run, calls: list[Call]) -> Activation | None:
+        fused = self._fused(module)
+        if fused is not None:
+            return fused
+        users = [run.trace.used.get(c.output or 0, []) for c in calls]
+        if any(len(u) != 1 for u in users):
+            return None
+        found = list(dict.fromkeys(self._activation_of(u[0], run.trace) for u in users))
+        first = found[0]
+        if first is None or any(
+            a is None or (a.op, a.name) != (first.op, first.name) for a in found
+        ):
+            return None
+        if len(found) > 1:
+            apart = Removal("call", obstacle="it is called in several places")
+            return replace(first, removals=(apart,) if first.op == "relu" else ())
+        return first
+
+    def _activation_of(self, user: Call, trace: Trace) -> Activation | None:
+        if user.module is None:
+            op = user.op if user.op in ACTIVATION_FUNCTIONS else None
+            return Activation(op, None, removals=self._relus.removals(user)) if op else None
+        op = activation_module_op(user.module)
+        if op is None:
+            return None
+        uses = len(trace.by_module[user.module])
+        name = user.slot or self._names[user.module]
+        return Activation(op, name, uses=uses, removals=self._relus.removals(user))
+
+
+class _ReluCalls:
+    """Every ReLU that ran, in all runs, by the ways in which it could be taken out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runs: Sequence[Run],
+        names: Names,
+        complete: bool,
+    ) -> None:
+        self._model = model
+        self._names = names
+        self._complete = complete
+        self._sources: dict[Any, dict[str, None]] = defaultdict(dict)
+        for run in runs:
+            for call in run.trace.calls:
+                if call.op == "relu":
+                    source = self._source(call, run.trace)
+                    for key in (call.module, call.slot, _place(call.site)):
+                        self._sources[key].setdefault(source)
+
+    def _source(self, relu: Call, trace: Trace) -> str:
+        """Name of the BN that alone feeds ``relu``, else ``?`` and what does."""
+        maker = trace.made.get(relu.inputs[0]) if relu.inputs else None
+        if maker is None or maker.op != "batch_norm" or maker.module is None:
+            return "?" + (maker.op if maker else "an input")
+        alone = len(trace.used[relu.inputs[0]]) == 1 and maker.module not in trace.stray_norms
+        return self._names[maker.module][0] if alone else "?a BN output that has other uses"
+
+    def removals(self, relu: Call) -> tuple[Removal, ...]:
+        if relu.op != "relu":
+            return ()
+        found = []
+        if relu.module is not None:
+            names = self._names[relu.module]
+            found.append(self._removal("module", relu.module, names))
+            if relu.slot is not None and len(names) > 1:
+                found.append(self._removal("slot", relu.slot, (relu.slot,)))
+        if relu.site is not None:
+            removal = self._removal("call", _place(relu.site), ())
+            obstacle = relu.site.obstacle or removal.obstacle
+            if obstacle is None and relu.site.moody and not self._complete:
+                obstacle = f"{relu.site.method} depends on the mode and did not run in training"
+            found.append(replace(removal, call=relu.site, obstacle=obstacle))
+        if relu.module is not None and _has_hooks(relu.module):
+            return tuple(replace(r, obstacle="the ReLU carries hooks") for r in found)
+        return tuple(found)
+
+    def _removal(self, how: str, key: Any, names: tuple[str, ...]) -> Removal:
+        sources = tuple(self._sources[key])
+        others = [source[1:] for source in sources if source.startswith("?")]
+        feeders = tuple(s for s in sources if not s.startswith("?"))
+        obstacle = f"it is also applied to {others[0]}" if others else None
+        if obstacle is None and not self._complete:
+            blocks = {name.rpartition(".")[0] for name in feeders}
+            classes: set[Any] = {type(self._model.get_submodule(block)) for block in blocks}
+            if any(class_depends_on_mode(cls) for cls in classes):
+                obstacle = "its block depends on the mode, and the model did not run in training"
+        return Removal(how, names, feeders, obstacle)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+def _place(site: CallSite | None) -> tuple[Any, ...] | None:
+    return (site.owner, site.method, site.position) if site is not None else None
+
+
+def _channel_axis(maker: Call) -> int:
+    if maker.op == "linear":
+        return len(maker.output_shape) - 1
+    return len(maker.output_shape) - 1 - int(maker.op[-2])
