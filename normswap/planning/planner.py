@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,166 +11,21 @@ from torch import nn
 
 from normswap.errors import PlanError
 from normswap.graph import (
-    CallSite,
     Graph,
     Removal,
     Site,
-    batchnorms,
     matches,
+    norms,
     qualified_names,
     walk,
 )
+from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
 from normswap.recipes import Recipe, recipe_for, recipe_from_json
 from normswap.targets import FALLBACKS, INITS
 
-PLAN_FORMAT = 1
-KEEP = "keep"
-
 Target = str | Recipe | Mapping[str, "str | Recipe"]
 Patterns = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """What happens to one BatchNorm.
-
-    Attributes:
-        names: every qualified name of the module.
-        kind: its class name.
-        channels: number of features C.
-        rank: number of spatial dimensions of its input.
-        becomes: name of the target, or ``keep``.
-        recipe: the target's hyper-parameters, settled for this site; None if kept.
-        init: ``match``, ``copy`` or ``reset``.
-        reason: why the site does not get the target that was asked for; None if it does.
-        notes: what else a user should know.
-        producer: name of the module that makes its input; wired to CBN.
-        removal: how the ReLU behind it is taken out, for a TLU to take its place.
-    """
-
-    names: tuple[str, ...]
-    kind: str
-    channels: int
-    rank: int
-    becomes: str
-    recipe: dict[str, Any] | None = None
-    init: str = "match"
-    reason: str | None = None
-    notes: tuple[str, ...] = ()
-    producer: str | None = None
-    removal: Removal | None = None
-
-    @property
-    def name(self) -> str:
-        """The first of the module's names."""
-        return self.names[0]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What becomes what in one model; plain data, JSON both ways, and an input of ``convert``.
-
-    Attributes:
-        target: what was asked for, in words.
-        entries: one per BatchNorm, in data-flow order.
-        notes: what the walker said about the model as a whole.
-    """
-
-    target: str
-    entries: tuple[PlanEntry, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    def __iter__(self) -> Iterator[PlanEntry]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    @property
-    def swapped(self) -> tuple[PlanEntry, ...]:
-        """The entries that change a module."""
-        return tuple(e for e in self.entries if e.becomes != KEEP)
-
-    @property
-    def kept(self) -> dict[str, str]:
-        """Name → reason of every BatchNorm that stays as it is."""
-        return {e.name: e.reason or "" for e in self.entries if e.becomes == KEEP}
-
-    def counts(self) -> dict[str, int]:
-        """How many sites become what."""
-        return dict(Counter(e.becomes for e in self.entries))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, ready for ``json.dumps``."""
-        return {
-            "plan_format": PLAN_FORMAT,
-            "target": self.target,
-            "entries": [asdict(entry) for entry in self.entries],
-            "notes": list(self.notes),
-        }
-
-    @staticmethod
-    def from_json(data: Any) -> Plan:
-        """The plan that :meth:`to_json` wrote down.
-
-        Raises:
-            PlanError: if the data is no plan, or one of a newer format.
-        """
-        try:
-            if data["plan_format"] > PLAN_FORMAT:
-                raise _unreadable(f"plan_format {data['plan_format']}")
-            entries = tuple(_entry_from_json(entry) for entry in data["entries"])
-            return Plan(str(data["target"]), entries, tuple(map(str, data.get("notes", ()))))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _unreadable(f"{type(error).__name__}: {error}") from error
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{n} {name}" for name, n in self.counts().items())
-        width = max((len(e.name) for e in self.entries), default=0)
-        lines = [f"Plan to {self.target}: {len(self.entries)} BatchNorm layers: {counts}"]
-        lines += [f"  {_line(entry, width)}" for entry in self.entries]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def _line(entry: PlanEntry, width: int) -> str:
-    arguments = {k: v for k, v in (entry.recipe or {}).items() if k != "target"}
-    settings = ", ".join(f"{k}={v}" for k, v in arguments.items())
-    becomes = f"{entry.becomes}({settings})" if settings else entry.becomes
-    parts = [f"{entry.name or '(root)':{width}}  {entry.kind}({entry.channels}) → {becomes}"]
-    if entry.producer:
-        parts.append(f"wired to {entry.producer}")
-    if entry.removal:
-        parts.append("takes the ReLU's place")
-    parts += [text for text in (entry.reason, *entry.notes) if text]
-    return "; ".join(parts)
-
-
-def _unreadable(got: str) -> PlanError:
-    return PlanError(
-        "plan",
-        got=got,
-        need=f"a plan of format {PLAN_FORMAT}",
-        hint="normswap convert --dry-run --json",
-    )
-
-
-def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
-    known = {f.name for f in fields(PlanEntry)}
-    if not isinstance(data, dict) or set(data) - known:
-        raise TypeError(f"unknown fields in {data!r:.80}")
-    removal = data.get("removal")
-    if removal is not None:
-        call = removal.get("call")
-        if call is not None:
-            call = CallSite(**{**call, "position": tuple(call["position"])})
-        lists = {key: tuple(removal[key]) for key in ("names", "feeders")}
-        removal = Removal(**{**removal, **lists, "call": call})
-    lists = {key: tuple(map(str, data[key])) for key in ("names", "notes")}
-    entry = PlanEntry(**{**data, **lists, "removal": removal})
-    if not entry.names or not isinstance(entry.becomes, str):
-        raise TypeError(f"no names in {data!r:.80}")
-    return entry
 
 
 def plan(
@@ -220,7 +74,8 @@ def plan(
         graph = walk(model, _inputs_for(model, example_inputs), exclude=exclude)
     else:
         graph = replace(graph, sites=tuple(s for s in graph if not matches(s.names, exclude)))
-    left_alone = _left_alone(model, exclude)
+    every = qualified_names(model)
+    left_alone = _left_alone(every, graph)
     names = [site.names for site in graph] + [entry.names for entry in left_alone]
     if not names:
         raise PlanError(
@@ -232,7 +87,7 @@ def plan(
     _check_patterns(names, include, "include")
     _check_patterns(names, exclude, "exclude")
     choice.check_patterns(names)
-    modules = {n: m for m, found in qualified_names(model).items() for n in found}
+    modules = {n: m for m, found in every.items() for n in found}
     planner = _Planner(model, modules, choice, include, init)
     entries = _settle_removals(graph, [planner.entry(site) for site in graph])
     return Plan(choice.label, (*entries, *left_alone), graph.notes)
@@ -402,11 +257,8 @@ def _check_init(init: str) -> None:
         )
 
 
-def _left_alone(model: nn.Module, exclude: Patterns) -> tuple[PlanEntry, ...]:
-    from normswap.graph import norms
-
-    every = {m: n for m, n in qualified_names(model).items() if norms.is_batchnorm(m)}
-    taken = batchnorms(model, exclude=exclude)
+def _left_alone(every: dict[nn.Module, tuple[str, ...]], graph: Graph) -> tuple[PlanEntry, ...]:
+    walked = {name for site in graph for name in site.names}
     return tuple(
         PlanEntry(
             names=names,
@@ -417,7 +269,7 @@ def _left_alone(model: nn.Module, exclude: Patterns) -> tuple[PlanEntry, ...]:
             reason="excluded",
         )
         for module, names in every.items()
-        if module not in taken
+        if norms.is_batchnorm(module) and walked.isdisjoint(names)
     )
 
 

@@ -1,0 +1,6 @@
+"""Decide, per site, what becomes what and why not."""
+
+from normswap.planning.document import KEEP, Plan, PlanEntry
+from normswap.planning.planner import Patterns, Target, plan
+
+__all__ = ["KEEP", "Patterns", "Plan", "PlanEntry", "Target", "plan"]
