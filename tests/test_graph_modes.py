@@ -111,6 +111,15 @@ def test_code_that_may_depend_on_the_mode_is_found(make):
     assert any_depends_on_mode(model.modules())
 
 
+def test_a_method_that_is_replaced_later_is_looked_at_again(monkeypatch):
+    class Changing(Plain):
+        pass
+
+    assert not any_depends_on_mode([Changing()])
+    monkeypatch.setattr(Changing, "forward", Branch.forward)
+    assert any_depends_on_mode([Changing()])
+
+
 @pytest.mark.parametrize("make", [Plain, nn.ReLU, nn.Dropout, lambda: nn.BatchNorm2d(3)])
 def test_code_that_only_drops_out_does_not_depend_on_the_mode(make):
     assert not any_depends_on_mode(nn.Sequential(make(), nn.Conv2d(3, 3, 1)).modules())

@@ -30,7 +30,7 @@ def any_depends_on_mode(modules: Iterable[nn.Module]) -> bool:
     Hooks and methods set on an instance may do anything, so they count as a yes.
     """
     others = [module for module in modules if not is_batchnorm(module)]
-    classes: set[Any] = {type(module) for module in others}
+    classes = {type(module) for module in others}
     return any(class_depends_on_mode(c) for c in classes) or any(map(_is_patched, others))
 
 
@@ -46,12 +46,18 @@ def _is_patched(module: nn.Module) -> bool:
 _FUNCTIONS = (FunctionType, MethodType)
 
 
-@functools.cache
 def class_depends_on_mode(cls: type[nn.Module]) -> bool:
     """Whether ``forward``, or a function that it calls by name, torch's own apart, may do so."""
-    if cls.train is not nn.Module.train or not isinstance(cls.forward, FunctionType):
+    known: Any = cls
+    return _class_depends_on_mode(known, cls.forward, cls.train)
+
+
+@functools.cache
+def _class_depends_on_mode(cls: type[nn.Module], forward: object, train: object) -> bool:
+    # the methods are arguments because somebody may put others in their place
+    if train is not nn.Module.train or not isinstance(forward, FunctionType):
         return True
-    return _any_depends(cls, cls.forward)
+    return _any_depends(cls, forward)
 
 
 def _any_depends(cls: type[nn.Module], start: FunctionType) -> bool:

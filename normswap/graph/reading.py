@@ -247,7 +247,7 @@ class _ReluCalls:
         obstacle = f"it is also applied to {others[0]}" if others else None
         if obstacle is None and not self._complete:
             blocks = {name.rpartition(".")[0] for name in feeders}
-            classes: set[Any] = {type(self._model.get_submodule(block)) for block in blocks}
+            classes = {type(self._model.get_submodule(block)) for block in blocks}
             if any(class_depends_on_mode(cls) for cls in classes):
                 obstacle = "its block depends on the mode, and the model did not run in training"
         return Removal(how, names, feeders, obstacle)
