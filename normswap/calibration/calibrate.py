@@ -1,0 +1,189 @@
+"""Bring a converted model to its BatchNorm original on unlabelled images.
+
+Two steps, both against the original in eval mode. First every layer's γ and β are set in closed
+form, in data-flow order within one forward pass, so that its output has the mean and the spread of
+the original's. Then Adam distils: outputs and every site's output, on flipped and mixed images.
+Only the parameters of the replaced layers move unless asked otherwise; what remains is the plain
+target layer with other numbers in it. Nothing here needs a label.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normswap.calibration.distillation import Run, State, search
+from normswap.calibration.images import Pool
+from normswap.calibration.tuning import Tuning
+from normswap.drift import Drift, device_of, measure_drift
+from normswap.errors import CalibrationError
+from normswap.provenance import add_history
+
+_log = logging.getLogger("normswap")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What ``calibrate`` did.
+
+    Attributes:
+        before: drift of the model as it came.
+        after: drift of the model as it is now.
+        images: number of images.
+        seconds: time spent.
+        steps: optimiser steps.
+        best_loss: held-out loss of the state that was kept.
+        first_loss: held-out loss of the model as it came.
+        stopped: ``budget``, ``plateau``, ``steps`` or ``not finite``.
+        parameters: ``norms`` or ``all``.
+        history: (seconds, held-out loss) along the way.
+    """
+
+    before: Drift
+    after: Drift
+    images: int
+    seconds: float
+    steps: int
+    best_loss: float
+    first_loss: float
+    stopped: str
+    parameters: str
+    history: tuple[tuple[float, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"calibrated on {self.images} images in {self.seconds:.0f} s, {self.steps} steps "
+            f"({self.stopped}): {self.before.summary} → {self.after.summary}"
+        )
+
+
+def calibrate(
+    model: nn.Module,
+    teacher: nn.Module,
+    images: Tensor | Iterable[Any],
+    *,
+    seconds: float = 60,
+    parameters: Literal["norms", "all"] = "norms",
+    batch_size: int = 32,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: bool | None = None,
+    progress: Callable[[float, float], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    _tuning: Tuning | None = None,
+) -> Calibration:
+    """Bring a converted model to its BatchNorm original on unlabelled images, in place.
+
+    The loss is the relative squared error of the outputs, whatever their structure, plus the mean
+    of the same over all sites. An eighth of the images is held out; the state with the smallest
+    held-out loss is the one that stays, so the model never ends worse there than it came.
+
+    Args:
+        model: the converted model.
+        teacher: its BatchNorm original, for example a deep copy taken before the conversion. It
+            runs in eval mode and is not changed.
+        images: a preprocessed tensor, or an iterable of batches (a tuple is the positional
+            arguments, a dict the keyword arguments). No labels. Tensors are flipped and mixed.
+        seconds: time budget, everything included.
+        parameters: ``"norms"`` moves γ, β and τ of the replaced layers only; ``"all"`` moves every
+            parameter that requires a gradient too.
+        batch_size: images per step when they come as tensors.
+        steps: most optimiser steps, or None.
+        seed: of the drawing and mixing of images; the global generators are left alone.
+        device: where to work; None is where the model is. The models return home afterwards.
+        amp: bfloat16 autocast; None means on CUDA only.
+        progress: called with the share of the budget spent and the held-out loss.
+        clock: what ``seconds`` are read from.
+
+    Returns:
+        Calibration: drift before and after (on the held-out images), time, steps, losses.
+
+    Raises:
+        CalibrationError: the models do not belong together, nothing was replaced, or there are no
+            images. Whatever is raised, the model is as it was.
+
+    Example:
+        >>> import copy, normswap
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> teacher, x = copy.deepcopy(net), torch.randn(32, 3, 12, 12)
+        >>> net = normswap.convert(net, "gn", example_inputs=x).model
+        >>> report = calibrate(net, teacher, x, steps=20)
+        >>> report.after.output_error < report.before.output_error
+        True
+    """
+    _check(seconds, parameters, batch_size)
+    begun = clock()
+    tuning = _tuning or Tuning()
+    with ExitStack() as stack:
+        stack.enter_context(placed(device, model, teacher))
+        home = device_of(model)
+        pool = Pool(images, batch_size, home, seed)
+        amp = home.type == "cuda" if amp is None else amp
+        run = Run(model, teacher, pool, parameters, tuning, amp=amp)
+        initial = State(run.moving)
+        try:
+            before = measure_drift(model, teacher, pool.held_out())
+            deadline = (
+                begun + seconds - (clock() - begun)
+            )  # the last drift costs what the first did
+            search(run, (begun, deadline), steps, clock, progress)
+            after = measure_drift(model, teacher, pool.held_out())
+        except BaseException:
+            initial.restore()
+            raise
+    report = Calibration(
+        before=before,
+        after=after,
+        images=pool.count,
+        seconds=clock() - begun,
+        steps=run.steps,
+        first_loss=run.history[0][1],
+        best_loss=run.best,
+        stopped=run.stopped,
+        parameters=parameters,
+        history=tuple(run.history),
+    )
+    _log.info("%s", report)
+    facts = {k: getattr(report, k) for k in ("images", "seconds", "steps", "stopped", "parameters")}
+    add_history(model, "calibrated", agreement=after.agreement, **facts)
+    return report
+
+
+def _check(seconds: float, parameters: str, batch_size: int) -> None:
+    wrong = None
+    if parameters not in ("norms", "all"):
+        wrong = ("parameters", repr(parameters), "'norms' or 'all'", "parameters='norms'")
+    elif not seconds > 0:
+        wrong = ("seconds", str(seconds), "a positive number", "seconds=60")
+    elif batch_size < 1:
+        wrong = ("batch_size", str(batch_size), "at least 1", "batch_size=32")
+    if wrong is not None:
+        where, got, need, hint = wrong
+        raise CalibrationError(where, got=got, need=need, hint=hint)
+
+
+@contextmanager
+def placed(device: str | torch.device | None, *models: nn.Module) -> Iterator[None]:
+    """Models on ``device`` for a while."""
+    homes = [device_of(model) for model in models]
+    try:
+        for model in models:
+            if device is not None:
+                model.to(device)
+        yield
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            if device is not None:
+                model.to(home)

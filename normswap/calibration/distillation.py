@@ -1,0 +1,237 @@
+"""Step two: Adam within a time budget, and the best state seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.calibration.coordinates import Coordinates
+from normswap.calibration.distance import Distance
+from normswap.calibration.flow import Scale, match_in_flow, own_parameters
+from normswap.calibration.images import Pool
+from normswap.calibration.tuning import Tuning
+from normswap.drift import evaluating, paired_sites
+from normswap.errors import CalibrationError
+
+_HEAD_START = 1.1
+"""How much worse than the best the last state may look on the held-out images and yet stay."""
+_PATIENCE = 8
+"""Checks without progress before the time is called wasted; there are ten in a budget."""
+_REST_SCALE = 0.01
+"""Learning rate of convolutions over that of the normalisers', with ``parameters="all"``."""
+
+
+class State:
+    """A copy of some parameters' values."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._kept = [(p, p.detach().clone()) for p in parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the values back."""
+        for parameter, value in self._kept:
+            parameter.copy_(value)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the distillation may go on, as a share between 0 and 1."""
+
+    clock: Callable[[], float]
+    begun: float
+    deadline: float
+    opened: float
+    steps: int | None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the calibration began."""
+        return self.clock() - self.begun
+
+    def share(self, steps: int) -> float:
+        """How much of the time, or of the steps, is spent."""
+        time_share = (self.clock() - self.opened) / max(self.deadline - self.opened, 1e-9)
+        return time_share if self.steps is None else max(time_share, steps / max(self.steps, 1))
+
+
+class Run:
+    """One calibration: the models, the images and the best state so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        pool: Pool,
+        parameters: str,
+        tuning: Tuning,
+        *,
+        amp: bool,
+    ) -> None:
+        self.model, self.teacher, self.pool, self.tuning = model, teacher, pool, tuning
+        self.pairs = tuple(p for p in paired_sites(model, teacher) if p.replaced)
+        if not self.pairs:
+            raise CalibrationError(
+                "model",
+                got="a model in which nothing was replaced",
+                need="a converted model",
+                hint="normswap.convert(model, 'gn', example_inputs=x)",
+            )
+        self.own = list(
+            {id(p): p for pair in self.pairs for p in own_parameters(pair.module).values()}.values()
+        )
+        self.rest = _rest(model, self.own, parameters)
+        self.moving = [*self.own, *self.rest]
+        self.distance = Distance(self.pairs, model, teacher, tuning.site_weight)
+        self.amp = amp
+        self.steps, self.stopped = 0, "budget"
+        self.history: list[tuple[float, float]] = []
+        self.best, self.best_state = math.inf, State(self.moving)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.pool.device.type, torch.bfloat16) if self.amp else nullcontext()
+
+    def check(self, elapsed: float, *, last: bool = False) -> float:
+        """Held-out loss now; keeps the state if it is the best so far.
+
+        The held-out part is small and its loss noisy. Where the learning rate has come to rest the
+        last state generalises better than a lucky one before, so it has a head start.
+        """
+        with torch.no_grad(), self._autocast():
+            losses = [float(self.distance(batch)) for batch in self.pool.held_out()]
+        loss = sum(losses) / len(losses)
+        self.history.append((elapsed, loss))
+        if loss < self.best * (_HEAD_START if last else 1):
+            self.best, self.best_state = loss, State(self.moving)
+        return loss
+
+    @torch.no_grad()
+    def flow(self) -> dict[str, Scale]:
+        """The closed form."""
+        return match_in_flow(self.pairs, self.model, self.teacher, self.pool.widest())
+
+    def distil(
+        self,
+        scales: dict[str, Scale],
+        budget: Budget,
+        progress: Callable[[float, float], None] | None,
+    ) -> None:
+        """Adam until the deadline, the step limit, or a plateau; ten checks on the way."""
+        coordinates = Coordinates(self.pairs, scales)
+        optimizer = self._optimizer(coordinates)
+        lowest, stale, next_check = math.inf, 0, 0.1
+        while True:
+            share = budget.share(self.steps)
+            if share >= min(next_check, 1):
+                loss = self.check(budget.elapsed, last=share >= 1)
+                stale, lowest = 0 if loss < lowest else stale + 1, min(loss, lowest)
+                next_check = share + 0.1
+                if progress is not None:
+                    progress(min(share, 1.0), loss)
+                if self._over(share, loss, stale, budget.steps):
+                    return
+            self._set_rate(optimizer, share)
+            if not self._step(coordinates, optimizer):
+                self.stopped = "not finite"
+                return
+
+    def _optimizer(self, coordinates: Coordinates) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [{"params": coordinates.leaves, "scale": 1.0}]
+        if self.rest:
+            groups.append({"params": self.rest, "scale": _REST_SCALE})
+        return torch.optim.Adam(groups, betas=(0.9, 0.99))
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, share: float) -> None:
+        rate = min(self.tuning.most, self.tuning.rate / len(self.pairs))
+        rate *= 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (self.steps + 1) / 10) * group["scale"]
+
+    def _over(self, share: float, loss: float, stale: int, steps: int | None) -> bool:
+        if not math.isfinite(loss):
+            self.stopped = "not finite"
+        elif share >= 1:
+            self.stopped = "steps" if steps is not None and self.steps >= steps else "budget"
+        elif loss < 1e-9 or stale >= _PATIENCE:
+            self.stopped = "plateau"
+        else:
+            return False
+        return True
+
+    def _step(self, coordinates: Coordinates, optimizer: torch.optim.Optimizer) -> bool:
+        for parameter in self.moving:
+            parameter.grad = None
+        with self._autocast():
+            few = self.pool.choose(self.pairs, self.tuning.sites)
+            loss = self.distance(self.pool.draw(self.tuning), few)
+        if not bool(torch.isfinite(loss)):
+            return False
+        torch.autograd.backward(loss)
+        if not coordinates.pull():
+            return False
+        optimizer.step()
+        coordinates.push()
+        self.steps += 1
+        return True
+
+
+def search(
+    run: Run,
+    span: tuple[float, float],
+    steps: int | None,
+    clock: Callable[[], float],
+    progress: Callable[[float, float], None] | None,
+) -> None:
+    """Closed form, then distillation; ends in the best state seen."""
+    begun, deadline = span
+    start = State(run.moving)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(run.model, run.teacher))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(only(run.model, run.moving))
+        stack.enter_context(only(run.teacher, []))
+        came = run.check(clock() - begun)
+        scales = run.flow()
+        run.check(clock() - begun)
+        run.best_state.restore()
+        run.distil(scales, Budget(clock, begun, deadline, clock(), steps), progress)
+        if run.best <= came:
+            run.best_state.restore()
+        else:
+            start.restore()
+            run.best = came
+
+
+def _rest(model: nn.Module, own: list[nn.Parameter], parameters: str) -> list[nn.Parameter]:
+    """What moves besides the replaced layers' own parameters."""
+    if parameters == "norms":
+        return []
+    taken = {id(p) for p in own}
+    return [
+        p
+        for p in model.parameters()
+        if p.requires_grad and id(p) not in taken and p.is_floating_point()
+    ]
+
+
+@contextmanager
+def only(model: nn.Module, moving: list[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach ``moving`` alone; gradient flags and gradients come back."""
+    kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    chosen = {id(p) for p in moving}
+    try:
+        for p, _, _ in kept:
+            p.requires_grad_(id(p) in chosen)
+            p.grad = None
+        yield
+    finally:
+        for p, flag, grad in kept:
+            p.grad = None
+            p.requires_grad_(flag)
+            p.grad = grad
