@@ -177,7 +177,7 @@ def test_the_compensated_mean_is_that_of_the_stored_batch_under_todays_weights()
     nudge(model, 1.0)
     model(batches[1])
     nudge(model, 1.0)
-    _, window = norm._window_statistics(conv(batches[2]).detach())
+    _, window, _ = norm._window_statistics(conv(batches[2]).detach())
     today = torch.stack([conv(x).mean((0, 2, 3)) for x in batches]).mean(0)
     torch.testing.assert_close(window.mean, today)
 
@@ -535,3 +535,119 @@ def test_training_state_of_another_model_is_refused():
     state = training_state(nn.Sequential(BatchRenorm2d(2)))
     with pytest.raises(LayerError, match="differ"):
         load_training_state(nn.Sequential(nn.ReLU(), BatchRenorm2d(2)), state)
+
+
+def papers_statistics(past, weight, bias, apply):
+    """μ̄ and σ̄² of the paper's section 3 in plain autograd, the history not detached."""
+    means, seconds = [], []
+    for x, then, then_bias in past:
+        axes = [0, *range(2, apply(x, weight, bias).dim())]
+        leaf = then.clone().requires_grad_()
+        nu = apply(x, leaf, then_bias).square().mean(axes)
+        # one row of the Taylor term per channel
+        moved = []
+        for channel in range(len(nu)):
+            (slope,) = torch.autograd.grad(nu[channel], leaf, retain_graph=True)
+            moved.append((slope * (weight - then)).sum())
+        means.append(apply(x, weight, bias).mean(axes))
+        seconds.append(nu.detach() + torch.stack(moved))
+    return means, seconds
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "transposed", "linear"])
+def test_gradient_through_the_history_is_that_of_the_papers_formula(kind):
+    torch.manual_seed(0)
+    make = {
+        "plain": lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False),
+        "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False),
+        "transposed": lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2, bias=False),
+        "linear": lambda: nn.Linear(5, 4, bias=False),
+    }[kind]
+    producer = make().double()
+    shape = (4, 5) if kind == "linear" else (2, producer.in_channels, 7, 7)
+    kind_of_norm = CrossIterationBatchNorm1d if kind == "linear" else CrossIterationBatchNorm2d
+    channels = getattr(producer, "out_features", None) or producer.out_channels
+    norm = kind_of_norm(channels, window=3, through_history=True).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+    norm.attach(producer)
+
+    def apply(x, weight, bias):
+        return torch.func.functional_call(producer, {"weight": weight}, (x,))
+
+    past = []
+    for _ in range(2):
+        x = torch.randn(shape, dtype=torch.float64) + 0.5
+        past.append((x, producer.weight.detach().clone(), None))
+        norm(producer(x))
+        with torch.no_grad():
+            producer.weight.add_(0.02 * torch.randn_like(producer.weight))
+
+    x = torch.randn(shape, dtype=torch.float64)
+    upstream = torch.randn_like(apply(x, producer.weight, None))
+    weight = producer.weight.detach().clone().requires_grad_()
+    hooks = producer._forward_hooks.copy()
+    producer._forward_hooks.clear()
+    y = apply(x, weight, None)
+    axes = [0, *range(2, y.dim())]
+    means, seconds = papers_statistics(past, weight, None, apply)
+    means, seconds = [y.mean(axes), *means], [y.square().mean(axes), *seconds]
+    mean = torch.stack(means).mean(0)
+    nu = torch.stack(
+        [torch.maximum(s, m.square()) for s, m in zip(seconds, means, strict=True)]
+    ).mean(0)
+    column = (1, -1, *[1] * (y.dim() - 2))
+    scale = torch.rsqrt(nu - mean.square() + norm.eps) * norm.weight.detach()
+    expected = (y - mean.view(column)) * scale.view(column) + norm.bias.detach().view(column)
+    expected.backward(upstream)
+    producer._forward_hooks.update(hooks)
+
+    producer.weight.grad = None
+    found = norm(producer(x))
+    found.backward(upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(producer.weight.grad, weight.grad, rtol=1e-8, atol=1e-9)
+
+
+def test_scaling_the_weights_has_no_gradient_through_the_history():
+    """BatchNorm's scale invariance, which a detached history breaks."""
+    radial = {}
+    for through in (False, True):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 3, bias=False).double()
+        norm = CrossIterationBatchNorm2d(4, eps=1e-12, window=4, through_history=through).double()
+        norm.attach(conv)
+        for _ in range(4):
+            conv.weight.grad = None
+            y = norm(conv(torch.randn(2, 3, 6, 6, dtype=torch.float64)))
+            (y * torch.randn_like(y)).sum().backward()
+        radial[through] = float((conv.weight.grad * conv.weight.detach()).sum().abs())
+    assert radial[True] < 1e-8
+    assert radial[False] > 0.1
+
+
+def test_gradient_through_the_history_reaches_the_bias_and_survives_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    gradients = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 3)
+        norm = CrossIterationBatchNorm2d(4, window=3, through_history=True)
+        norm.attach(conv)
+        block = nn.Sequential(conv, norm)
+        for _ in range(3):
+            x = torch.randn(2, 3, 6, 6)
+            y = checkpoint(block, x, use_reentrant=False) if wrap else block(x)
+            conv.zero_grad()
+            (y * torch.randn_like(y)).sum().backward()
+        gradients.append((conv.weight.grad, conv.bias.grad))
+    # a bias moves every batch of the window alike, so the mean takes it out
+    assert gradients[0][1].abs().max() < 1e-4
+    for plain, repeated in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, repeated)
+
+
+def test_gradient_through_a_history_that_does_not_follow_the_weights_is_refused():
+    with pytest.raises(LayerError, match="compensate"):
+        CrossIterationBatchNorm2d(4, compensate=False, through_history=True)

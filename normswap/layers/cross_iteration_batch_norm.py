@@ -9,7 +9,7 @@ Shapes: k entries of history, G groups, C channels, F weights of one channel.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,49 @@ class _NormaliseAcrossIterations(torch.autograd.Function):
             [True, True, True],
         )
         elements = x.numel() // x.shape[1]
-        rest = scale * root * inverse_deviation * grad_shift * ((1.0 - share) / elements)
+        gain = scale * root * inverse_deviation
+        rest = gain * grad_shift * ((1.0 - share) / elements)
         grad_x.add_(per_channel(rest, x).to(grad_x.dtype))
         grad_weight = None if weight is None else (grad_scale / root).to(weight.dtype)
         grad_bias = None if bias is None else grad_shift.to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        grad_mean = grad_variance = None
+        if ctx.needs_input_grad[3]:  # the history's part of the statistics is no constant
+            grad_mean = -gain * grad_shift
+            grad_variance = -0.5 * gain * inverse_deviation * (grad_scale / root)
+        return grad_x, grad_weight, grad_bias, grad_mean, grad_variance, None, None
+
+
+class _ThroughHistory(torch.autograd.Function):
+    """μ̄ and σ̄² as functions of today's weight and bias, through past batches alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *reach: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*reach)
+        return mean.clone(), variance.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor | None, ...]:
+        reach = _Reach(*ctx.saved_tensors)
+        weight_dtype, bias_dtype = ctx.dtypes
+        rows = (*reach.mean.shape[:2], 1)
+        grad_weight = grad_mean.view(rows) * reach.mean + grad_variance.view(rows) * reach.variance
+        grad_bias = grad_mean * reach.mean_bias + grad_variance * reach.variance_bias
+        return (
+            None,
+            None,
+            grad_weight.to(weight_dtype),
+            None if bias_dtype is None else grad_bias.to(bias_dtype),
+            *[None] * len(reach),
+        )
 
 
 class _Batch(NamedTuple):
@@ -187,6 +225,28 @@ class _Window(NamedTuple):
     share: Tensor
 
 
+class _Reach(NamedTuple):
+    """How the statistics over the window depend on today's weights through past batches.
+
+    Attributes:
+        mean: (G, C/G, F), ∂μ̄/∂w.
+        variance: (G, C/G, F), ∂σ̄²/∂w.
+        mean_bias: (C,), ∂μ̄/∂b.
+        variance_bias: (C,), ∂σ̄²/∂b.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    mean_bias: Tensor
+    variance_bias: Tensor
+
+
+def _counts(past_mean: Tensor, past_variance: Tensor, rule: str) -> Tensor:
+    """Which entries of the history have a part in the statistics, per channel."""
+    counts = torch.isfinite(past_mean) & torch.isfinite(past_variance)
+    return counts & (past_variance >= 0) if rule == "drop" else counts
+
+
 def _average(mean: Tensor, variance: Tensor, past: tuple[Tensor, Tensor], rule: str) -> _Window:
     """Join the batch's moments and the past ones (k, C), as brought to today's weights.
 
@@ -194,20 +254,16 @@ def _average(mean: Tensor, variance: Tensor, past: tuple[Tensor, Tensor], rule: 
     not finite has no part in it.
     """
     past_mean, past_variance = past
-    counts = torch.isfinite(past_mean) & torch.isfinite(past_variance)
-    if rule == "drop":
-        counts = counts & (past_variance >= 0)
+    counts = _counts(past_mean, past_variance, rule)
     past_mean = torch.where(counts, past_mean, mean)
     past_variance = torch.where(counts, past_variance.clamp_min(0.0), 0.0)
-    share = 1.0 / (1.0 + counts.sum(0))
+    share = (1.0 + counts.sum(0)).to(mean.dtype).reciprocal()
     present = counts.to(mean.dtype)
     # deviations from the current mean, so that a mean far from zero costs no digits
     shift = past_mean - mean
     mean_shift = shift.sum(0) * share
     spread = (present * (shift - mean_shift).square()).sum(0) + mean_shift.square()
-    return _Window(
-        mean + mean_shift, (variance + past_variance.sum(0) + spread) * share, share.to(mean.dtype)
-    )
+    return _Window(mean + mean_shift, (variance + past_variance.sum(0) + spread) * share, share)
 
 
 class _CrossIterationBatchNorm(TracksBatches):
@@ -224,6 +280,7 @@ class _CrossIterationBatchNorm(TracksBatches):
         compensate: bool = True,
         variance_rule: str = "max",
         *,
+        through_history: bool = False,
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -237,10 +294,18 @@ class _CrossIterationBatchNorm(TracksBatches):
                 need="iterations, 0 or more, and one of " + ", ".join(map(repr, _RULES)),
                 hint="burn_in=0, variance_rule='max'",
             )
+        if through_history and not compensate:
+            raise LayerError(
+                type(self).__name__,
+                got="through_history=True, compensate=False",
+                need="compensation: without it the history does not depend on the weights",
+                hint="compensate=True",
+            )
         self.window = window
         self.burn_in = burn_in
         self.compensate = compensate
         self.variance_rule = variance_rule
+        self.through_history = through_history
         self.iteration = 0
         self._history = _History(window - 1)
         self._link: ProducerLink | None = None
@@ -301,29 +366,38 @@ class _CrossIterationBatchNorm(TracksBatches):
     @in_eager
     def _train(self, x: Tensor) -> Tensor:
         with torch.no_grad(), _full_precision(x.device.type):
-            mean, window = self._window_statistics(x.detach())
-        self._recent.remember(mean, tuple(window))
-        y: Tensor = _NormaliseAcrossIterations.apply(x, self.weight, self.bias, *window, self.eps)
+            mean, window, reach = self._window_statistics(x.detach())
+        self._recent.remember(mean, (*window, *(reach or ())))
+        centre, spread = window.mean, window.variance
+        if reach is not None and self._link is not None:
+            weight, bias = self._link.producer.weight, self._link.producer.bias
+            folded = fold_weight(self._link.producer, cast(Tensor, weight))
+            centre, spread = _ThroughHistory.apply(centre, spread, folded, bias, *reach)
+        y: Tensor = _NormaliseAcrossIterations.apply(
+            x, self.weight, self.bias, centre, spread, window.share, self.eps
+        )
         return y
 
-    def _window_statistics(self, x: Tensor) -> tuple[Tensor, _Window]:
+    def _window_statistics(self, x: Tensor) -> tuple[Tensor, _Window, _Reach | None]:
         """The batch's own mean and the statistics over the window, which it enters, once."""
         if is_recomputation():
             mean, variance = batch_moments(x)
             recalled = self._recent.recall(mean, variance, self.eps)
             if recalled is not None:
-                return mean, _Window(*recalled)
+                reach = _Reach(*recalled[3:]) if recalled[3:] else None
+                return mean, _Window(*recalled[:3]), reach
         self.iteration += 1
         collects = self.window > 1 and self.iteration > self.burn_in
+        reach = None
         if not collects:
             mean, variance = batch_moments(x)
             window = _Window(mean, variance, torch.ones_like(mean))
         elif self.compensate:
-            mean, variance, window = self._compensated(x)
+            mean, variance, window, reach = self._compensated(x)
         else:
             mean, variance, window = self._naive(x)
         self._track(mean, variance, x.numel() // x.shape[1])
-        return mean, window
+        return mean, window, reach
 
     def _naive(self, x: Tensor) -> tuple[Tensor, Tensor, _Window]:
         mean, variance = batch_moments(x)
@@ -334,7 +408,7 @@ class _CrossIterationBatchNorm(TracksBatches):
         self._history.push(_Batch(mean, variance, nothing, nothing, nothing, nothing))
         return mean, variance, window
 
-    def _compensated(self, x: Tensor) -> tuple[Tensor, Tensor, _Window]:
+    def _compensated(self, x: Tensor) -> tuple[Tensor, Tensor, _Window, _Reach | None]:
         link = self._link
         call = None if link is None else link.take(x)
         if link is None or call is None:
@@ -355,10 +429,13 @@ class _CrossIterationBatchNorm(TracksBatches):
             slopes = fold_weight(producer, past.slope)
             moments = _predict(past, offsets[1:], slopes, weight, _bias(producer))
         window = _average(mean, variance, moments, self.variance_rule)
+        reach = None
+        if past is not None and self.through_history:
+            reach = _reach(window, moments, past, offsets[1:], slopes, self.variance_rule)
         slope = weight_gradient(producer, call, centred, link.pad)
         factor = mean.new_full((1,), 2.0 * x.shape[1] / x.numel())
         self._history.push(_Batch(mean.new_empty(0), variance, offsets[0], patch, slope, factor))
-        return mean, variance, window
+        return mean, variance, window, reach
 
     def _unwired(self) -> LayerError:
         if self._link is None:
@@ -390,6 +467,7 @@ class _CrossIterationBatchNorm(TracksBatches):
         return (
             f"{super().extra_repr()}, window={self.window}, burn_in={self.burn_in}, "
             f"compensate={self.compensate}, variance_rule={self.variance_rule!r}"
+            + (", through_history=True" if self.through_history else "")
         )
 
 
@@ -441,6 +519,38 @@ def _predict(
     return means, contracted - past.variance - (offsets - past.offset).square()
 
 
+def _reach(
+    window: _Window,
+    moments: tuple[Tensor, Tensor],
+    past: _Batch,
+    offsets: Tensor,
+    slopes: Tensor,
+    rule: str,
+) -> _Reach:
+    """Derivatives of ``_average`` and ``_predict`` by the weight, past batches only.
+
+    ``∂σ̄²/∂μ̂_τ = 2·share·(μ̂_τ − μ̄)`` and ``∂σ̄²/∂v̂_τ = share`` where v̂_τ counts and is positive.
+    """
+    past_mean, past_variance = moments
+    counts = _counts(past_mean, past_variance, rule)
+    share = torch.where(counts, window.share, 0.0)
+    lean = 2.0 * share * torch.where(counts, past_mean - window.mean, 0.0)
+    grows = torch.where(past_variance > 0, share, 0.0)
+    moved = torch.where(counts, offsets - past.offset, 0.0)
+    patches = torch.nan_to_num(past.patch, posinf=0.0, neginf=0.0).transpose(0, 1)
+    slopes = torch.nan_to_num(slopes, posinf=0.0, neginf=0.0).flatten(1, 2).transpose(0, 1)
+    groups = len(patches)
+
+    def spread(coefficients: Tensor) -> Tensor:  # (k, C) over the patches: (G, C/G, F)
+        return coefficients.t().reshape(groups, -1, len(coefficients)) @ patches
+
+    of_slopes = (grows * past.factor).t().unsqueeze(1) @ slopes
+    of_patches = spread(lean - 2.0 * grows * moved)
+    return _Reach(
+        spread(share), of_patches + of_slopes.view_as(of_patches), share.sum(0), lean.sum(0)
+    )
+
+
 class CrossIterationBatchNorm1d(_CrossIterationBatchNorm):
     """CBN of (N, C) or (N, C, L); see :class:`CrossIterationBatchNorm2d`.
 
@@ -459,7 +569,8 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
 
     ``μ̂_τ = μ_τ + ⟨∂μ_τ/∂w, w_t − w_τ⟩``, and the second moment ν likewise;
     ``μ̄ = mean(μ̂)``, ``ν̄ = mean(max(ν̂, μ̂²))``, ``σ̄² = ν̄ − μ̄²``, ``y = γ(x − μ̄)/√(σ̄² + ε) + β``.
-    The gradient flows through the current batch's share only. Eval is BatchNorm's own, to the bit,
+    The gradient flows through the current batch's share only, unless ``through_history`` is set.
+    Eval is BatchNorm's own, to the bit,
     and so are the state dict's keys; running statistics are BatchNorm's too.
 
     Wire it with :meth:`attach` before training. Every training forward counts as an iteration, also
@@ -481,6 +592,9 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
         compensate: apply the Taylor term; without it ("naive CBN") no producer is needed.
         variance_rule: what to do with a predicted variance below 0: ``"max"`` takes 0, ``"drop"``
             leaves the entry out, as the paper's code does.
+        through_history: let the gradient reach the producer's weight through past batches too. The
+            paper stops it there, which leaves the weight's scale free to grow; at batch 2 training
+            can be very much slower for it. Costs one more look at the history.
         track_running_stats: must stay True.
         device: where parameters and buffers live.
         dtype: their dtype.
