@@ -26,10 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap import FineTune, finetune
+from normswap import CrossIterationBatchNorm, FineTune, finetune
 from normswap.sweeps import Sweep, sweep
 
-TARGETS = ("bn", "gn", "frn", "brn", "cbn")
+TARGETS = {
+    **{name: name for name in ("bn", "gn", "frn", "brn", "cbn")},
+    # the paper stops the gradient at past batches; here it goes on
+    "cbn-through": CrossIterationBatchNorm(through_history=True),
+}
 
 
 class Block(nn.Module):
