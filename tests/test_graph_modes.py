@@ -64,6 +64,29 @@ class InALambda(nn.Module):
         return (lambda y: y + 1 if self.training else y)(x)
 
 
+class Decorated(nn.Module):
+    @torch.no_grad()
+    def forward(self, x):
+        return x + 1 if self.training else x
+
+
+class DecoratedTwice(nn.Module):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.helper(x)
+
+    @torch.no_grad()
+    def helper(self, x):
+        return x + 1 if self.training else x
+
+
+def homeless():
+    model = Plain()
+    model.function = lambda x: x
+    model.function.__module__ = None  # as exec leaves it
+    return nn.Sequential(model, Branch())
+
+
 class Switches(nn.Module):
     def train(self, mode=True):
         self.extra = mode
@@ -103,7 +126,7 @@ def holding_a_function():
     "make",
     [
         *(Branch, InAMethod, InAParent, InAProperty, ByName, InAFunction, InALambda, Switches),
-        *(OwnDropout, hooked, patched, holding_a_function),
+        *(OwnDropout, hooked, patched, holding_a_function, Decorated, DecoratedTwice, homeless),
     ],
 )
 def test_code_that_may_depend_on_the_mode_is_found(make):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,9 @@ _DROPOUTS = frozenset(
     for home in ("F", "functional", "nn.functional", "torch.nn.functional", "torch")
     for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 )
+
+_FUNCTIONS = (FunctionType, MethodType)
+_EMPTY = CellType()
 
 
 def any_depends_on_mode(modules: Iterable[nn.Module]) -> bool:
@@ -43,9 +46,6 @@ def _is_patched(module: nn.Module) -> bool:
     )
 
 
-_FUNCTIONS = (FunctionType, MethodType)
-
-
 def class_depends_on_mode(cls: type[nn.Module]) -> bool:
     """Whether ``forward``, or a function that it calls by name, torch's own apart, may do so."""
     known: Any = cls
@@ -61,15 +61,18 @@ def _class_depends_on_mode(cls: type[nn.Module], forward: object, train: object)
 
 
 def _any_depends(cls: type[nn.Module], start: FunctionType) -> bool:
-    seen: set[CodeType] = set()
+    seen: set[FunctionType] = set()  # not their code: all that one decorator wraps share it
     waiting = [start]
     while waiting:
         function = waiting.pop()
-        if function.__code__ in seen or _is_torch(function.__module__):
+        if function in seen:
+            continue
+        seen.add(function)
+        waiting += _enclosed(function)
+        if _is_torch(function.__module__):
             continue
         if _depends_on_mode(function):
             return True
-        seen.add(function.__code__)
         for name in _names(function.__code__):
             waiting += _functions(function.__globals__.get(name))
             for ancestor in cls.__mro__:  # all of them: super() may be called
@@ -85,8 +88,14 @@ def _functions(found: Any) -> list[FunctionType]:
     return [found] if isinstance(found, FunctionType) else []
 
 
-def _is_torch(module: str) -> bool:
-    return module == "torch" or module.startswith("torch.")
+def _enclosed(function: FunctionType) -> list[FunctionType]:
+    """The functions that a decorator has put ``function`` around."""
+    cells = (cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY)
+    return [found for cell in cells for found in _functions(cell)]
+
+
+def _is_torch(module: str | None) -> bool:
+    return module is not None and (module == "torch" or module.startswith("torch."))
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -100,7 +100,7 @@ class RecentBatches:
 
     A checkpointed segment runs twice. The second run must use the constants of the first, although
     the running statistics have moved on; it sees the same batch, so the batch's mean is the key.
-    Per-channel vectors only; never part of a state dict, a copy or a pickle.
+    Small beside activations; never part of a state dict, a copy or a pickle.
     """
 
     def __init__(self) -> None:
