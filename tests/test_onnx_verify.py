@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from onnx_support import Net, edit_tensor, live
 
 from normswap.errors import ExportError, ParityError
-from normswap.onnx import export_onnx, load_onnx, verify_onnx
+from normswap.onnx import export_onnx, load_onnx, proof, verify_onnx
 from normswap.onnx.files import read_onnx
 from normswap.onnx.metadata import write_metadata
 from normswap.onnx.selftest import Expected, SelfTest, TestInput, splitmix64, uniform
@@ -61,8 +61,20 @@ def test_a_good_file_passes_alone_and_with_its_model(good):
         f"self-test, onnxruntime {level}" for level in ("off", "basic", "all")
     }
     assert 0 < alone.max_relative_error < 1e-5
-    assert verify_onnx(path, model, example_inputs=x).passed
+    with_model = verify_onnx(path, model, example_inputs=x)
+    assert with_model.passed
+    assert any(case.randomised for case in with_model.cases)
     assert verify_onnx(path, model).passed  # the recorded inputs serve as examples
+
+
+def test_a_file_stays_proven_where_its_model_cannot_be_exported_again(good, monkeypatch):
+    def refuse(*_):
+        raise ExportError("Net", got="a refusal", need="an exporter", hint="another torch")
+
+    monkeypatch.setattr(proof, "write_program", refuse)
+    parity = verify_onnx(good[2], good[0])
+    assert parity.passed
+    assert any("randomised copy was not tried" in note for note in parity.notes)
 
 
 def test_another_model_fails_and_the_file_is_not_to_blame(good):

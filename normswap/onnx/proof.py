@@ -28,7 +28,7 @@ from normswap.onnx.parity import (
 )
 from normswap.onnx.program import Draft, Options, write_program
 from normswap.onnx.session import LEVELS, Failed, Here, Outputs, Runner
-from normswap.onnx.subject import Subject, subject_of
+from normswap.onnx.subject import Subject, first, subject_of
 from normswap.onnx.trials import (
     Judge,
     Reference,
@@ -105,6 +105,9 @@ def prove_file(
 ) -> Parity:
     """The proof of a file that was written before, against the model it should be.
 
+    The file holds the model's own weights, so the randomised copy is exported here, as the file
+    was: that stage speaks of the exporter, the others of the file.
+
     Raises:
         ExportError: no example inputs, and none recorded in the file.
     """
@@ -120,17 +123,22 @@ def prove_file(
     )
     judge_ = Judge.of(subject, tolerance=tolerance, half=options.half)
     evidence = _examine(file.path, judge_, trials, runner)
+    cases, notes = evidence.cases, evidence.notes
+    if all(case.passed for case in cases):
+        try:
+            cases = cases + _randomised_cases(judge_, options)
+        except ExportError as error:
+            notes += (f"the randomised copy was not tried: {first(error)}",)
     identity = None if metadata is None else metadata.intact
     problem = metadata.problem if metadata is not None else None
-    bad = next((case for case in evidence.cases if not case.passed), None)
+    bad = next((case for case in cases if not case.passed), None)
     if bad is None:
         stage = "identity" if problem else None
-        return summarise(
-            evidence.cases, failure=problem, stage=stage, identity=identity, notes=evidence.notes
-        )
-    divergence = _blame(file, subject, options, evidence.failing, runner)
-    parity = _failed(evidence.cases, bad, divergence, problem, evidence.notes)
-    return replace(parity, identity=identity)
+        return summarise(cases, failure=problem, stage=stage, identity=identity, notes=notes)
+    divergence = None
+    if evidence.failing is not None:
+        divergence = _blame(file, subject, options, evidence.failing, runner)
+    return replace(_failed(cases, bad, divergence, problem, notes), identity=identity)
 
 
 def _failed(
@@ -280,11 +288,9 @@ def _randomised_cases(judge_: Judge, options: Options) -> list[Case]:
 
 
 def _blame(
-    file: OnnxFile, subject: Subject, options: Options, trial: Trial | None, runner: Runner
+    file: OnnxFile, subject: Subject, options: Options, trial: Trial, runner: Runner
 ) -> Divergence | None:
     """Export the model again and find the first value of the file that is not the fresh one's."""
-    if trial is None:
-        return None
     with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
         try:
             good = write_program(subject, Path(folder) / "good.onnx", options)
