@@ -86,8 +86,8 @@ def calibrate(
 ) -> Calibration:
     """Bring a converted model to its BatchNorm original on unlabelled images, in place.
 
-    The loss is the relative squared error of the outputs, whatever their structure, plus the mean
-    of the same over all sites. An eighth of the images is held out; the state with the smallest
+    The loss is the relative squared error of the outputs, whatever their structure, plus three
+    times the mean of the same over the sites. An eighth of the images is held out; the state with the smallest
     held-out loss is the one that stays, so the model never ends worse there than it came.
 
     Args:

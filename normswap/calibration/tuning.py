@@ -20,10 +20,10 @@ class Tuning:
         warp: largest zoom and shift, as a share of the image.
     """
 
-    rate: float = 0.8
+    rate: float = 0.5
     most: float = 0.03
-    site_weight: float = 0.1
+    site_weight: float = 3.0
     sites: float = 0.3
-    mix: float = 1.0
-    jitter: float = 0.2
-    warp: float = 0.25
+    mix: float = 0.5
+    jitter: float = 0.1
+    warp: float = 0.15
