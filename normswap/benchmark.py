@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,16 @@ from normswap.planning import Target, plan
 from normswap.swap import convert
 
 BASE = "bn"
-_COMPILED = "compiled "  # put before a variant's name
+
+
+class Variant(NamedTuple):
+    """One contestant: a target, as it is or under ``torch.compile``."""
+
+    target: str
+    compiled: bool = False
+
+
+_BASE = Variant(BASE)
 
 
 @dataclass(frozen=True)
@@ -113,24 +122,24 @@ def compare(
         if progress is not None:
             progress(line)
 
-    models = {BASE: copy.deepcopy(model)}
+    models = {_BASE: copy.deepcopy(model)}
     for label, target in targets.items():
         say(f"converting to {label}")
-        models[label] = convert(
+        models[Variant(label)] = convert(
             copy.deepcopy(model), plan(model, target, example_inputs=example_inputs)
         ).model
     eager = dict(models)
     if compiled:
-        models |= {f"{_COMPILED}{name}": copy.deepcopy(m) for name, m in eager.items()}
+        models |= {Variant(v.target, compiled=True): copy.deepcopy(m) for v, m in eager.items()}
     # torch counts the compiled forms of one forward, and the variants share theirs
     limit = compiler_config.recompile_limit * len(models)
     with compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
         say("training steps")
         training, notes = _training(models, example_inputs, warmup, rounds)
         say("inference")
-        inference = {n: _inference_step(n, m, example_inputs) for n, m in models.items()}
+        inference = {v: _inference_step(v, m, example_inputs) for v, m in models.items()}
         infer = _interleave(inference, min(warmup, 3), rounds)
-    latencies: dict[str, list[float]] = {}
+    latencies: dict[Variant, list[float]] = {}
     if onnx:
         say("onnxruntime")
         latencies = _onnx(eager, example_inputs, rounds)
@@ -138,31 +147,31 @@ def compare(
     measured = eager.keys() & training.keys()
     rows = [
         Row(
-            target=name.removeprefix(_COMPILED),
-            compiled=name not in eager,
-            training=_ratio(training, name),
-            inference=_ratio(infer, name) or Ratio(1.0, 1.0, 1.0),
-            onnx=_ratio(latencies, name),
-            kept=kept_for_backward(variant, example_inputs) if name in measured else 0,
-            state=_history_bytes(variant) if name in eager else 0,
-            peak=_peak(variant, example_inputs, device) if name in measured else None,
-            note=notes.get(name, ""),
+            target=variant.target,
+            compiled=variant.compiled,
+            training=_ratio(training, variant),
+            inference=_ratio(infer, variant) or Ratio(1.0, 1.0, 1.0),
+            onnx=_ratio(latencies, variant),
+            kept=kept_for_backward(contestant, example_inputs) if variant in measured else 0,
+            state=_history_bytes(contestant) if variant in eager else 0,
+            peak=_peak(contestant, example_inputs, device) if variant in measured else None,
+            note=notes.get(variant, ""),
         )
-        for name, variant in models.items()
+        for variant, contestant in models.items()
     ]
     return Comparison(
         tuple(rows),
-        statistics.median(training.get(BASE, [float("nan")])),
-        statistics.median(infer[BASE]),
+        statistics.median(training.get(_BASE, [float("nan")])),
+        statistics.median(infer[_BASE]),
         rounds,
         str(device),
     )
 
 
-def _ratio(seconds: Mapping[str, list[float]], name: str) -> Ratio | None:
-    if name not in seconds or BASE not in seconds:
+def _ratio(seconds: Mapping[Variant, list[float]], variant: Variant) -> Ratio | None:
+    if variant not in seconds or _BASE not in seconds:
         return None
-    ratios = [a / b for a, b in zip(seconds[name], seconds[BASE], strict=True)]
+    ratios = [a / b for a, b in zip(seconds[variant], seconds[_BASE], strict=True)]
     if len(ratios) == 1:
         ratios *= 2
     return Ratio(*statistics.quantiles(ratios, n=4, method="inclusive"))
@@ -174,21 +183,21 @@ def _synchronize(inputs: Any) -> None:
 
 
 def _interleave(
-    steps: Mapping[str, Callable[[], None]], warmup: int, rounds: int
-) -> dict[str, list[float]]:
+    steps: Mapping[Variant, Callable[[], None]], warmup: int, rounds: int
+) -> dict[Variant, list[float]]:
     """Seconds of every step in every round, the steps taking turns."""
     for step in steps.values():
         for _ in range(warmup):
             step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    seconds: dict[Variant, list[float]] = {variant: [] for variant in steps}
+    order = list(steps)
     gc.collect()
     for number in range(rounds):
         # a rotating order: whoever comes first in a round finds other caches
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for variant in order[number % len(order) :] + order[: number % len(order)]:
             start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
+            steps[variant]()
+            seconds[variant].append(time.perf_counter() - start)
     return seconds
 
 
@@ -197,13 +206,13 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([t.float().square().mean() for t in floats]).sum()
 
 
-def _compiled_or_not(name: str, model: nn.Module) -> Any:
-    return torch.compile(model) if name.startswith(_COMPILED) else model
+def _compiled_or_not(variant: Variant, model: nn.Module) -> Any:
+    return torch.compile(model) if variant.compiled else model
 
 
-def _training_step(name: str, model: nn.Module, inputs: Any) -> Callable[[], None]:
+def _training_step(variant: Variant, model: nn.Module, inputs: Any) -> Callable[[], None]:
     model.train()
-    run = _compiled_or_not(name, model)
+    run = _compiled_or_not(variant, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -215,9 +224,9 @@ def _training_step(name: str, model: nn.Module, inputs: Any) -> Callable[[], Non
     return step
 
 
-def _inference_step(name: str, model: nn.Module, inputs: Any) -> Callable[[], None]:
+def _inference_step(variant: Variant, model: nn.Module, inputs: Any) -> Callable[[], None]:
     model.eval()
-    run = _compiled_or_not(name, model)
+    run = _compiled_or_not(variant, model)
 
     def step() -> None:
         with torch.no_grad():
@@ -228,31 +237,33 @@ def _inference_step(name: str, model: nn.Module, inputs: Any) -> Callable[[], No
 
 
 def _training(
-    models: Mapping[str, nn.Module], inputs: Any, warmup: int, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+    models: Mapping[Variant, nn.Module], inputs: Any, warmup: int, rounds: int
+) -> tuple[dict[Variant, list[float]], dict[Variant, str]]:
     """Seconds of a training step; and why a variant cannot take one on this input."""
     steps, notes = {}, {}
-    for name, model in models.items():
-        step = _training_step(name, model, inputs)
+    for variant, model in models.items():
+        step = _training_step(variant, model, inputs)
         try:
             step()
         except (RuntimeError, ValueError) as error:
-            notes[name] = f"cannot train here: {str(error).splitlines()[0][:120]}"
+            notes[variant] = f"cannot train here: {str(error).splitlines()[0][:120]}"
         else:
-            steps[name] = step
+            steps[variant] = step
     return _interleave(steps, warmup, rounds), notes
 
 
-def _onnx(models: Mapping[str, nn.Module], inputs: Any, rounds: int) -> dict[str, list[float]]:
+def _onnx(
+    models: Mapping[Variant, nn.Module], inputs: Any, rounds: int
+) -> dict[Variant, list[float]]:
     from normswap.onnx import export_onnx, load_onnx
 
     with tempfile.TemporaryDirectory() as folder:
-        steps: dict[str, Callable[[], None]] = {}
-        for name, model in models.items():
-            path = Path(folder) / f"{name}.onnx"
+        steps: dict[Variant, Callable[[], None]] = {}
+        for variant, model in models.items():
+            path = Path(folder) / f"{variant.target}.onnx"
             export_onnx(model.cpu().eval(), path, example_inputs=inputs)
             session = load_onnx(path)
-            steps[name] = lambda session=session: call(session, inputs)  # type: ignore[misc]
+            steps[variant] = lambda session=session: call(session, inputs)  # type: ignore[misc]
         return _interleave(steps, 3, rounds)
 
 
@@ -290,5 +301,5 @@ def _peak(model: nn.Module, inputs: Any, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
-    _training_step(BASE, model, inputs)()
+    _training_step(_BASE, model, inputs)()
     return int(torch.cuda.max_memory_allocated(device))

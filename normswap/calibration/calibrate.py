@@ -87,8 +87,9 @@ def calibrate(
     """Bring a converted model to its BatchNorm original on unlabelled images, in place.
 
     The loss is the relative squared error of the outputs, whatever their structure, plus three
-    times the mean of the same over the sites. An eighth of the images is held out; the state with the smallest
-    held-out loss is the one that stays, so the model never ends worse there than it came.
+    times the mean of the same over the sites. An eighth of the images is held out; the state with
+    the smallest held-out loss is the one that stays, so the model never ends worse there than it
+    came.
 
     Args:
         model: the converted model.
