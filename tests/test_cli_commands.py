@@ -125,6 +125,14 @@ def test_dry_run_writes_nothing_and_its_json_is_a_plan(model, tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_settings_of_cbn_reach_its_layers(model, tmp_path):
+    options = ("--to", "cbn", "--window", "4", "--through-history")
+    run("convert", *model, *options, "-o", tmp_path / "converted")
+    norm = normswap.load(tmp_path / "converted").layer2[0].bn1
+    assert norm.window == 4
+    assert norm.through_history
+
+
 def test_a_plan_file_gives_what_its_target_gives(model, tmp_path):
     options = ("--to", "gn", "--groups", "4", "--exclude", "layer3.*")
     plan = tmp_path / "plan.json"

@@ -129,6 +129,21 @@ FAULTS = {
         2,
         r"'many'; need a positive number or auto",
     ),
+    "a gradient through a history that no target but cbn has": (
+        ["convert", MODEL, "--to", "naive-cbn", "--through-history", "--dry-run"],
+        2,
+        r"--through-history goes with --to cbn, not with --to naive-cbn",
+    ),
+    "an option beside a plan that has settled it": (
+        ["convert", MODEL, "--plan", "plan.json", "--window", "4", "--dry-run"],
+        2,
+        r"--window goes with --to TARGET; a plan has settled it",
+    ),
+    "time for a calibration without images": (
+        ["convert", MODEL, "--to", "gn", "--calibrate-seconds", "5", "-o", "out"],
+        2,
+        r"--calibrate-seconds goes with --calibrate IMAGES",
+    ),
     "groups that do not divide": (
         ["convert", MODEL, "--to", "gn", "--groups", "5", "--dry-run"],
         1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,29 @@ if TYPE_CHECKING:
     from normswap.calibration import Calibration
     from normswap.planning import Plan, PlanEntry
 
-_SHOWN = ("groups", "eps", "window", "r_max", "d_max", "momentum")
+_SETTINGS = {
+    "groups": ("gn",),
+    "window": ("cbn", "naive-cbn"),
+    "through_history": ("cbn",),
+}
+"""Options that set a hyper-parameter of a target, and the targets that have it."""
+_BESIDE_PLAN = ("init", "groups", "window", "through_history", "include", "exclude", "fallback")
+"""Options that a plan has settled already."""
+_CALIBRATION = ("calibrate_seconds", "calibrate_all")
+_SHOWN = ("groups", "eps", "window", "through_history", "r_max", "d_max", "momentum")
 _TARGETS = "\b\nTARGET is one of\n" + "\n".join(
     f"  {name:<10} {meaning}" for name, meaning in TARGETS.items()
 )
+
+
+def _number_of_groups(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if not (value.isdecimal() and int(value) > 0):
+        raise click.BadParameter(f"got {value!r}; need a positive number or auto.")
+    return int(value)
 
 
 @cli_command("convert", epilog=_TARGETS)
@@ -53,7 +73,24 @@ _TARGETS = "\b\nTARGET is one of\n" + "\n".join(
     show_default=True,
     help="Affine parameters: solved from BN's statistics, BN's own, or 1 and 0.",
 )
-@click.option("--groups", metavar="N|auto", help="For gn: how many groups [default: auto].")
+@click.option(
+    "--groups",
+    callback=_number_of_groups,
+    metavar="N|auto",
+    help="For gn: how many groups [default: auto].",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    help="For cbn and naive-cbn: how many iterations count [default: 8].",
+)
+@click.option(
+    "--through-history",
+    is_flag=True,
+    default=None,
+    help="For cbn: the gradient passes through past iterations too. Costs more than the paper's "
+    "form and trains far better at batch 2.",
+)
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No layers of this name.")
 @click.option(
@@ -85,7 +122,9 @@ def command(
     plan_file: Path | None,
     output: Path | None,
     init: str,
-    groups: str | None,
+    groups: int | str | None,
+    window: int | None,
+    through_history: bool | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     fallback: str | None,
@@ -100,15 +139,13 @@ def command(
 
     Every layer is planned before any is changed: --dry-run shows what becomes what, and why not.
     """
-    if (target is None) == (plan_file is None):
-        raise click.UsageError("Give either --to TARGET or --plan FILE.")
-    if output is None and not dry_run:
-        raise click.UsageError("Missing option '-o' (or --dry-run to print the plan only).")
+    _check_usage(click.get_current_context())
     if output is not None and not dry_run:
         check_output(output, force=force)
     import normswap
 
-    recipe = read_plan(plan_file) if plan_file else _recipe(target, groups)
+    settings = {"groups": groups, "window": window, "through_history": through_history}
+    recipe = read_plan(plan_file) if plan_file else _recipe(target, settings)
     source = chosen.load()
     options: dict[str, Any] = {
         "example_inputs": chosen.inputs(source),
@@ -168,17 +205,37 @@ def _print_trust(plan: Plan, report: Calibration | None) -> None:
         say("in eval mode this is the original's function, to rounding")
 
 
-def _recipe(target: str | None, groups: str | None) -> Any:
-    """The target's name, or a recipe where an option says more than the name."""
-    if groups is None:
-        return target
-    if target != "gn":
-        raise click.UsageError(f"--groups goes with --to gn, not with --to {target}.")
-    if groups != "auto" and not (groups.isdecimal() and int(groups) > 0):
-        raise click.UsageError(f"--groups: got {groups!r}; need a positive number or auto.")
-    from normswap.recipes import GroupNorm
+def _check_usage(context: click.Context) -> None:
+    """Refuse options that contradict each other or would do nothing."""
+    values = context.params
+    if (values["target"] is None) == (values["plan_file"] is None):
+        raise click.UsageError("Give either --to TARGET or --plan FILE.")
+    if values["output"] is None and not values["dry_run"]:
+        raise click.UsageError("Missing option '-o' (or --dry-run to print the plan only).")
+    for name, partner in _without_effect(values):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with {partner}.")
 
-    return GroupNorm(groups="auto") if groups == "auto" else GroupNorm(groups=int(groups))
+
+def _without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The options that do nothing here, and what they go with."""
+    if values["plan_file"] is not None:
+        yield from ((name, "--to TARGET; a plan has settled it") for name in _BESIDE_PLAN)
+    if values["images"] is None:
+        yield from ((name, "--calibrate IMAGES") for name in _CALIBRATION)
+    for name, targets in _SETTINGS.items():
+        if values["target"] not in targets:
+            yield name, f"--to {' or '.join(targets)}, not with --to {values['target']}"
+
+
+def _recipe(target: str | None, settings: dict[str, Any]) -> Any:
+    """The target's name, or a recipe where an option says more than the name."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if target is None or not given:
+        return target
+    from normswap.recipes import RECIPES
+
+    return RECIPES[target](**given)
 
 
 def read_plan(path: Path) -> Plan:
@@ -221,7 +278,7 @@ def print_plan(plan: Plan) -> None:
 def _settings(entry: PlanEntry) -> str:
     """What a user would want to know of the recipe, the wiring and the ReLU."""
     shown = {key: value for key, value in (entry.recipe or {}).items() if key in _SHOWN}
-    parts = [f"{key}={value}" for key, value in shown.items() if value is not None]
+    parts = [f"{key}={value}" for key, value in shown.items() if value not in (None, False)]
     if entry.becomes in PER_SAMPLE:
         parts.append(f"init={entry.init}")
     if entry.producer:
