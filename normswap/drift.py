@@ -7,6 +7,8 @@ the error of the outputs and how often the two models agree. Nothing here change
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from normswap.errors import CalibrationError
 from normswap.graph import call
@@ -23,6 +26,8 @@ from normswap.recipes.matching import predicted_filter_response_drift, predicted
 
 TRUST = 0.9
 """Top-1 agreement below which a conversion should not be used without fine-tuning."""
+MOST_ERROR = 0.5
+"""Output error above which it should not be either: two outputs may agree in what is larger."""
 
 
 # --- what is compared with what -------------------------------------------------------------------
@@ -137,22 +142,27 @@ def device_of(model: nn.Module) -> torch.device:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """A batch of any structure on ``device``."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+
+
+def copied(batch: Any) -> Any:
+    """A batch for one forward pass, which may write into its input."""
+    return tree_map_only(Tensor, Tensor.clone, batch)
 
 
 def batches(images: Tensor | Iterable[Any], size: int) -> list[Any]:
     """Images as a list of batches: a tensor is split, an iterable is taken as it comes.
 
+    A data loader makes lists of what its data set gives: of ``[images]`` and ``[images, labels]``
+    the images are taken.
+
     Raises:
         CalibrationError: there are no images.
     """
-    found = list(torch.split(images, size)) if isinstance(images, Tensor) else list(images)
+    if isinstance(images, Tensor):
+        found = list(torch.split(images, size))
+    else:
+        found = [_without_labels(batch) for batch in images]
     if not found or (isinstance(images, Tensor) and not len(images)):
         raise CalibrationError(
             "images",
@@ -161,6 +171,14 @@ def batches(images: Tensor | Iterable[Any], size: int) -> list[Any]:
             hint="normswap.data.load_images(folder, preprocessing)",
         )
     return found
+
+
+def _without_labels(batch: Any) -> Any:
+    if not (isinstance(batch, list) and batch and all(isinstance(t, Tensor) for t in batch)):
+        return batch
+    first, *rest = batch
+    labels = len(rest) == 1 and rest[0].dim() <= 1 and not rest[0].is_floating_point()
+    return first if labels or (not rest and first.dim() != 3) else batch  # 3: a detector's image
 
 
 # --- the measurement ------------------------------------------------------------------------------
@@ -194,7 +212,7 @@ class Drift:
         output_error: relative root mean square error of all outputs together; None if the outputs
             cannot be compared.
         agreement: share of equal top-1 choices (per pixel in dense prediction), or None.
-        images: number of batches' entries seen.
+        images: number of batches' entries seen; 0 where only predictions are known.
     """
 
     sites: tuple[SiteDrift, ...]
@@ -205,16 +223,24 @@ class Drift:
     @property
     def trusted(self) -> bool:
         """Whether the converted model may be used as it is."""
-        if self.agreement is not None:
-            return self.agreement >= TRUST
-        return self.output_error is not None and self.output_error <= 1 - TRUST
+        if not self.images:
+            return not any(self._predicted)
+        if self.output_error is None:
+            return False
+        if self.agreement is None:
+            return self.output_error <= 1 - TRUST
+        return self.agreement >= TRUST and self.output_error <= MOST_ERROR
+
+    @property
+    def _predicted(self) -> list[float]:
+        return [site.predicted for site in self.sites if site.predicted is not None]
 
     @property
     def warning(self) -> str | None:
         """What to tell a user whose model should be calibrated or fine-tuned first; else None."""
         if self.trusted:
             return None
-        worst = max(self.sites, key=lambda site: site.alone or 0.0, default=None)
+        worst = max(self.sites, key=lambda s: s.alone or s.predicted or 0.0, default=None)
         place = f"; the worst layer is {worst.name}" if worst is not None else ""
         return f"{self.summary}: do not use it without calibration or fine-tuning{place}"
 
@@ -222,6 +248,9 @@ class Drift:
     def summary(self) -> str:
         """One line."""
         parts = []
+        if not self.images and self._predicted:
+            middle, most = statistics.median(self._predicted), max(self._predicted)
+            parts.append(f"predicted error of a layer by itself {middle:.0%}, at most {most:.0%}")
         if self.agreement is not None:
             parts.append(f"top-1 agreement {self.agreement:.1%}")
         if self.output_error is not None:
@@ -236,8 +265,8 @@ class Drift:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, ready for ``json.dumps``."""
-        return asdict(self)
+        """Plain data, ready for ``json.dumps``, the verdict included."""
+        return {**asdict(self), "trusted": self.trusted, "warning": self.warning}
 
     def __str__(self) -> str:
         head = ("site", "layer", "predicted", "alone", "measured")
@@ -248,6 +277,15 @@ class Drift:
             for row in table
         ]
         return "\n".join([*lines, self.summary])
+
+    def write(self, path: str | Path) -> Path:
+        """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
+        path = Path(path)
+        if path.suffix in (".png", ".svg", ".pdf"):
+            return self.draw(path)
+        text = json.dumps(self.to_json(), indent=1) if path.suffix == ".json" else str(self)
+        path.write_text(text + "\n", encoding="utf-8")
+        return path
 
     def draw(self, path: str | Path) -> Path:
         """Write a picture of the three errors along the network."""
@@ -270,31 +308,68 @@ def _share(value: float | None) -> str:
 
 
 class _Error:
-    """Running relative error: sums of squared differences and of the reference's spread."""
+    """Running relative error: sums of squared differences and of the reference's spread.
 
-    def __init__(self) -> None:
-        self.difference = self.square = self.total = 0.0
+    Args:
+        by_channel: every channel has a mean of its own. One mean for all counts the distance
+            between channels as spread, which hides errors where their units differ.
+    """
+
+    def __init__(self, *, by_channel: bool = False) -> None:
+        self.by_channel = by_channel
+        self.sums: Tensor | None = None  # (difference², reference², reference) by channel
         self.count = 0
 
     def add(self, found: Tensor, reference: Tensor) -> None:
         if found.shape != reference.shape or not found.numel():
             return
-        found, reference = found.detach().double(), reference.double()
-        self.difference += float((found - reference).square().sum())
-        self.square += float(reference.square().sum())
-        self.total += float(reference.sum())
-        self.count += reference.numel()
+        ours, theirs = self._rows(found.detach()), self._rows(reference)
+        sums = torch.stack([(ours - theirs).square().sum(1), theirs.square().sum(1), theirs.sum(1)])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.count += theirs.shape[1]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self.by_channel and x.dim() > 1:
+            return x.double().transpose(0, 1).flatten(1)
+        return x.double().reshape(1, -1)
+
+    @property
+    def parts(self) -> tuple[float, float]:
+        """Sum of squared differences, and of squared deviations of the reference."""
+        if self.sums is None:
+            return 0.0, 0.0
+        difference, square, total = self.sums
+        spread = square - total.square() / self.count
+        constant = spread <= 1e-12 * square  # nothing varies: its size is the scale
+        return float(difference.sum()), float(torch.where(constant, square, spread).sum())
 
     @property
     def value(self) -> float | None:
-        if not self.count:
-            return None
-        spread = self.square - self.total**2 / self.count
-        if spread <= 1e-12 * max(self.square, 1e-300):
-            spread = self.square
-        if spread <= 0:
-            return None if self.difference > 0 else 0.0
-        return float((self.difference / spread) ** 0.5)
+        return _ratio([self]) if self.count else None
+
+
+def _ratio(errors: Iterable[_Error]) -> float | None:
+    difference, spread = (sum(column) for column in zip(*(e.parts for e in errors), strict=True))
+    if spread <= 0:
+        return None if difference > 0 else 0.0
+    return float((difference / spread) ** 0.5)
+
+
+class _OutputError:
+    """The error of all outputs together, by channel."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[tuple[int, int], _Error] = {}
+
+    def add(self, found: list[Tensor], reference: list[Tensor]) -> None:
+        for index, (ours, theirs) in enumerate(zip(found, reference, strict=False)):
+            key = index, theirs.shape[1] if theirs.dim() > 1 else 1
+            self._outputs.setdefault(key, _Error(by_channel=True)).add(ours, theirs)
+
+    @property
+    def value(self) -> float | None:
+        seen = [error for error in self._outputs.values() if error.count]
+        return _ratio(seen) if seen else None
 
 
 class _Recorder:
@@ -361,7 +436,8 @@ def measure_drift(
     """Compare a converted model with its BatchNorm original on unlabelled images.
 
     The relative error of an output z against its reference t is
-    ``√(Σ (z − t)² / Σ (t − mean t)²)``: 0 is equal, 1 is as bad as a constant.
+    ``√(Σ (z − t)² / Σ (t − mean t)²)``: 0 is equal, 1 is as bad as a constant. At the outputs
+    every channel has a mean of its own.
 
     Args:
         model: the converted model.
@@ -385,17 +461,16 @@ def measure_drift(
         0.0
     """
     pairs = paired_sites(model, teacher)
-    recorder, whole, agreement, seen = _Recorder(pairs), _Error(), _Agreement(), 0
+    recorder, whole, agreement, seen = _Recorder(pairs), _OutputError(), _Agreement(), 0
     device = device_of(model)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, teacher))
         recorder.install(stack)
         for batch in batches(images, batch_size):
             inputs = moved(batch, device)
-            reference = [leaf.clone() for leaf in leaves(call(teacher, inputs))]
-            found = leaves(call(model, inputs))
-            for ours, theirs in zip(found, reference, strict=False):
-                whole.add(ours, theirs)
+            reference = [leaf.clone() for leaf in leaves(call(teacher, copied(inputs)))]
+            found = leaves(call(model, copied(inputs)))
+            whole.add(found, reference)
             agreement.add(found, reference)
             seen += entries(batch)
     sites = tuple(
@@ -409,6 +484,25 @@ def measure_drift(
         for pair in pairs
     )
     return Drift(sites, whole.value, agreement.value, seen)
+
+
+def predict_drift(model: nn.Module, originals: Mapping[str, nn.Module]) -> Drift:
+    """What BatchNorm's statistics alone say about a matched conversion; no data, no forward.
+
+    Args:
+        model: the converted model.
+        originals: its BatchNorms before the conversion, by qualified name.
+
+    Returns:
+        Drift: with predictions only.
+    """
+    now = dict(model.named_modules(remove_duplicate=False))
+    sites = tuple(
+        SiteDrift(name, type(now[name]).__name__, predicted_drift(now[name], bn), None, None)
+        for name, bn in originals.items()
+        if name in now
+    )
+    return Drift(sites, None, None, 0)
 
 
 def entries(batch: Any) -> int:

@@ -83,7 +83,7 @@ def test_it_brings_the_model_closer_on_images_it_has_not_seen(target):
 def test_the_closed_form_gives_every_site_the_moments_of_the_original():
     model, teacher = pair("gn", init="copy")
     x = images(14, 1)  # fewer than 16: nothing is held out, all images make the moments
-    calibrate(model, teacher, x, seconds=1e-9)
+    calibrate(model, teacher, x, steps=0)
     with torch.no_grad():
         ours, theirs = model.bn1(model.conv1(x)), teacher.bn1(teacher.conv1(x))
         assert torch.allclose(ours.mean((0, 2, 3)), theirs.mean((0, 2, 3)), atol=1e-4)
@@ -301,3 +301,82 @@ def test_nothing_to_calibrate():
     model, _ = pair("gn")
     with pytest.raises(CalibrationError, match="images: got none"):
         calibrate(model, teacher, [])
+
+
+class Slow:
+    """A clock that runs while a model works: so many seconds per image and forward pass."""
+
+    def __init__(self, seconds, *models):
+        self.now, self.seconds = 0.0, seconds
+        for model in models:
+            model.register_forward_pre_hook(self._tick)
+
+    def _tick(self, _module, args):
+        self.now += self.seconds * len(args[0])
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_slow_model_keeps_the_time_too():
+    model, teacher = pair("gn")
+    clock = Slow(0.1, model, teacher)
+    report = calibrate(model, teacher, images(512, 1), seconds=100, batch_size=8, clock=clock)
+    assert clock.now < 115
+    assert report.steps > 10
+
+
+@pytest.mark.parametrize("labels", [(), (torch.zeros(8, dtype=torch.long),)])
+def test_batches_of_a_data_loader_with_and_without_labels(labels):
+    model, teacher = pair("gn")
+    loader = [[images(8, seed), *labels] for seed in range(3)]
+    report = calibrate(model, teacher, loader, steps=2)
+    assert report.steps == 2
+    assert report.images == 24
+
+
+def test_images_that_the_model_does_not_take_are_one_clear_error():
+    model, teacher = pair("gn")
+    before = values(model)
+    with pytest.raises(CalibrationError, match=r"from the model.*\(N, C, H, W\)"):
+        calibrate(model, teacher, torch.zeros(20, 7, 9, 9), steps=2)
+    assert same(model, before)
+
+
+def test_it_works_without_gradients_around_it_and_in_float64():
+    model, teacher = pair("gn")
+    with torch.no_grad():
+        report = calibrate(model.double(), teacher.double(), images(32, 1).double(), steps=5)
+    assert report.steps == 5
+    assert report.best_loss < report.first_loss
+
+
+class Editing(nn.Module):
+    """Centres its input in place, as some preprocessing wrappers do."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x.sub_(1))
+
+
+def test_a_model_that_writes_into_its_input_changes_no_image():
+    model, teacher = (Editing(m) for m in pair("brn"))
+    x = images(16, 1)
+    kept = x.clone()
+    assert measure_drift(model, teacher, x).output_error == 0
+    assert torch.equal(x, kept)
+
+
+def test_outputs_that_are_empty_on_both_sides_do_not_count():
+    class Detector(Editing):
+        def forward(self, x):
+            y = self.inside(x)
+            return {"boxes": y.new_empty(0, 4), "scores": y}
+
+    model, teacher = (Detector(m) for m in pair("gn"))
+    report = calibrate(model, teacher, images(32, 1), steps=3)
+    assert report.steps == 3
+    assert report.best_loss < report.first_loss

@@ -174,10 +174,18 @@ def test_convert_calibrates(model, digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "line"), [("gn", "near the original"), ("brn", "is the original's function")]
+    ("options", "line"),
+    [
+        (["--to", "gn"], "do not use it without calibration or fine-tuning"),
+        (["--to", "gn", "--init", "copy"], "nothing was matched"),
+        (["--to", "brn"], "is the original's function"),
+    ],
 )
-def test_convert_says_how_far_to_trust_the_result(target, line, model, tmp_path):
-    assert line in run("convert", *model, "--to", target, "-o", tmp_path / "net").stdout
+def test_convert_says_how_far_to_trust_the_result(options, line, model, tmp_path):
+    drift = tmp_path / "drift.json"
+    told = run("convert", *model, *options, "--drift", drift, "-o", tmp_path / "net").stdout
+    assert line in " ".join(told.split())
+    assert len(json.loads(drift.read_text())["sites"]) == LAYERS
 
 
 def test_force_replaces(model, tmp_path):
@@ -248,6 +256,14 @@ def test_verify_against_the_model(exported, artefact):
     found = json.loads(run("verify", exported, "--model", artefact, "--json").stdout)
     assert found["passed"] is True
     assert max(case["batch"] for case in found["cases"]) > 1  # the whole proof, not the self-test
+
+
+def test_verify_against_the_model_at_another_size(artefact, tmp_path):
+    path = tmp_path / "small.onnx"
+    run("export", artefact, "-o", path, "--image-size", "24")
+    found = json.loads(run("verify", path, "--model", artefact, "--json").stdout)
+    assert found["passed"]
+    assert normswap.onnx.load_onnx(path).preprocessing["input_size"][-2:] == [24, 24]
 
 
 def test_verify_of_an_edited_file_is_exit_code_3(exported, tmp_path):

@@ -14,11 +14,14 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from onnx_support import Net, edit_tensor, live
+from torch import nn
 
+from normswap.cli.verify import print_parity
 from normswap.errors import ExportError, ParityError
 from normswap.onnx import export_onnx, load_onnx, proof, verify_onnx
 from normswap.onnx.files import read_onnx
-from normswap.onnx.metadata import write_metadata
+from normswap.onnx.metadata import read_metadata, write_metadata
+from normswap.onnx.parity import Case, summarise
 from normswap.onnx.selftest import Expected, SelfTest, TestInput, splitmix64, uniform
 from normswap.onnx.session import Apart, Failed, Here
 
@@ -338,3 +341,49 @@ def test_a_parity_is_plain_json(good):
     assert again["passed"] is False
     assert again["divergence"]["module"] == parity.divergence.module
     assert "FAILED" in str(parity)
+
+
+class Noisy(nn.Module):
+    """One input has no rows, and only positive numbers make sense in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x, sigma):
+        return self.norm(self.conv(x)) * torch.log(sigma)
+
+
+def test_an_input_without_rows_keeps_its_values(tmp_path):
+    model, path = Noisy().eval(), tmp_path / "m.onnx"
+    example = (torch.randn(2, 3, 8, 8), torch.tensor([3.0]))
+    assert export_onnx(model, path, example_inputs=example).passed
+    assert read_metadata(read_onnx(path)).self_test().inputs[1].values == (3.0,)
+    assert verify_onnx(path).passed
+    assert verify_onnx(path, model).passed
+
+
+def test_the_self_test_is_judged_as_the_proof_was(good, tmp_path):
+    path = tmp_path / "m.onnx"
+    export_onnx(good[0], path, example_inputs=good[1], tolerance=0.02)
+    outputs = read_metadata(read_onnx(path)).self_test().outputs
+    assert {output.tolerance for output in outputs} == {0.02}
+
+
+def test_a_model_that_is_not_finite_is_one_clear_error(tmp_path):
+    class Logarithm(Noisy):
+        def forward(self, x):
+            return torch.log(self.norm(self.conv(x)))
+
+    path = tmp_path / "m.onnx"
+    with pytest.raises(ExportError, match="NaN or Inf from the model itself"):
+        export_onnx(
+            Logarithm().eval(), path, example_inputs=torch.randn(2, 3, 8, 8), allow_mismatch=True
+        )
+    assert not path.exists()
+
+
+def test_a_run_without_an_output_can_be_reported(capsys):
+    case = Case("x", "onnxruntime all", "y", 1, float("inf"), 0.0, 0.0, passed=False, problem="no")
+    print_parity(summarise([case], failure="function: no"))
+    assert "FAILED" in capsys.readouterr().out

@@ -59,7 +59,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``."""
-        return asdict(self)
+        drifts = {"before": self.before.to_json(), "after": self.after.to_json()}
+        return {**asdict(self), **drifts}
 
     def __str__(self) -> str:
         return (
@@ -87,9 +88,10 @@ def calibrate(
     """Bring a converted model to its BatchNorm original on unlabelled images, in place.
 
     The loss is the relative squared error of the outputs, whatever their structure, plus three
-    times the mean of the same over the sites. An eighth of the images is held out; the state with
-    the smallest held-out loss is the one that stays, so the model never ends worse there than it
-    came.
+    times the mean of the same over the sites. An eighth of the images is held out, less where a
+    look at them would cost too much of the time; the state with the smallest held-out loss stays,
+    or the last one if it is near that, so the model never ends worse there than it came. Of fewer
+    than 16 images all serve for both.
 
     Args:
         model: the converted model.
@@ -101,7 +103,7 @@ def calibrate(
         parameters: ``"norms"`` moves γ, β and τ of the replaced layers only; ``"all"`` moves every
             parameter that requires a gradient too.
         batch_size: images per step when they come as tensors.
-        steps: most optimiser steps, or None.
+        steps: most optimiser steps, 0 for the closed form alone, or None.
         seed: of the drawing and mixing of images; the global generators are left alone.
         device: where to work; None is where the model is. The models return home afterwards.
         amp: bfloat16 autocast; None means on CUDA only.
@@ -113,7 +115,7 @@ def calibrate(
 
     Raises:
         CalibrationError: the models do not belong together, nothing was replaced, or there are no
-            images. Whatever is raised, the model is as it was.
+            images, or none that the models take. Whatever is raised, the model is as it was.
 
     Example:
         >>> import copy, normswap
@@ -135,6 +137,7 @@ def calibrate(
         run = Run(model, teacher, pool, parameters, tuning, amp=amp)
         initial = State(run.moving)
         try:
+            run.fit_to(seconds, clock)
             before = measure_drift(model, teacher, pool.held_out())
             deadline = (
                 begun + seconds - (clock() - begun)

@@ -58,7 +58,9 @@ class _Single:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """In float32, as the coordinates are."""
+    found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return found.float()
 
 
 class Coordinates:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.drift import Pair, hooked, leaves
+from normswap.drift import Pair, copied, hooked, leaves
 from normswap.errors import CalibrationError
 from normswap.graph import call
 
@@ -48,12 +48,12 @@ class Distance:
         self._errors.clear()
         with hooked(*self._watch(self.pairs if pairs is None else pairs)):
             with torch.no_grad():
-                reference = [leaf.clone() for leaf in leaves(call(self.teacher, batch))]
-            found = leaves(call(self.model, batch))
+                reference = [leaf.clone() for leaf in leaves(call(self.teacher, copied(batch)))]
+            found = leaves(call(self.model, copied(batch)))
         outputs = [
             _output_loss(ours, theirs)
             for ours, theirs in zip(found, reference, strict=False)
-            if ours.shape == theirs.shape
+            if ours.shape == theirs.shape and theirs.numel()
         ]
         if not outputs and not self._errors:
             raise CalibrationError(

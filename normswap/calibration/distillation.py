@@ -16,13 +16,15 @@ from normswap.calibration.distance import Distance
 from normswap.calibration.flow import Scale, match_in_flow, own_parameters
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
-from normswap.drift import evaluating, paired_sites
+from normswap.drift import entries, evaluating, paired_sites
 from normswap.errors import CalibrationError
 
 _HEAD_START = 1.1
 """How much worse than the best the last state may look on the held-out images and yet stay."""
 _PATIENCE = 8
 """Checks without progress before the time is called wasted; there are ten in a budget."""
+_LOOK, _FLOW = 0.02, 0.05
+"""Largest share of the time for one look at the held-out images, and for the closed form."""
 _REST_SCALE = 0.01
 """Learning rate of convolutions over that of the normalisers', with ``parameters="all"``."""
 
@@ -58,7 +60,9 @@ class Budget:
     def share(self, steps: int) -> float:
         """How much of the time, or of the steps, is spent."""
         time_share = (self.clock() - self.opened) / max(self.deadline - self.opened, 1e-9)
-        return time_share if self.steps is None else max(time_share, steps / max(self.steps, 1))
+        if self.steps is None:
+            return time_share
+        return max(time_share, steps / self.steps if self.steps else 1.0)
 
 
 class Run:
@@ -101,15 +105,37 @@ class Run:
         """Held-out loss now; keeps the state if it is the best so far.
 
         The held-out part is small and its loss noisy. Where the learning rate has come to rest the
-        last state generalises better than a lucky one before, so it has a head start.
+        last state generalises better than a lucky one before, so it has a head start, though not
+        before the model as it came.
         """
         with torch.no_grad(), self._autocast():
             losses = [float(self.distance(batch)) for batch in self.pool.held_out()]
         loss = sum(losses) / len(losses)
         self.history.append((elapsed, loss))
-        if loss < self.best * (_HEAD_START if last else 1):
+        if loss < self.best or (last and loss < min(self.best * _HEAD_START, self.history[0][1])):
             self.best, self.best_state = loss, State(self.moving)
         return loss
+
+    def fit_to(self, seconds: float, clock: Callable[[], float]) -> None:
+        """Time one small batch, and let no look at many images cost a large part of the time.
+
+        Raises:
+            CalibrationError: the models do not run on the images.
+        """
+        batch = next(self.pool.held_out())
+        begun = clock()
+        try:
+            with evaluating(self.model, self.teacher), torch.no_grad(), self._autocast():
+                self.distance(batch)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise CalibrationError(
+                "images",
+                got=f"{type(error).__name__} from the model: {str(error).splitlines()[0][:200]}",
+                need="batches that the model takes",
+                hint="a tensor (N, C, H, W) of preprocessed images",
+            ) from error
+        pace = max(clock() - begun, 1e-9) / max(entries(batch), 1)
+        self.pool.limit(held=int(_LOOK * seconds / pace), wide=int(_FLOW * seconds / pace))
 
     @torch.no_grad()
     def flow(self) -> dict[str, Scale]:
@@ -167,7 +193,7 @@ class Run:
     def _step(self, coordinates: Coordinates, optimizer: torch.optim.Optimizer) -> bool:
         for parameter in self.moving:
             parameter.grad = None
-        with self._autocast():
+        with torch.enable_grad(), self._autocast():
             few = self.pool.choose(self.pairs, self.tuning.sites)
             loss = self.distance(self.pool.draw(self.tuning), few)
         if not bool(torch.isfinite(loss)):

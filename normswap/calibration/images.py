@@ -12,6 +12,8 @@ from torch import Tensor
 from normswap.calibration.tuning import Tuning
 from normswap.drift import Pair, batches, entries, moved
 
+_FEWEST = 8
+
 
 class Pool:
     """Training batches for distillation, and a held-out part that decides which state is best."""
@@ -25,9 +27,10 @@ class Pool:
         self._draw = torch.Generator().manual_seed(seed)
         self._order: list[int] = []
         units = len(found)
-        every = 8 if units >= 16 else units + 1
-        self._held = list(range(0, units, every))
-        self._used = [i for i in range(units) if units < 16 or i % every]
+        few = units < 16  # too few to set any aside
+        self._held = list(range(0, units, 1 if few else 8))
+        self._used = [i for i in range(units) if few or i % 8]
+        self._wide = units
 
     @property
     def count(self) -> int:
@@ -47,12 +50,18 @@ class Pool:
         for start in range(0, len(self._held), step):
             yield self._at(self._held[start : start + step])
 
+    def limit(self, *, held: int, wide: int) -> None:
+        """Hold out at most ``held`` images, eight at least, and ``wide`` for the closed form."""
+        per_unit = 1 if isinstance(self.images, Tensor) else max(1, self.count // len(self.images))
+        self._held = self._held[: max(1, max(held, _FEWEST) // per_unit)]
+        self._wide = max(wide, _FEWEST)
+
     def widest(self, numbers: int = 20_000_000) -> Any:
         """As many images in one batch as fit ``numbers`` input values."""
         if not isinstance(self.images, Tensor):
             return self._at(self._used[:1])
-        fitting = max(8, numbers // max(self.images[0].numel(), 1))
-        return self._at(self._used[:fitting])
+        fitting = max(_FEWEST, numbers // max(self.images[0].numel(), 1))
+        return self._at(self._used[: min(fitting, self._wide)])
 
     def draw(self, tuning: Tuning) -> Any:
         """The next training batch, augmented where it is a tensor of images."""

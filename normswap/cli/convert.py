@@ -14,6 +14,7 @@ import click
 from normswap.cli.console import print_json, print_table, progress, say
 from normswap.cli.options import (
     ModelChoice,
+    check_file,
     check_output,
     cli_command,
     force_option,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from normswap.calibration import Calibration
+    from normswap.drift import Drift
     from normswap.planning import Plan, PlanEntry
 
 _SETTINGS = {
@@ -111,6 +113,14 @@ def _number_of_groups(
     help="Time for that.",
 )
 @click.option("--calibrate-all", is_flag=True, help="Move every parameter, not the norms' only.")
+@click.option(
+    "--drift",
+    "drift_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write how far every layer is from the original: a picture (.png), JSON (.json) or a "
+    "table. Measured with --calibrate, else predicted.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 @force_option
 @json_option
@@ -131,6 +141,7 @@ def command(
     images: Path | None,
     calibrate_seconds: float,
     calibrate_all: bool,
+    drift_file: Path | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -142,7 +153,11 @@ def command(
     _check_usage(click.get_current_context())
     if output is not None and not dry_run:
         check_output(output, force=force)
+    if drift_file is not None:
+        check_file(drift_file, force=force)
     import normswap
+    from normswap.drift import predict_drift
+    from normswap.graph.norms import is_batchnorm
 
     settings = {"groups": groups, "window": window, "through_history": through_history}
     recipe = read_plan(plan_file) if plan_file else _recipe(target, settings)
@@ -160,18 +175,23 @@ def command(
         return
     batch = chosen.images(source, images) if images else None
     teacher = copy.deepcopy(source.model) if images else None
+    originals = {n: m for n, m in source.model.named_modules() if is_batchnorm(m)}
     result = normswap.convert(source.model, recipe, **({} if plan_file else options))
     report = None
     if teacher is not None:
         scope = "all" if calibrate_all else "norms"
         report = _calibrate(result.model, teacher, batch, calibrate_seconds, scope, chosen.seed)
+    drift = report.after if report else predict_drift(result.model, originals)
     normswap.save(result.model, output, force=force)
+    if drift_file is not None:
+        drift.write(drift_file)
     if as_json:
         found = {"output": output, "plan": result.plan.to_json(), "kept": result.kept}
-        print_json({**found, "calibration": report.to_json() if report else None})
+        calibration = report.to_json() if report else None
+        print_json({**found, "drift": drift.to_json(), "calibration": calibration})
         return
     print_summary(result.plan)
-    _print_trust(result.plan, report)
+    _print_trust(result.plan, report, drift)
     say(f"wrote {output}")
 
 
@@ -193,16 +213,19 @@ def _calibrate(
     return report
 
 
-def _print_trust(plan: Plan, report: Calibration | None) -> None:
+def _print_trust(plan: Plan, report: Calibration | None, drift: Drift) -> None:
     """How far the result may be trusted as it is."""
+    per_sample = [entry for entry in plan.entries if entry.becomes in PER_SAMPLE]
     if report is not None:
         say(str(report))
-        if report.after.warning:
-            say(f"warning: {report.after.warning}")
-    elif any(entry.becomes in PER_SAMPLE for entry in plan.entries):
-        say("near the original, not equal to it: fine-tune it, or convert with --calibrate IMAGES")
-    else:
+    elif not per_sample:
         say("in eval mode this is the original's function, to rounding")
+        return
+    elif any(entry.init != "match" for entry in per_sample):
+        say("warning: nothing was matched: expect to train it like a new network")
+        return
+    if drift.warning:
+        say(f"warning: {drift.warning}")
 
 
 def _check_usage(context: click.Context) -> None:

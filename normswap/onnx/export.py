@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from normswap.errors import ExportError, ParityError
 from normswap.onnx.files import read_onnx
 from normswap.onnx.metadata import write_metadata
 from normswap.onnx.parity import Parity
 from normswap.onnx.program import MAX_OPSET, MIN_OPSET, Options, save, write_program
 from normswap.onnx.proof import prove_draft
-from normswap.onnx.selftest import Expected, SelfTest, TestInput
-from normswap.onnx.subject import Subject, subject_of
+from normswap.onnx.selftest import MAX_STORED, Expected, SelfTest, TestInput
+from normswap.onnx.subject import Subject, as_array, subject_of
 from normswap.onnx.trials import Judge, Trial
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ def export_onnx(
         parity = prove_draft(draft, subject, options, images=images, tolerance=tolerance)
         if not parity.passed and not allow_mismatch:
             raise _failure(target, parity)
-        fields = _fields(model, subject, options, parity)
+        test = _self_test(subject, options, tolerance)
+        fields = _fields(model, subject, options, parity, test)
         write_metadata(draft.file, fields)
         save(draft.file)
         read_onnx(draft.file.path)
@@ -125,7 +128,9 @@ def _failure(target: Path, parity: Parity) -> ParityError:
     return error
 
 
-def _fields(model: nn.Module, subject: Subject, options: Options, parity: Parity) -> dict[str, Any]:
+def _fields(
+    model: nn.Module, subject: Subject, options: Options, parity: Parity, test: SelfTest
+) -> dict[str, Any]:
     from normswap.provenance import provenance_of
 
     record = provenance_of(model)
@@ -133,7 +138,7 @@ def _fields(model: nn.Module, subject: Subject, options: Options, parity: Parity
     return {
         "source": record.source,
         "plans": list(record.plans),
-        "preprocessing": record.preprocessing,
+        "preprocessing": _preprocessing(record.preprocessing, subject, options),
         "class_names": names,
         "history": list(record.history),
         "versions": _versions(),
@@ -144,8 +149,19 @@ def _fields(model: nn.Module, subject: Subject, options: Options, parity: Parity
             "half": options.half,
         },
         "proof": _digest(parity),
-        "self_test": _self_test(subject, options).to_json(),
+        "self_test": test.to_json(),
     }
+
+
+def _preprocessing(
+    recorded: dict[str, Any] | None, subject: Subject, options: Options
+) -> dict[str, Any] | None:
+    """What the model wants of its input, at the one size that the file takes."""
+    signature = subject.signature
+    sizes = [list(t.shape[1:]) for t in signature.tensors if signature.spatial(t)]
+    if recorded is None or options.dynamic_size or len(sizes) != 1:
+        return recorded
+    return {**recorded, "input_size": sizes[0]}
 
 
 def _digest(parity: Parity) -> dict[str, Any]:
@@ -173,19 +189,29 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _self_test(subject: Subject, options: Options) -> SelfTest:
-    """Two rows (the example's size with a static batch), judged by the rule's own tolerance."""
+def _self_test(subject: Subject, options: Options, tolerance: float | None) -> SelfTest:
+    """The example's shapes, judged as the proof was; inputs without rows keep their values."""
     signature = subject.signature
     inputs = []
-    for index, array in enumerate(signature.arrays):
-        span = (0, 0)
-        if array.dtype.kind != "f" and array.size:
-            span = (int(array.min()), int(array.max()))
-        inputs.append(TestInput(tuple(array.shape), str(array.dtype), 1000 + index, *span))
+    for index, tensor in enumerate(signature.tensors):
+        array = as_array(tensor)
+        whole = array.dtype.kind != "f" and array.size > 0
+        span = (int(array.min()), int(array.max())) if whole else (0, 0)
+        kept = None
+        if not signature.has_rows(tensor) and array.size <= MAX_STORED:
+            kept = tuple(array.reshape(-1).tolist())
+        inputs.append(TestInput(tuple(array.shape), str(array.dtype), 1000 + index, *span, kept))
     arrays = [item.make() for item in inputs]
     rows = signature.batch or 1
-    judge = Judge.of(subject, half=options.half)
+    judge = Judge.of(subject, tolerance=tolerance, half=options.half)
     reference = judge.reference(Trial("self-test", arrays, rows))
+    if not all(np.isfinite(array).all() for array in reference.outputs):
+        raise ExportError(
+            type(subject.model).__name__,
+            got="NaN or Inf from the model itself on random inputs",
+            need="a finite output, to record a self-test by",
+            hint="example_inputs of the shape and range that the model is made for",
+        )
     outputs = tuple(
         Expected.of(name, array, limit, error)
         for name, array, limit, error in zip(

@@ -58,6 +58,8 @@ class TestInput:
         seed: of the generator; for integers the value is ``low + z mod (high − low + 1)``.
         low: smallest integer value.
         high: largest integer value.
+        values: the input itself, flattened, in place of the generator's numbers; for inputs
+            without rows, whose values may have to be these.
     """
 
     __test__ = False  # pytest collects classes of this name
@@ -67,9 +69,12 @@ class TestInput:
     seed: int
     low: int = 0
     high: int = 0
+    values: tuple[float, ...] | None = None
 
     def make(self) -> Array:
         """The input itself."""
+        if self.values is not None:
+            return np.array(self.values).astype(self.dtype).reshape(self.shape)
         if np.dtype(self.dtype).kind == "f":
             return uniform(self.seed, self.shape).astype(self.dtype)
         draws = splitmix64(self.seed, math.prod(self.shape))
@@ -166,6 +171,7 @@ class SelfTest:
         """Plain data."""
         inputs = [
             {"shape": list(i.shape), "dtype": i.dtype, "seed": i.seed, "low": i.low, "high": i.high}
+            | ({} if i.values is None else {"values": list(i.values)})
             for i in self.inputs
         ]
         return {
@@ -198,9 +204,12 @@ def _input_from_json(item: dict[str, Any]) -> TestInput:
         int(item["seed"]),
         int(item["low"]),
         int(item["high"]),
+        None if item.get("values") is None else tuple(float(v) for v in item["values"]),
     )
     if np.dtype(found.dtype).kind not in "fiub" or any(size < 0 for size in found.shape):
         raise ValueError("self-test: an input that cannot be made")
+    if found.values is not None and len(found.values) != math.prod(found.shape):
+        raise ValueError("self-test: an input whose values do not fill its shape")
     if not (0 <= found.seed < 2**64 and -(2**62) < found.low <= found.high < 2**62):
         raise ValueError("self-test: seed or range out of bounds")
     return found

@@ -54,7 +54,9 @@ class Signature:
 
     def bind(self, arrays: Sequence[Array]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with other tensors in place of the examples."""
-        return self.bind_leaves([torch.from_numpy(np.ascontiguousarray(a)) for a in arrays])
+        return self.bind_leaves(
+            [_as_tensor(array, like) for array, like in zip(arrays, self.tensors, strict=True)]
+        )
 
     def bind_leaves(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with anything in place of the example tensors."""
@@ -107,6 +109,13 @@ def signature_of(example_inputs: Any) -> Signature:
     ranked = [tensor for tensor in tensors if tensor.ndim >= 2] or tensors
     batch = int(ranked[0].shape[0]) if ranked[0].ndim else None
     return Signature(plain, spec, batch)
+
+
+def _as_tensor(array: Array, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``as_array``; what was widened beyond float32 stays so."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    narrow = like.dtype == torch.bfloat16 and tensor.dtype == torch.float32
+    return tensor.to(like.dtype) if narrow else tensor
 
 
 def as_array(tensor: torch.Tensor) -> Array:
@@ -185,7 +194,14 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
         args, kwargs = signature.bind_leaves(signature.tensors)
         with torch.no_grad():
             output = ready(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        NotImplementedError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise ExportError(
             type(model).__name__,
             got=f"{type(error).__name__} from its own forward in eval mode: {first(error)}",

@@ -132,11 +132,15 @@ def _cut(
     )
 
 
+def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(images) if images else torch.empty(0)
+
+
 def _image_trials(subject: Subject, images: Any, rows: int, *, static_batch: bool) -> list[Trial]:
     if images is None:
         return []
     tensors = subject.signature.tensors
-    stack = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
+    stack = images if isinstance(images, torch.Tensor) else _stacked(list(images))
     fits = len(tensors) == 1 and stack.shape[1:] == tensors[0].shape[1:] and len(stack) > 0
     if not fits:
         raise ExportError(
