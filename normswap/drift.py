@@ -295,6 +295,8 @@ class Drift:
         axes = figure.subplots()
         for field, style in (("predicted", ":"), ("alone", "--"), ("measured", "-")):
             values = [getattr(site, field) for site in self.sites]
+            if all(value is None for value in values):
+                continue
             shown = [float("nan") if v is None else v for v in values]
             axes.plot(range(len(shown)), shown, style, marker=".", label=field)
         axes.set(xlabel="site", ylabel="relative error", title=self.summary, ylim=(0, None))
