@@ -23,6 +23,8 @@ from normswap.layers import (
 from normswap.onnx import export, export_onnx, program, proof, verify_onnx
 from normswap.onnx.parity import compare, relative_error, tolerance_for
 from normswap.onnx.program import save, write_program
+from normswap.onnx.subject import subject_of
+from normswap.onnx.trials import Judge, Trial
 from normswap.provenance import remember
 
 RANDOMISED = proof._randomised_cases
@@ -397,3 +399,19 @@ def test_the_comparison():
     assert compare(right * np.nan, right, tie=1e-4).problem == "NaN or Inf"
     assert relative_error(np.array([2.0, 1.0]), np.array([2.0, -2.0])) == 1.5
     assert relative_error(np.zeros(3), np.zeros(3)) == 0.0
+
+
+def test_rounding_is_the_models_and_not_one_batchs(monkeypatch):
+    """Torch's own error differs several times over between batches; the tolerance does not."""
+    judge_ = Judge.of(subject_of(Tiny().eval(), inputs()))
+    errors = {1: 1e-6, 2: 2e-4, 5: 3e-5}
+
+    def run(_self, trial):
+        right = np.ones((trial.batch, 3))
+        return [(right, right + errors[trial.batch])]
+
+    monkeypatch.setattr(Judge, "_run", run)
+    trials = [Trial(str(n), [], n) for n in errors]
+    found = judge_.references(trials)
+    assert [r.tolerances for r in found] == [[pytest.approx(6e-4)]] * 3
+    assert [r.torch_errors[0] for r in found] == pytest.approx(list(errors.values()))

@@ -1,7 +1,7 @@
 """Export one architecture per timm module and torchvision family, for each target, and prove it.
 
-    python examples/benchmarks/onnx_zoo.py --to gn frn brn cbn --out onnx_zoo.jsonl
-    python examples/benchmarks/onnx_zoo.py --report onnx_zoo.jsonl > onnx_zoo.md
+    python examples/benchmarks/onnx_zoo.py     # goes on where onnx_zoo.jsonl beside it ends
+    python examples/benchmarks/onnx_zoo.py --report examples/benchmarks/onnx_zoo.jsonl
 
 Weights are random, running statistics are not fresh. Architectures that torch itself cannot export
 with BatchNorm are listed with torch's own error, once. Runs resume: what is in the file is not
@@ -214,7 +214,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", nargs="+", default=["gn", "frn", "brn", "cbn"])
-    parser.add_argument("--out", type=Path, default=Path("onnx_zoo.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--only", default="", help="part of a model's name")
     parser.add_argument("--seconds", type=int, default=900, help="limit of one export")
     parser.add_argument("--report", type=Path, help="print the table of a finished run")

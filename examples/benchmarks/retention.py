@@ -381,7 +381,7 @@ def run_cells(
 
 LASTING = (("resnet", "gn"), ("mobilenetv2", "frn"))
 STARTS = ("copy", "match", "calibrated-256")
-WATCHED = (0, 50, 100, 200, 400, 800, 1600)
+WATCHED = (0, 50, 100, 200, 500, 1000, 2000, 4000, 6000)
 
 
 def finetuned(name: str, target: str, method: str) -> dict[str, Any]:
@@ -396,26 +396,33 @@ def finetuned(name: str, target: str, method: str) -> dict[str, Any]:
         normswap.calibrate(model, teacher, unlabelled(count, 0), seconds=seconds, clock=tick)
     images, labels = cached_images("train", TRAIN_IMAGES, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, WATCHED[-1])
     draw = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=draw).split(2)
     curve = []
     for step in range(WATCHED[-1] + 1):
         if step in WATCHED:
             curve.append((step, accuracy(model, *test_set())))
+        if step == WATCHED[-1]:
+            break
         model.train()
         index = order[step]
-        loss = F.cross_entropy(model(images[index]), labels[index])
+        inputs = images[index][:, torch.randperm(3, generator=draw)]
+        loss = F.cross_entropy(model(inputs), labels[index], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     facts = {"network": name, "target": target, "method": method, "curve": curve}
     return facts | {"original": original_accuracy(name)}
 
 
-def run_finetuning() -> None:
+def run_finetuning(networks: list[str], methods: list[str]) -> None:
     """Every curve that is not there yet."""
     for name, target in LASTING:
         for method in STARTS:
+            if name not in networks or method not in methods:
+                continue
             path = CACHE / "lasting" / f"{name}-{target}-{method}.json"
             if not path.exists():
                 _write(path, finetuned(name, target, method))
@@ -470,14 +477,14 @@ def draw_lasting(curves: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(LASTING), squeeze=False)[0]
-    for axes, (name, target) in zip(panels, LASTING, strict=True):
+    shown = [key for key in LASTING if any((c["network"], c["target"]) == key for c in curves)]
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (name, target) in zip(panels, shown, strict=True):
         mine = [c for c in curves if (c["network"], c["target"]) == (name, target)]
-        for curve in mine:
+        for curve in sorted(mine, key=lambda c: STARTS.index(c["method"])):
             steps, values = zip(*curve["curve"], strict=True)
             axes.plot(steps, values, marker=".", label=curve["method"])
-        if mine:
-            axes.axhline(mine[0]["original"], color="grey", linestyle=":", label="BN original")
+        axes.axhline(mine[0]["original"], color="grey", linestyle=":", label="BN original")
         axes.set(title=f"{name} → {target}, batch 2", xlabel="step", ylabel="test accuracy, %")
         axes.set_xscale("symlog", linthresh=50)
         axes.legend()
@@ -518,7 +525,7 @@ def main() -> None:
     if stage in ("all", "cells"):
         run_cells(options.network, options.target, options.method, options.seeds, options.clock)
     if stage in ("all", "lasting"):
-        run_finetuning()
+        run_finetuning(options.network, options.method)
     if stage in ("all", "report"):
         report(options.out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -180,6 +180,9 @@ class Judge:
     def references(self, trials: Sequence[Trial], *, mixed: bool = False) -> list[Reference]:
         """One reference per trial; the pool is run once where outputs can be cut by rows.
 
+        Rounding varies several times over between inputs of one model, so the tolerance of all
+        comes from the largest error that torch itself made on any of them.
+
         Args:
             trials: what to run.
             mixed: the model gives a sample another output in another batch, so nothing is cut.
@@ -194,7 +197,11 @@ class Judge:
                 found.append(self._reference([(a[part], b[part]) for a, b in pooled]))
             else:
                 found.append(self.reference(trial))
-        return found
+        rule = [self._tolerance(max(errors)) for errors in _by_output(found)]
+        return [replace(reference, tolerances=rule) for reference in found]
+
+    def _tolerance(self, torch_error: float) -> float:
+        return self.tolerance or tolerance_for(torch_error, half=self.half)
 
     def reference(self, trial: Trial) -> Reference:
         """The reference of one trial by itself."""
@@ -207,8 +214,14 @@ class Judge:
 
     def _reference(self, pairs: list[tuple[Array, Array]]) -> Reference:
         errors = [relative_error(single, double) for double, single in pairs]
-        rule = [self.tolerance or tolerance_for(error, half=self.half) for error in errors]
+        rule = [self._tolerance(error) for error in errors]
         return Reference([double for double, _ in pairs], errors, rule, self.double is not None)
+
+
+def _by_output(references: Sequence[Reference]) -> list[list[float]]:
+    """Torch's finite errors, one list per output."""
+    columns = zip(*(reference.torch_errors for reference in references), strict=True)
+    return [[e for e in column if np.isfinite(e)] or [0.0] for column in columns]
 
 
 def _cuttable(pair: tuple[Array, Array], rows: int) -> bool:
@@ -236,7 +249,6 @@ def randomised(subject: Subject, *, seed: int = _SEED) -> Subject:
     file that forgot them computes the same.
     """
     import copy
-    from dataclasses import replace
 
     other = copy.deepcopy(subject.model)
     generator = torch.Generator().manual_seed(seed)
