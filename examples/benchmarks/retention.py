@@ -379,12 +379,12 @@ def run_cells(
 
 # --- does the gain last? --------------------------------------------------------------------------
 
-LASTING = (("resnet", "gn"), ("mobilenetv2", "frn"))
+LASTING = (("resnet", "gn", 1e-3), ("resnet", "gn", 3e-4))  # and the learning rate
 STARTS = ("copy", "match", "calibrated-256")
 WATCHED = (0, 50, 100, 200, 500, 1000, 2000, 4000, 6000)
 
 
-def finetuned(name: str, target: str, method: str) -> dict[str, Any]:
+def finetuned(name: str, target: str, method: str, rate: float) -> dict[str, Any]:
     """Test accuracy along a fine-tuning at batch size 2, from one way of converting."""
     import normswap
 
@@ -395,7 +395,7 @@ def finetuned(name: str, target: str, method: str) -> dict[str, Any]:
         tick = time.process_time
         normswap.calibrate(model, teacher, unlabelled(count, 0), seconds=seconds, clock=tick)
     images, labels = cached_images("train", TRAIN_IMAGES, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, WATCHED[-1])
     draw = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=draw).split(2)
@@ -413,19 +413,19 @@ def finetuned(name: str, target: str, method: str) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    facts = {"network": name, "target": target, "method": method, "curve": curve}
+    facts = {"network": name, "target": target, "method": method, "rate": rate, "curve": curve}
     return facts | {"original": original_accuracy(name)}
 
 
 def run_finetuning(networks: list[str], methods: list[str]) -> None:
     """Every curve that is not there yet."""
-    for name, target in LASTING:
+    for name, target, rate in LASTING:
         for method in STARTS:
             if name not in networks or method not in methods:
                 continue
-            path = CACHE / "lasting" / f"{name}-{target}-{method}.json"
+            path = CACHE / "lasting" / f"{name}-{target}-{method}-{rate:g}.json"
             if not path.exists():
-                _write(path, finetuned(name, target, method))
+                _write(path, finetuned(name, target, method, rate))
                 print(f"{path.stem}: {json.loads(path.read_text())['curve'][-1]}", flush=True)
 
 
@@ -477,15 +477,24 @@ def draw_lasting(curves: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    shown = [key for key in LASTING if any((c["network"], c["target"]) == key for c in curves)]
+
+    def of(key: tuple[str, str, float]) -> list[dict[str, Any]]:
+        mine = [c for c in curves if (c["network"], c["target"], c["rate"]) == key]
+        return sorted(mine, key=lambda c: STARTS.index(c["method"]))
+
+    shown = [key for key in LASTING if of(key)]
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, (name, target) in zip(panels, shown, strict=True):
-        mine = [c for c in curves if (c["network"], c["target"]) == (name, target)]
-        for curve in sorted(mine, key=lambda c: STARTS.index(c["method"])):
+    for axes, (name, target, rate) in zip(panels, shown, strict=True):
+        mine = of((name, target, rate))
+        for curve in mine:
             steps, values = zip(*curve["curve"], strict=True)
             axes.plot(steps, values, marker=".", label=curve["method"])
         axes.axhline(mine[0]["original"], color="grey", linestyle=":", label="BN original")
-        axes.set(title=f"{name} → {target}, batch 2", xlabel="step", ylabel="test accuracy, %")
+        axes.set(
+            title=f"{name} → {target}, batch 2, rate {rate:g}",
+            xlabel="step",
+            ylabel="test accuracy, %",
+        )
         axes.set_xscale("symlog", linthresh=50)
         axes.legend()
     figure.savefig(path, dpi=110)
