@@ -496,6 +496,8 @@ def draw_lasting(curves: list[dict[str, Any]], path: Path) -> None:
             ylabel="test accuracy, %",
         )
         axes.set_xscale("symlog", linthresh=50)
+        axes.set_xlim(0, WATCHED[-1])
+        axes.set_xticks([0, 50, 200, 1000, 6000], ["0", "50", "200", "1,000", "6,000"])
         axes.legend()
     figure.savefig(path, dpi=110)
 
