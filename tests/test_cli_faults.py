@@ -144,6 +144,11 @@ FAULTS = {
         2,
         r"--calibrate-seconds goes with --calibrate IMAGES",
     ),
+    "a drift report of what was not converted": (
+        ["convert", MODEL, "--to", "gn", "--drift", "drift.png", "--dry-run"],
+        2,
+        r"--drift goes with -o, not with --dry-run",
+    ),
     "groups that do not divide": (
         ["convert", MODEL, "--to", "gn", "--groups", "5", "--dry-run"],
         1,

@@ -194,14 +194,12 @@ def report(path: Path) -> None:
     print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     rows = _rows(path)
     for row in rows:
-        if "error" in row and row["passed"]:
+        if "error" in row:
             facts = f"{row['error']:.1e} | {row['torch']:.1e} | {row['top1']:.4f} | {row['cases']}"
             verdict = "passed"
         else:
-            facts, verdict = (
-                " | | | ",
-                row.get("problem", "failed").replace("|", "/").replace("\n", " "),
-            )
+            facts = " | | | "
+            verdict = row["problem"].replace("|", "/").replace("\n", " ")
         print(
             f"| {row['model']} | {row.get('size', '')} | {row['target']} | {verdict} | {facts} "
             f"| {row['seconds']} |"

@@ -115,7 +115,6 @@ def _number_of_groups(
 @click.option("--calibrate-all", is_flag=True, help="Move every parameter, not the norms' only.")
 @click.option(
     "--drift",
-    "drift_file",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write how far every layer is from the original: a picture (.png), JSON (.json) or a "
@@ -141,7 +140,7 @@ def command(
     images: Path | None,
     calibrate_seconds: float,
     calibrate_all: bool,
-    drift_file: Path | None,
+    drift: Path | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -153,8 +152,8 @@ def command(
     _check_usage(click.get_current_context())
     if output is not None and not dry_run:
         check_output(output, force=force)
-    if drift_file is not None:
-        check_file(drift_file, force=force)
+    if drift is not None:
+        check_file(drift, force=force)
     import normswap
     from normswap.drift import predict_drift
     from normswap.graph.norms import is_batchnorm
@@ -181,17 +180,17 @@ def command(
     if teacher is not None:
         scope = "all" if calibrate_all else "norms"
         report = _calibrate(result.model, teacher, batch, calibrate_seconds, scope, chosen.seed)
-    drift = report.after if report else predict_drift(result.model, originals)
+    found = report.after if report else predict_drift(result.model, originals)
     normswap.save(result.model, output, force=force)
-    if drift_file is not None:
-        drift.write(drift_file)
+    if drift is not None:
+        found.write(drift)
     if as_json:
-        found = {"output": output, "plan": result.plan.to_json(), "kept": result.kept}
+        facts = {"output": output, "plan": result.plan.to_json(), "kept": result.kept}
         calibration = report.to_json() if report else None
-        print_json({**found, "drift": drift.to_json(), "calibration": calibration})
+        print_json({**facts, "drift": found.to_json(), "calibration": calibration})
         return
     print_summary(result.plan)
-    _print_trust(result.plan, report, drift)
+    _print_trust(result.plan, report, found)
     say(f"wrote {output}")
 
 
@@ -244,6 +243,8 @@ def _without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The options that do nothing here, and what they go with."""
     if values["plan_file"] is not None:
         yield from ((name, "--to TARGET; a plan has settled it") for name in _BESIDE_PLAN)
+    if values["dry_run"]:
+        yield "drift", "-o, not with --dry-run"
     if values["images"] is None:
         yield from ((name, "--calibrate IMAGES") for name in _CALIBRATION)
     for name, targets in _SETTINGS.items():

@@ -227,7 +227,7 @@ def check_file(path: Path, *, force: bool) -> None:
             str(path),
             got="a file that exists",
             need="a new one",
-            hint="--force, which replaces it, or another -o",
+            hint="--force, which replaces it, or another path",
         )
     check_parent(path)
 

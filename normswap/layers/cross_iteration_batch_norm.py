@@ -570,8 +570,8 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
     ``μ̂_τ = μ_τ + ⟨∂μ_τ/∂w, w_t − w_τ⟩``, and the second moment ν likewise;
     ``μ̄ = mean(μ̂)``, ``ν̄ = mean(max(ν̂, μ̂²))``, ``σ̄² = ν̄ − μ̄²``, ``y = γ(x − μ̄)/√(σ̄² + ε) + β``.
     The gradient flows through the current batch's share only, unless ``through_history`` is set.
-    Eval is BatchNorm's own, to the bit,
-    and so are the state dict's keys; running statistics are BatchNorm's too.
+    Eval is BatchNorm's own, to the bit, and so are the state dict's keys; running statistics are
+    BatchNorm's too.
 
     Wire it with :meth:`attach` before training. Every training forward counts as an iteration, also
     under ``torch.no_grad`` and with gradient accumulation, as BatchNorm's running statistics do.
@@ -594,7 +594,8 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
             leaves the entry out, as the paper's code does.
         through_history: let the gradient reach the producer's weight through past batches too. The
             paper stops it there, which leaves the weight's scale free to grow; at batch 2 training
-            can be very much slower for it. Costs one more look at the history.
+            can be very much slower for it. Costs one more look at the history, and keeps two more
+            tensors of the weight's size for the backward.
         track_running_stats: must stay True.
         device: where parameters and buffers live.
         dtype: their dtype.
