@@ -27,8 +27,12 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.errors import ParityError
 
 SIZES = (64, 128, 224, 256, 384)
+# The smallest ConvMixer is so deep that FRN, with random weights, amplifies rounding until torch's
+# own float32 output is wrong by 5 %: nothing can be proven about that. This one has fewer layers.
+AS_WELL = ("convmixer_1024_20_ks9_p14",)
 Build = Callable[[], nn.Module]
 
 
@@ -40,8 +44,8 @@ def timm_models() -> Iterator[tuple[str, Build]]:
         names = sorted(timm.list_models(module=module), key=lambda name: (len(name), name))[:6]
         sized = [(size, name) for name in names if (size := _size(timm.create_model, name))]
         if sized:
-            name = min(sized)[1]
-            yield f"timm/{name}", lambda name=name: timm.create_model(name, pretrained=False)
+            for name in (min(sized)[1], *(name for _, name in sized if name in AS_WELL)):
+                yield f"timm/{name}", lambda name=name: timm.create_model(name, pretrained=False)
 
 
 def _size(build: Callable[[str], nn.Module], name: str) -> int | None:
@@ -124,17 +128,25 @@ def prove(name: str, build: Build, target: str) -> dict[str, Any]:
             model = normswap.convert(model, target, example_inputs=x).model
         with tempfile.TemporaryDirectory() as folder:
             parity = normswap.export_onnx(model, Path(folder) / "m.onnx", example_inputs=x)
-        row |= {
-            "passed": parity.passed,
-            "error": parity.max_relative_error,
-            "torch": max(case.torch_error for case in parity.cases),
-            "top1": parity.top1_agreement,
-            "cases": len(parity.cases),
-        }
+        row |= {"passed": True, **facts(parity)}
+        if parity.notes:
+            row["notes"] = list(parity.notes)
+    except ParityError as error:
+        row |= {"passed": False, "problem": str(error)[:400], **facts(error.parity)}
     except (Exception, _TooLong) as error:  # noqa: BLE001  a table of everything that can happen
         row |= {"passed": False, "problem": f"{type(error).__name__}: {str(error)[:400]}"}
     row["seconds"] = round(time.perf_counter() - started, 1)
     return row
+
+
+def facts(parity: Any) -> dict[str, Any]:
+    """The numbers of a proof."""
+    return {
+        "error": parity.max_relative_error,
+        "torch": max(case.torch_error for case in parity.cases),
+        "top1": parity.top1_agreement,
+        "cases": len(parity.cases),
+    }
 
 
 def survey(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
@@ -194,14 +206,16 @@ def report(path: Path) -> None:
     print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     rows = _rows(path)
     for row in rows:
+        numbers = " | | | "
         if "error" in row:
-            facts = f"{row['error']:.1e} | {row['torch']:.1e} | {row['top1']:.4f} | {row['cases']}"
-            verdict = "passed"
-        else:
-            facts = " | | | "
-            verdict = row["problem"].replace("|", "/").replace("\n", " ")
+            numbers = (
+                f"{row['error']:.1e} | {row['torch']:.1e} | {row['top1']:.4f} | {row['cases']}"
+            )
+        verdict = row.get("problem", "passed").replace("|", "/").replace("\n", " ")
+        if any("in stages" in note for note in row.get("notes", ())):
+            verdict += ", means in stages"
         print(
-            f"| {row['model']} | {row.get('size', '')} | {row['target']} | {verdict} | {facts} "
+            f"| {row['model']} | {row.get('size', '')} | {row['target']} | {verdict} | {numbers} "
             f"| {row['seconds']} |"
         )
     good = sum(row["passed"] for row in rows)

@@ -22,6 +22,7 @@ from normswap.errors import ExportError
 from normswap.onnx.files import OnnxFile, is_external, read_onnx, tensors
 from normswap.onnx.forms import fastest
 from normswap.onnx.half import norm_names, to_half
+from normswap.onnx.staged import stage
 from normswap.onnx.subject import Subject, first
 
 ONE_FILE_BYTES = (1 << 31) - (1 << 24)
@@ -40,12 +41,14 @@ class Options:
         static_batch: the batch axis has the size of the example inputs.
         dynamic_size: height and width may vary as well.
         half: weights and activations in float16, norms in float32.
+        staged: the means of norms are taken in stages, which is slower and more exact.
     """
 
     opset: int = 20
     static_batch: bool = False
     dynamic_size: bool = False
     half: bool = False
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,12 @@ class Draft:
     Attributes:
         file: the file.
         program: what torch.export made of the model on the way; it can be run.
+        staged: norms whose means are taken in stages.
     """
 
     file: OnnxFile
     program: torch.export.ExportedProgram
+    staged: int = 0
 
 
 def write_program(subject: Subject, path: Path, options: Options) -> Draft:
@@ -91,10 +96,11 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
     file = read_onnx(path)
     _label_nodes(file.proto, subject.model)
     fastest(file.proto)
+    staged = stage(file.proto) if options.staged else 0
     if options.half:
         _narrow(file, subject.model)
     save(file)
-    return Draft(file, exported.exported_program)
+    return Draft(file, exported.exported_program, staged)
 
 
 def _narrow(file: OnnxFile, model: nn.Module) -> None:

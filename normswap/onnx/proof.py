@@ -309,7 +309,8 @@ def _options(file: OnnxFile, metadata: Metadata | None, subject: Subject) -> Opt
     static = facts.get("static_batch")
     if not isinstance(static, bool):
         static = _fixed_batch(file, subject)
-    return Options(opset, static, facts.get("dynamic_size") is True, facts.get("half") is True)
+    flags = {name: facts.get(name) is True for name in ("dynamic_size", "half", "staged")}
+    return Options(opset, static, **flags)
 
 
 def _fixed_batch(file: OnnxFile, subject: Subject) -> bool:
