@@ -382,6 +382,25 @@ def test_thresholds_of_zero_are_a_relu(tmp_path):
     assert ops(path) == ["Conv", *RESPONSE, "Conv", "Relu", "Relu", "Conv"]
 
 
+class Padded(nn.Module):
+    """Zeros around a pool whose inputs are negative, as HGNet's stem may have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+
+    def forward(self, x):
+        x = -self.norm(self.conv(x)).exp()
+        x = nn.functional.max_pool2d(nn.functional.pad(x, (0, 1, 0, 1)), 2, 1)
+        return nn.functional.max_pool2d(nn.functional.pad(x, (1, 1), value=-torch.inf), 3)
+
+
+def test_zeros_before_a_max_pool_stay_zeros(tmp_path):
+    """Onnxruntime's own fusion takes them for -inf."""
+    assert export_onnx(Padded(), tmp_path / "m.onnx", example_inputs=inputs()).passed
+
+
 def test_the_rule():
     assert tolerance_for(1e-7) == 1e-4
     assert tolerance_for(2e-4) == pytest.approx(6e-4)
@@ -399,6 +418,9 @@ def test_the_comparison():
     assert compare(right * np.nan, right, tie=1e-4).problem == "NaN or Inf"
     assert relative_error(np.array([2.0, 1.0]), np.array([2.0, -2.0])) == 1.5
     assert relative_error(np.zeros(3), np.zeros(3)) == 0.0
+    assert relative_error(np.array([-np.inf, 1.5]), np.array([-np.inf, 2.0])) == 0.25
+    assert relative_error(np.array([np.inf, 2.0]), np.array([-np.inf, 2.0])) == np.inf
+    assert relative_error(np.array([np.nan]), np.array([np.nan])) == np.inf
 
 
 def test_rounding_is_the_models_and_not_one_batchs(monkeypatch):

@@ -64,13 +64,18 @@ class Comparison:
 
 
 def relative_error(value: Array, reference: Array) -> float:
-    """``max|value − reference| / max|reference|``; absolute where the reference is all zero."""
+    """``max|value − reference| / max|reference|``; absolute where the reference is all zero.
+
+    Infinities that are right, as in a mask, count neither as a difference nor for the scale.
+    """
     if value.shape != reference.shape:
         return float("inf")
     if value.size == 0:
         return 0.0
-    difference = float(np.max(np.abs(_wide(value) - _wide(reference))))
-    scale = float(np.max(np.abs(_wide(reference))))
+    mine, right = _wide(value), _wide(reference)
+    with np.errstate(invalid="ignore"):
+        difference = float(np.max(np.where(mine == right, 0.0, np.abs(mine - right))))
+    scale = float(np.max(np.abs(right), where=np.isfinite(right), initial=0.0))
     if not np.isfinite(difference):
         return float("inf")
     return difference / scale if scale > 0 else difference
