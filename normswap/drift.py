@@ -8,6 +8,7 @@ the error of the outputs and how often the two models agree. Nothing here change
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -113,6 +114,12 @@ def hooked(*handles: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """A norm's one input, given by position or by keyword."""
+    value: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return value
 
 
 def leaves(output: Any) -> list[Tensor]:
@@ -281,9 +288,11 @@ class Drift:
     def write(self, path: str | Path) -> Path:
         """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
         path = Path(path)
-        if path.suffix in (".png", ".svg", ".pdf"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = path.suffix.lower()
+        if kind in (".png", ".svg", ".pdf"):
             return self.draw(path)
-        text = json.dumps(self.to_json(), indent=1) if path.suffix == ".json" else str(self)
+        text = json.dumps(_finite(self.to_json()), indent=1) if kind == ".json" else str(self)
         path.write_text(text + "\n", encoding="utf-8")
         return path
 
@@ -303,6 +312,15 @@ class Drift:
         axes.legend()
         figure.savefig(path)
         return Path(path)
+
+
+def _finite(data: Any) -> Any:
+    """Data for JSON, which knows no NaN."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _share(value: float | None) -> str:
@@ -387,17 +405,21 @@ class _Recorder:
         for pair in self.pairs:
             stack.enter_context(
                 hooked(
-                    pair.original.register_forward_hook(self._keep(pair)),
+                    pair.original.register_forward_hook(self._keep(pair), with_kwargs=True),
                     pair.module.register_forward_hook(self._compare(pair)),
                 )
             )
 
     def _keep(self, pair: Pair) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             reference = pair.reference(output)
             self._kept.setdefault(pair.name, []).append(reference)
             # .forward: the hooks of the converted layer are for the converted model's own pass
-            self.alone[pair.name].add(pair.module.forward(args[0].clone()), reference)
+            self.alone[pair.name].add(
+                pair.module.forward(input_of(args, kwargs).clone()), reference
+            )
 
         return hook
 

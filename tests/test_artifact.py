@@ -224,6 +224,17 @@ def test_model_changed_by_hand_is_not_lost(source, tmp_path, caplog):
     assert torch.equal(loaded.fc.weight, source.model.fc.weight)
 
 
+def test_an_edited_eps_is_not_lost_without_a_word(source, tmp_path, caplog):
+    norms = [m for m in source.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].eps = 0.1
+    x = source.example_inputs(2)
+    model = swap.convert(source.model, "frozen", example_inputs=x).model
+    artifact.save(model, tmp_path / "out")
+    assert "eps=0.1 in" in caplog.text
+    with pytest.raises(ArtifactError, match="into"):
+        artifact.load(tmp_path / "out")
+
+
 def test_into_a_model_that_does_not_fit(saved):
     with pytest.raises(ArtifactError, match=r"tensors missing.*tensors left over"):
         artifact.load(saved, into=nn.Sequential(nn.Conv2d(3, 4, 3)))

@@ -380,3 +380,39 @@ def test_outputs_that_are_empty_on_both_sides_do_not_count():
     report = calibrate(model, teacher, images(32, 1), steps=3)
     assert report.steps == 3
     assert report.best_loss < report.first_loss
+
+
+class Keyword(Net):
+    def forward(self, x):
+        x = self.relu1(self.bn1(input=self.conv1(x)))
+        return self.head(self.bn3(input=self.conv3(x)).mean((2, 3)))
+
+
+def test_norms_that_get_their_input_by_keyword():
+    torch.manual_seed(0)
+    teacher = Keyword().eval()
+    x = images(32, 1)
+    model = normswap.convert(copy.deepcopy(teacher), "gn", example_inputs=x).model
+    report = calibrate(model, teacher, x, steps=5)
+    assert report.after.output_error <= report.before.output_error
+
+
+def test_calibration_inside_inference_mode():
+    model, teacher = pair("gn")
+    with torch.inference_mode():
+        report = calibrate(model, teacher, images(32, 1), steps=3)
+    assert report.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seconds": float("inf")}, "finite"),
+        ({"steps": -1}, "0 or more"),
+        ({"images": torch.empty(0, 3, 12, 12)}, "got none"),
+    ],
+)
+def test_requests_without_sense(options, message):
+    model, teacher = pair("gn")
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(model, teacher, **{"images": images(32, 1), **options})

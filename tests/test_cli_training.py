@@ -121,3 +121,76 @@ def test_sweep_prints_table_and_picture_and_skips_what_is_done(digits, tmp_path)
 def test_sweep_usage(options, message, digits):
     result = run("sweep", SPEC, "--data", digits, "-o", "nowhere", *options, code=2)
     assert message in result.stderr
+
+
+def test_finetune_keeps_the_layers_of_an_frn_network(digits, tmp_path):
+    """FRN has parameters that the BatchNorm of a fresh model has not: that is no other head."""
+    run("convert", SPEC, "--no-pretrained", "--to", "frn", "-o", tmp_path / "frn")
+    out = tmp_path / "tuned"
+    result = run("finetune", tmp_path / "frn", "--data", digits, *FAST, "-o", out)
+    assert "new head" not in result.stderr
+    kinds = [type(m).__name__ for m in normswap.load(out).modules()]
+    before = [type(m).__name__ for m in normswap.load(tmp_path / "frn").modules()]
+    assert kinds == before
+    pictures(tmp_path / "abc", "abc")
+    result = run(
+        "finetune", tmp_path / "frn", "--data", tmp_path / "abc", *FAST, "-o", out, "--force"
+    )
+    assert "new head for 3 classes" in result.stderr
+    tuned = normswap.load(out)
+    assert [type(m).__name__ for m in tuned.modules()] == before
+    assert tuned(torch.zeros(1, 1, 16, 16)).shape == (1, 3)
+
+
+def test_finetune_on_other_classes_of_the_same_number(model, digits, tmp_path):
+    first = tmp_path / "digits"
+    run("finetune", model, "--data", digits, *FAST, "-o", first)
+    letters = pictures(tmp_path / "letters", "abcdefghij")
+    result = run("finetune", first, "--data", letters, *FAST, "-o", tmp_path / "letters-net")
+    assert "takes other names: a, b" in result.stderr
+    evaluated = run("evaluate", tmp_path / "letters-net", "--data", letters, "--json")
+    assert json.loads(evaluated.stdout)["images"] == 60
+
+
+def test_finetune_force_starts_anew(model, digits, tmp_path):
+    arguments = ("finetune", model, "--data", digits, *FAST, "-o", tmp_path / "out")
+    run(*arguments)
+    assert "--force" in run(*arguments, code=1).stderr
+    run(*arguments, "--force", "--resume", code=2)
+    assert json.loads(run(*arguments, "--force", "--json").stdout)["steps"] == 3
+
+
+def test_sweep_wants_the_original(model, digits, tmp_path):
+    result = run(
+        "sweep", model, "--data", digits, "--val-split", "0.5", "-o", tmp_path / "s", code=1
+    )
+    assert "BatchNorms have been replaced" in result.stderr
+    assert SPEC in result.stderr
+
+
+def test_sweep_of_nothing_but_failures_fails(digits, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise normswap.errors.TrainingError("a cell", got="x", need="y", hint="z")
+
+    monkeypatch.setattr("normswap.sweeps.finetune", broken)
+    result = run(
+        "sweep", SPEC, "--no-pretrained", "--data", digits, "--val-split", "0.5", "--to", "gn",
+        "--batch-sizes", "10", "--seeds", "1", "-o", tmp_path / "sweep", code=1,
+    )  # fmt: skip
+    assert "failed" in result.output
+
+
+def test_bench_of_a_converted_model_is_beside_its_original(model):
+    result = run(
+        "bench", model, "--to", "gn", "--rounds", "1", "--no-onnx", "--image-size", "16", "--json"
+    )
+    assert [row["target"] for row in json.loads(result.stdout)["rows"]] == ["bn", "gn"]
+
+
+def test_the_image_size_is_remembered(tmp_path):
+    run(
+        "convert", SPEC, "--no-pretrained", "--to", "gn", "--image-size", "24",
+        "-o", tmp_path / "gn", "--drift", tmp_path / "deep" / "drift.PNG",
+    )  # fmt: skip
+    assert normswap.load_model(tmp_path / "gn").preprocessing.input_size == (1, 24, 24)
+    assert (tmp_path / "deep" / "drift.PNG").read_bytes().startswith(b"\x89PNG")

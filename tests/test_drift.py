@@ -192,7 +192,7 @@ def test_prediction_orders_groups_as_the_measurement_does():
     bn.running_mean.copy_(torch.tensor([30.0, 30.0, 0.0, 0.0]))
     bn.running_var.copy_(torch.tensor([900.0, 900.0, 0.01, 0.01]))
     one, two = nn.GroupNorm(1, 4), nn.GroupNorm(2, 4)
-    assert predicted_drift(one, bn) > 2 * predicted_drift(two, bn)
+    assert predicted_drift(one, bn) > 1.5 * predicted_drift(two, bn)
     quiet = nn.BatchNorm2d(4)
     assert predicted_drift(one, quiet) < predicted_drift(two, quiet)
 

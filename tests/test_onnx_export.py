@@ -437,3 +437,23 @@ def test_rounding_is_the_models_and_not_one_batchs(monkeypatch):
     found = judge_.references(trials)
     assert [r.tolerances for r in found] == [[pytest.approx(6e-4)]] * 3
     assert [r.torch_errors[0] for r in found] == pytest.approx(list(errors.values()))
+
+
+@pytest.mark.parametrize("tolerance", [0, -1e-3, 1.0, float("inf"), float("nan")])
+def test_a_tolerance_that_proves_nothing_is_refused(tolerance, exported, tmp_path):
+    with pytest.raises(ExportError, match="above 0 and below 1"):
+        export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs(), tolerance=tolerance)
+    with pytest.raises(ExportError, match="above 0 and below 1"):
+        verify_onnx(exported[1], model=exported[0], tolerance=tolerance)
+
+
+def test_verify_refuses_what_only_a_model_could_use(exported):
+    for options in ({"tolerance": 1e-3}, {"images": inputs()}, {"example_inputs": inputs()}):
+        with pytest.raises(ExportError, match="without a model"):
+            verify_onnx(exported[1], **options)
+
+
+def test_a_destination_that_cannot_be_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="a place where a file can be written"):
+        export_onnx(Tiny(), tmp_path / "file" / "m.onnx", example_inputs=inputs())

@@ -52,7 +52,7 @@ def operators(path):
 def test_large_groups_pass_where_one_running_sum_does_not(norm, tmp_path):
     model, x = Net(norm), inputs(128, 128, rows=1)
     path = tmp_path / "m.onnx"
-    plain = export_onnx(model, path, example_inputs=x, tolerance=1.0, static_batch=True)
+    plain = export_onnx(model, path, example_inputs=x, tolerance=0.5, static_batch=True)
     assert "InstanceNormalization" in operators(path)
     limit = plain.max_relative_error / 4
     parity = export_onnx(model, path, example_inputs=x, tolerance=limit, static_batch=True)

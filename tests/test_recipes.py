@@ -166,3 +166,58 @@ def test_match_groups_rejects_nothing_finite():
         affine = match_groups(state_of(bn), groups, 1e-5)
         assert affine.weight.isfinite().all()
         assert affine.bias.isfinite().all()
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_one_broken_statistic_leaves_the_rest_of_its_group_alone(broken):
+    bn = randomise(nn.BatchNorm2d(8))
+    sound = match_groups(state_of(bn), 1, 1e-5)
+    bn.running_var[3] = broken
+    found = match_groups(state_of(bn), 1, 1e-5)
+    others = torch.arange(8) != 3
+    assert found.weight[3] == 0
+    assert found.bias[3] == bn.bias[3]
+    assert torch.allclose(found.weight[others], sound.weight[others], rtol=0.3)
+
+
+@pytest.mark.parametrize("variance", [1e-3, 1e-5, 1e-6, 1e-8, 1e-9, 1e-11])
+def test_a_quiet_channel_does_not_shout_what_its_loud_group_does(variance):
+    """Its output is off by no more than its own spread, or a tenth of the group's."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(8).double().eval()
+    bn.running_var[0] = variance
+    scale = bn.running_var.sqrt().view(1, -1, 1, 1)
+    loudness = 1 + 0.3 * torch.randn(256, 8, 1, 1, dtype=torch.float64)
+    means = 0.4 * torch.randn(256, 8, 1, 1, dtype=torch.float64)
+    x = scale * (loudness * torch.randn(256, 8, 6, 6, dtype=torch.float64) + means)
+    model = normswap.convert(
+        nn.Sequential(bn), normswap.GroupNorm(groups=2), example_inputs=x[:2]
+    ).model
+    right = (x / (bn.running_var + bn.eps).sqrt().view(1, -1, 1, 1))[:, 0]
+    error = (model(x)[:, 0] - right).square().mean().sqrt()
+    assert error < max(10 * right.std(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (normswap.GroupNorm, {"groups": 0}),
+        (normswap.GroupNorm, {"groups": 2.0}),
+        (normswap.GroupNorm, {"groups": True}),
+        (normswap.GroupNorm, {"groups": "x"}),
+        (normswap.GroupNorm, {"max_groups": 0}),
+        (normswap.GroupNorm, {"eps": -1.0}),
+        (normswap.LayerNorm, {"eps": float("nan")}),
+        (normswap.InstanceNorm, {"eps": float("inf")}),
+        (normswap.FilterResponseNorm, {"eps": -1.0}),
+        (normswap.FilterResponseNorm, {"tlu": "yes"}),
+        (normswap.BatchRenorm, {"momentum": 2}),
+        (normswap.BatchRenorm, {"r_max": 0.5}),
+        (normswap.CrossIterationBatchNorm, {"window": 2.5}),
+        (normswap.CrossIterationBatchNorm, {"variance_rule": "min"}),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_at_once(recipe, options):
+    (name,) = options
+    with pytest.raises(normswap.errors.PlanError, match=name):
+        recipe(**options)

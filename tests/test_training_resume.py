@@ -275,3 +275,18 @@ def test_best_weights_survive_a_resume(tmp_path):
         run(tmp_path / "broken", stop_at(23))
     assert same(expected, run(tmp_path / "broken")[0])
     assert same(expected, read_checkpoint(tmp_path / "whole" / "best.pt")["model"])
+
+
+def test_resume_with_another_model_leaves_it_as_it_was(tmp_path):
+    data, options = samples(), FineTune(batch_size=4, epochs=1)
+    finetune(Net("gn"), data, options=options, out=tmp_path)
+    other = Net("frn")
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(TrainingError, match="differs from the run's"):
+        finetune(other, data, options=FineTune(batch_size=4, epochs=1), out=tmp_path, resume=True)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_best_needs_something_to_be_best_at():
+    with pytest.raises(TrainingError, match="val_data"):
+        finetune(Net("gn"), samples(), options=FineTune(keep="best"))

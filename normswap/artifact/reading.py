@@ -71,6 +71,8 @@ def load_model(
     model = load(spec, device=device)
     known = provenance_of(model)
     preprocessing = Preprocessing.from_json(known.preprocessing or {}).resized(image_size)
+    if image_size is not None:
+        remember(model, preprocessing=preprocessing.to_json())
     task = str((known.source or {}).get("task", "image"))
     return Source(model, str(spec), preprocessing, known.class_names, known.source, task)
 

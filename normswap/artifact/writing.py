@@ -254,6 +254,7 @@ def _check_source(
     try:
         twin = _meta_twin(document)
         check_agreement(where, _state_of(twin), model.state_dict())
+        _check_eps(where, twin, model)
     except NormSwapError as error:
         if explicit:
             raise ArtifactError(
@@ -265,6 +266,20 @@ def _check_source(
             ) from error
         logger.warning("%s: %s; it will load with into= only", where, error.got)
         document["source"] = None
+
+
+def _check_eps(where: str, twin: nn.Module, model: nn.Module) -> None:
+    """ε is in no state dict: one that was edited by hand would be lost without a word."""
+    mine = dict(model.named_modules())
+    for name, module in twin.named_modules():
+        right, found = getattr(module, "eps", None), getattr(mine.get(name), "eps", None)
+        if isinstance(right, float) and isinstance(found, float) and right != found:
+            raise ArtifactError(
+                where,
+                got=f"eps={found} in {name}, where its source has {right}",
+                need="a model as its source builds it",
+                hint="load(directory, into=…)",
+            )
 
 
 def _meta_twin(document: Mapping[str, Any]) -> nn.Module:

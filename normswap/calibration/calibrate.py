@@ -10,6 +10,7 @@ target layer with other numbers in it. Nothing here needs a label.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -126,10 +127,11 @@ def calibrate(
         >>> report.after.output_error < report.before.output_error
         True
     """
-    _check(seconds, parameters, batch_size)
+    _check(seconds, parameters, batch_size, steps)
     begun = clock()
     tuning = _tuning or Tuning()
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))  # nothing can be trained in it
         stack.enter_context(placed(device, model, teacher))
         home = device_of(model)
         pool = Pool(images, batch_size, home, seed)
@@ -165,12 +167,14 @@ def calibrate(
     return report
 
 
-def _check(seconds: float, parameters: str, batch_size: int) -> None:
+def _check(seconds: float, parameters: str, batch_size: int, steps: int | None) -> None:
     wrong = None
     if parameters not in ("norms", "all"):
         wrong = ("parameters", repr(parameters), "'norms' or 'all'", "parameters='norms'")
-    elif not seconds > 0:
-        wrong = ("seconds", str(seconds), "a positive number", "seconds=60")
+    elif not 0 < seconds < math.inf:
+        wrong = ("seconds", str(seconds), "a positive, finite number", "seconds=60")
+    elif steps is not None and steps < 0:
+        wrong = ("steps", str(steps), "0 or more, or None", "steps=None")
     elif batch_size < 1:
         wrong = ("batch_size", str(batch_size), "at least 1", "batch_size=32")
     if wrong is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.drift import Pair, hooked
+from normswap.drift import Pair, hooked, input_of
 from normswap.graph import call
 from normswap.graph.norms import is_batchnorm, state_of
 
@@ -81,14 +81,15 @@ def _targets(
     repeated: set[str] = set()
 
     def hook_for(pair: Pair) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if pair.name in found:  # one (γ, β) cannot serve each of several calls alone
                 repeated.add(pair.name)
-            found[pair.name] = _moments(_linear_output(pair.original, args[0]))
+            found[pair.name] = _moments(_linear_output(pair.original, input_of(args, kwargs)))
 
         return hook
 
-    with hooked(*[p.original.register_forward_pre_hook(hook_for(p)) for p in pairs]):
+    hooks = [p.original.register_forward_pre_hook(hook_for(p), with_kwargs=True) for p in pairs]
+    with hooked(*hooks):
         call(teacher, x)
     return {name: target for name, target in found.items() if name not in repeated}
 
@@ -105,8 +106,8 @@ def match_in_flow(
     scales: dict[str, Scale] = {}
 
     def hook_for(pair: Pair) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            normal = _standardised(module, args[0])
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            normal = _standardised(module, input_of(args, kwargs))
             if pair.name not in targets or normal is None:
                 return
             (mean, std), (centre, spread) = _moments(normal), targets[pair.name]
@@ -120,6 +121,7 @@ def match_in_flow(
 
         return hook
 
-    with hooked(*[p.module.register_forward_pre_hook(hook_for(p)) for p in pairs]):
+    hooks = [p.module.register_forward_pre_hook(hook_for(p), with_kwargs=True) for p in pairs]
+    with hooked(*hooks):
         call(model, x)
     return scales

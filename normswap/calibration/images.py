@@ -21,7 +21,9 @@ class Pool:
     def __init__(
         self, images: Tensor | Iterable[Any], size: int, device: torch.device, seed: int
     ) -> None:
-        found = images if isinstance(images, Tensor) else _joined(batches(images, size))
+        found = _joined(batches(images, size))
+        if isinstance(found, Tensor) and found.is_inference():
+            found = found.clone()
         self.images: Tensor | list[Any] = found
         self.size, self.device = size, device
         self._draw = torch.Generator().manual_seed(seed)

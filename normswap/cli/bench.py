@@ -13,6 +13,8 @@ from normswap.errors import NormSwapError
 from normswap.targets import TARGETS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from normswap.benchmark import Comparison, Ratio
 
 
@@ -67,6 +69,7 @@ def command(
     from normswap.recipes import CrossIterationBatchNorm, recipe_for
 
     source = chosen.load()
+    model = _original(chosen.spec, source.model)
     if source.task == "detection":
         raise NormSwapError(
             chosen.spec,
@@ -81,7 +84,7 @@ def command(
         windowed = CrossIterationBatchNorm(window=int(window)) if window else None
         recipes[name] = windowed if windowed and target == "cbn" else recipe_for(target)
     found = compare(
-        source.model,
+        model,
         recipes,
         inputs,
         rounds=rounds,
@@ -93,6 +96,25 @@ def command(
         print_json({"model": chosen.spec, "batch_size": batch_size, **found.to_json()})
     else:
         _print(chosen.spec, batch_size, found)
+
+
+def _original(spec: str, model: nn.Module) -> nn.Module:
+    """The BatchNorm network behind a converted one: what the targets are measured beside."""
+    from normswap.provenance import provenance_of
+    from normswap.sources import rebuild
+
+    record = provenance_of(model)
+    if not record.plans:
+        return model
+    if record.source is None:
+        raise NormSwapError(
+            spec,
+            got="a converted model whose source is not known",
+            need="its BatchNorm original, to measure beside",
+            hint="the spec that it was made from",
+        )
+    device = next((p.device for p in model.parameters()), None)
+    return rebuild(record.source).to(device).eval()
 
 
 def _print(spec: str, batch_size: int, found: Comparison) -> None:

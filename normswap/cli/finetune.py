@@ -15,6 +15,7 @@ from normswap.cli.options import (
     check_device,
     check_output,
     cli_command,
+    force_option,
     json_option,
     model_options,
 )
@@ -60,6 +61,7 @@ _logger = logging.getLogger("normswap")
     help="Seconds between checkpoints.",
 )
 @click.option("--resume", is_flag=True, help="Go on where the run in the output stopped.")
+@force_option
 @json_option
 @model_options
 def command(
@@ -72,6 +74,7 @@ def command(
     keep: str,
     checkpoint_every: float,
     resume: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Train MODEL further at a small batch size.
@@ -80,15 +83,20 @@ def command(
     exactly. Several GPUs or machines: `accelerate launch -m normswap finetune …`, or torchrun.
     """
     first = int(os.environ.get("RANK", "0")) == 0  # under a launcher, one process writes
+    if force and resume:
+        raise click.UsageError("--resume goes on with a run, --force starts it anew.")
     check_output(
         output,
-        force=resume or not first,
-        hint="--resume to go on with the run in it, or another -o",
+        force=resume or force or not first,
+        hint="--resume to go on with the run in it, --force to replace it, or another -o",
     )
     import normswap
+    from normswap.training.resumption import discard
 
     source = chosen.load()
     model = source.model
+    if force and first:
+        discard(output)
     images = run.open(source, chosen.image_size, chosen.seed)
     options = run.options(
         batch_size=batch_size,

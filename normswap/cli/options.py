@@ -94,6 +94,7 @@ class ModelChoice:
             pretrained=self.pretrained,
             checkpoint=self.checkpoint,
             num_classes=self.num_classes,
+            image_size=self.image_size,
             device=check_device(self.device),
         )
         source.model.eval()

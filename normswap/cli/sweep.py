@@ -17,9 +17,12 @@ from normswap.cli.options import (
     model_options,
 )
 from normswap.cli.training import RunChoice, run_options
+from normswap.errors import NormSwapError
 from normswap.targets import TARGETS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from normswap.training import Progress
 
 
@@ -64,7 +67,8 @@ def _sizes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tupl
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    required=True,
+    default=Path("normswap-sweep"),
+    show_default=True,
     help="Directory for cells, table and picture; what is done there is not done again.",
 )
 @run_options
@@ -90,6 +94,7 @@ def command(
     from normswap.sweeps import PICTURE, sweep
 
     source = chosen.load()
+    _check_original(chosen.spec, source.model)
     images = run.open(source, chosen.image_size, chosen.seed)
     options = run.options(
         batch_size=max(batch_sizes),
@@ -114,12 +119,29 @@ def command(
             out=output,
             progress=update,
         )
+    failed = [cell for cell in found.cells if cell.failure]
     if as_json:
         print_json({"output": output, **found.to_json()})
-        return
+        click.get_current_context().exit(1 if len(failed) == len(found.cells) else 0)
     heading, *rows = found.rows()
     print_table(heading, rows, title="top-1 in % by batch size", numeric=heading[1:])
-    for cell in found.cells:
-        if cell.failure:
-            say(f"{cell.name} failed: {cell.failure}")
+    for cell in failed:
+        say(f"{cell.name} failed: {cell.failure}")
+    if len(failed) == len(found.cells):
+        click.get_current_context().exit(1)
     say(f"the picture is {output / PICTURE}")
+
+
+def _check_original(spec: str, model: nn.Module) -> None:
+    """Every cell starts from BatchNorm, which a per-sample conversion cannot give back."""
+    from normswap.graph import batchnorms
+    from normswap.provenance import provenance_of
+
+    record = provenance_of(model)
+    if record.plans and not batchnorms(model):
+        raise NormSwapError(
+            spec,
+            got="a model whose BatchNorms have been replaced",
+            need="its BatchNorm original",
+            hint=str((record.source or {}).get("spec", "the spec that it was made from")),
+        )

@@ -67,13 +67,27 @@ def _classes(source: Source, found: tuple[str, ...]) -> tuple[tuple[str, ...], b
     from normswap.sources import resize_head
 
     known = provenance_of(source.model).class_names
-    if known is not None and (len(known) == len(found) or set(found) <= set(known)):
+    if known is not None and set(found) <= set(known):
         return known, False
+    if (_outputs(source) if known is None else len(known)) == len(found):
+        if known is not None:
+            _logger.info("the head keeps its weights and takes other names: %s", ", ".join(found))
+        remember(source.model, class_names=found)
+        return found, False
     replaced = resize_head(source.model, len(found), found)
     if replaced:
         _logger.info("new head for %d classes: %s", len(found), ", ".join(replaced))
     remember(source.model, class_names=found)
     return found, bool(replaced)
+
+
+def _outputs(source: Source) -> int | None:
+    """Number of logits, where the model gives a tensor (N, K)."""
+    import torch
+
+    with torch.no_grad():
+        logits = source.model.eval()(source.example_inputs())
+    return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
 
 
 def run_options(function: Function) -> Function:

@@ -8,6 +8,9 @@ from torch import nn
 def graft_head(model: nn.Module, fresh: nn.Module) -> list[str]:
     """Put into ``model`` those layers of ``fresh`` whose weights have another shape.
 
+    Layers that hold other tensors than their counterpart are of another kind (an FRN where
+    ``fresh`` has a BatchNorm), not of another size: they stay.
+
     Returns:
         Their names.
     """
@@ -18,7 +21,7 @@ def graft_head(model: nn.Module, fresh: nn.Module) -> list[str]:
         if not mine or name not in old or not name:
             continue
         theirs = {k: tuple(p.shape) for k, p in old[name].named_parameters(recurse=False)}
-        if theirs and mine != theirs:
+        if mine.keys() == theirs.keys() and mine != theirs:
             like = next(old[name].parameters())
             parent, _, leaf = name.rpartition(".")
             module.to(device=like.device, dtype=like.dtype).train(old[name].training)

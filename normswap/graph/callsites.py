@@ -154,6 +154,8 @@ def _obstacle(owner: nn.Module, code: CodeType, position: Position) -> str | Non
     function = method_of(owner, code.co_name)
     if isinstance(owner, nn.ReLU):
         return "a ReLU module's forward is called directly"
+    if isinstance(owner, torch.fx.GraphModule):
+        return "its block is generated from a graph (torch.fx)"
     if function is None or function.__code__ is not code:
         return f"it is called in {code.co_qualname}, which is not a plain method of its block"
     if set(code.co_freevars) - {"__class__"}:

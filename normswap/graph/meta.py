@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 _META = torch.device("meta")
@@ -53,6 +54,20 @@ def run_on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return func(*args, **kwargs)
 
 
+class OnMeta(TorchFunctionMode):
+    """A context in which every torch function takes :func:`run_on_meta`'s way."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Called by torch in the place of ``func``."""
+        return run_on_meta(func, args, kwargs or {})
+
+
 def _joined(tensors: Any, dim: int = 0) -> list[int] | None:
     """Shape of ``torch.cat(tensors, dim)``, or None where that is not plain."""
     first = tensors[0]
@@ -72,6 +87,11 @@ def _like(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x.new_empty(x.shape)  # four times as fast as empty_like
     return torch.empty_like(x)
+
+
+def like_first(*args: Any, **kwargs: Any) -> Tensor:
+    """What any normaliser gives on the meta device: a tensor like its one input."""
+    return _like(args[0] if args else next(iter(kwargs.values())))
 
 
 def _keeps_first(first: Tensor, rest: tuple[Any, ...]) -> bool:

@@ -82,6 +82,12 @@ def _known_forwards() -> set[Callable[..., Any]]:
     return {cls.forward for cls in classes}
 
 
+def _fused_forwards() -> set[Callable[..., Any]]:
+    optional = (_optional_class(name) for name in _OPTIONAL if name.endswith(("Act", "Act2d")))
+    classes = (*layers.fused_classes.values(), *(cls for cls in optional if cls is not None))
+    return {cls.forward for cls in classes}
+
+
 def is_batchnorm(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm of any kind, known or not."""
     cls: Any = type(module)
@@ -107,6 +113,14 @@ def check_known(module: nn.Module, name: str) -> None:
             need="a module with parameters",
             hint="one forward pass of the model before converting it",
         )
+    borrowed = [n for n in ("weight", "bias") if n not in _own_tensors(module)]
+    if borrowed and (found := [n for n in borrowed if getattr(module, n, None) is not None]):
+        raise WalkError(
+            name or "the model",
+            got=f"a BatchNorm whose {found[0]} is computed (pruned or parametrized)",
+            need="a BatchNorm that holds its own parameters",
+            hint="torch.nn.utils.prune.remove or parametrize.remove_parametrizations before",
+        )
     if "forward" in vars(module) or type(module).forward not in _known_forwards():
         raise WalkError(
             name or "the model",
@@ -116,8 +130,14 @@ def check_known(module: nn.Module, name: str) -> None:
         )
 
 
+def _own_tensors(module: nn.Module) -> set[str]:
+    return {*module._parameters, *module._buffers}
+
+
 def fused_parts(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """The ``(drop, act)`` that a timm ``…Act`` norm carries inside, or None."""
+    if type(module).forward not in _fused_forwards():
+        return None
     drop, act = getattr(module, "drop", None), getattr(module, "act", None)
     if isinstance(drop, nn.Module) and isinstance(act, nn.Module):
         return drop, act

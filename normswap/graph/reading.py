@@ -19,6 +19,12 @@ from normswap.graph.vocabulary import ACTIVATION_FUNCTIONS, PRODUCER_OPS, activa
 Names = dict[nn.Module, tuple[str, ...]]
 """Every name of every module."""
 
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _USED_APART = "its tensors are used by a batch_norm call outside of the module"
 
 
@@ -78,7 +84,7 @@ class _Reader:
             channels=state.channels,
             rank=norms.spatial_rank_of(module),
             dtype=str(norms.dtype_of(module)),
-            affine=state.weight is not None,
+            affine=state.weight is not None and state.bias is not None,
             tracked=state.mean is not None and state.var is not None,
         )
 
@@ -106,12 +112,15 @@ class _Reader:
             producer, reason = None, "a hook of the BatchNorm may change its input"
         notes = [] if run.mode == "eval" else ["ran in training mode only"]
         notes += [_USED_APART] if module in run.trace.stray_norms else []
+        if any(vars(module).get(name) for name in _STATE_HOOKS):
+            notes.append("its state-dict hooks stay behind with it")
         return replace(
             self._blank(module),
             rank=len(spatial),
             calls=len(calls),
             mode=run.mode,
             spatial=spatial,
+            mixed=len({len(shape) for shape in shapes}) > 1,
             producer=producer,
             no_producer=reason,
             activation=self._activation(module, run, calls),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -135,15 +136,42 @@ def _opened(output: Any, depth: int = 3) -> Any:
         return output
     leaves = [output] if not isinstance(output, dict | list | tuple) else tree_leaves(output)
     return [
-        leaf
-        if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__")
-        else _opened(dict(vars(leaf)), depth - 1)
+        _opened(held, depth - 1)
+        if not isinstance(leaf, Tensor) and (held := _attributes(leaf))
+        else leaf
         for leaf in leaves
     ]
 
 
+def _attributes(thing: Any) -> dict[str, Any]:
+    """What an object holds under names, in its dictionary or in slots."""
+    slots = (name for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ()))
+    held = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
+    return held | dict(getattr(thing, "__dict__", {}))
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _changed(before: list[tuple[Tensor, int]], *, in_place: bool) -> list[Tensor]:
+    """Which inputs a call changed; inference tensors do not count, so the call's name decides."""
+    first = before[0][0] if before and in_place else None
+    return [t for t, v in before if _version(t) != v or (t is first and t.is_inference())]
+
+
+def _is_in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    return name.endswith("_") or bool(kwargs.get("inplace"))
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that a ``torch.func`` transform such as ``vmap`` works on."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 class Recorder(TorchFunctionMode):
@@ -178,6 +206,7 @@ class Recorder(TorchFunctionMode):
 
     def value(self, tensor: Tensor) -> int:
         """Number of the value that ``tensor`` holds now."""
+        tensor = _unwrapped(tensor)
         number, version = self._values.get(tensor, (0, None))  # type: ignore[no-untyped-call]
         if version == _version(tensor):
             return int(number)
@@ -190,9 +219,16 @@ class Recorder(TorchFunctionMode):
         for number in call.inputs:
             self.trace.used.setdefault(number, []).append(call)
 
-    def _finish(self, call: Call, output: Any, before: list[tuple[Tensor, int]]) -> None:
+    def _finish(
+        self,
+        call: Call,
+        output: Any,
+        before: list[tuple[Tensor, int]],
+        *,
+        in_place: bool,
+    ) -> None:
         """Give new values to what ``call`` made or changed in place."""
-        changed = [tensor for tensor, version in before if _version(tensor) != version]
+        changed = _changed(before, in_place=in_place)
         inputs = {id(tensor) for tensor, _ in before}
         fresh = [tensor for tensor in _tensors(output) if id(tensor) not in inputs]
         if "dropout" in call.op and not fresh and not changed:
@@ -221,12 +257,13 @@ class Recorder(TorchFunctionMode):
         numbers = tuple(self.value(t) for t, _ in before)
         output = self._run(func, args, kwargs)
         op = vocabulary.op_of(func)
-        if not _consumes(op, output, before):
+        in_place = _is_in_place(func, kwargs)
+        if not _consumes(op, output, before, in_place=in_place):
             return output
         call = Call(op, numbers, shape=tuple(before[0][0].shape) if before else ())
         self._describe(call, func, args, kwargs, output)
         self._use(call)
-        self._finish(call, output, before)
+        self._finish(call, output, before, in_place=in_place)
         return output
 
     def _describe(
@@ -293,7 +330,8 @@ class Recorder(TorchFunctionMode):
         if self._opaque and self._opaque[-1][0] is module:
             _, call, before = self._opaque.pop()
             self._use(call)
-            self._finish(call, output, before)
+            in_place = bool(getattr(module, "inplace", False))
+            self._finish(call, output, before, in_place=in_place)
 
     def _slot(self) -> str | None:
         """The name under which the running ``nn.Sequential`` calls its next child."""
@@ -330,13 +368,13 @@ def _opaque_op(module: nn.Module) -> str | None:
     return vocabulary.producer_module_op(module) or vocabulary.activation_module_op(module)
 
 
-def _consumes(op: str, output: Any, before: list[tuple[Tensor, int]]) -> bool:
+def _consumes(op: str, output: Any, before: list[tuple[Tensor, int]], *, in_place: bool) -> bool:
     """Whether a call reads values: shape and device queries do not, nor do identities."""
     made = _tensors(output)
+    unchanged = not _changed(before, in_place=in_place)
     if not made:
-        return op in _READS or any(_version(t) != version for t, version in before)
+        return op in _READS or not unchanged
     inputs = {id(t) for t, _ in before}
-    unchanged = all(_version(t) == version for t, version in before)
     identity = unchanged and all(id(t) in inputs for t in made)
     return not identity or "dropout" in op
 

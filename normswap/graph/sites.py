@@ -107,8 +107,9 @@ class Site:
         producer: what makes its input, or None.
         no_producer: why ``producer`` is None, for example ``"add"`` or ``"cat"``; else None.
         activation: the sole consumer of its output when that is an activation, or None.
-        affine: it has a weight (γ).
+        affine: it has a weight (γ) and a bias (β).
         tracked: it has running statistics.
+        mixed: its inputs do not all have the same number of dimensions.
         notes: anything else worth a line in a report.
     """
 
@@ -125,6 +126,7 @@ class Site:
     activation: Activation | None = None
     affine: bool = True
     tracked: bool = True
+    mixed: bool = False
     notes: tuple[str, ...] = ()
 
     @property

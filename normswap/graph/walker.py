@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map
 
 from normswap.errors import WalkError
@@ -35,7 +37,6 @@ _WRAPPERS = {
     "OptimizedModule": "convert the original model, then torch.compile the result",
     "ScriptModule": "convert the Python model, then script the result",
     "RecursiveScriptModule": "convert the Python model, then script the result",
-    "GraphModuleImpl": "convert the eager model before tracing it",
 }
 
 _NO_TRAINING = "the model did not run in training mode on these inputs"
@@ -132,11 +133,27 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Raise if the model, or a part of it, is wrapped in a way that hides its modules.
 
     Raises:
-        WalkError: with the advice that fits the wrapper.
+        WalkError: with the advice that fits the wrapper; for lazy modules without parameters, too.
     """
+    if not isinstance(model, nn.Module):
+        raise WalkError(
+            "the model",
+            got=f"a {type(model).__name__}",
+            need="a torch.nn.Module",
+            hint="normswap.load_model(name).model for a model by name",
+        )
     for name, module in model.named_modules():
         cls: Any = type(module)
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise WalkError(
+                name or "the model",
+                got=f"an uninitialised {cls.__name__}",
+                need="modules with parameters",
+                hint="one forward pass of the model before converting it",
+            )
         wrapper = _wrapper(cls)
+        if wrapper is None and getattr(module, "_compiled_call_impl", None) is not None:
+            wrapper = "OptimizedModule"  # compiled in place by Module.compile
         if wrapper is not None:
             kind = cls.__name__
             raise WalkError(
@@ -193,10 +210,9 @@ def _batched(leaf: Any) -> bool:
 
 
 def _cannot_run(error: Exception) -> WalkError:
-    first_line = (str(error).strip().splitlines() or [""])[0][:300]
     return WalkError(
         "example inputs",
-        got=f"{type(error).__name__}: {first_line}",
+        got=in_short(error),
         need="inputs that the model can be called with in eval mode",
         hint="a tensor of the model's input size, a tuple of positional arguments, or a dict of "
         "keyword arguments, in the model's dtype",
@@ -205,18 +221,52 @@ def _cannot_run(error: Exception) -> WalkError:
 
 def _run(model: nn.Module, example_inputs: Any, names: Names, *, mode: str, meta: bool) -> Run:
     first_names = {module: found[0] for module, found in names.items()}
+    with (
+        ready_to_run(model, example_inputs, names, mode=mode, meta=meta) as (inputs, device),
+        recording(first_names, meta=meta) as recorder,
+    ):
+        output = call(model, inputs)
+        recorder.output(output)
+    return Run(mode, device.type, recorder.trace)
+
+
+@contextmanager
+def ready_to_run(
+    model: nn.Module, example_inputs: Any, names: Names, *, mode: str, meta: bool
+) -> Iterator[tuple[Any, torch.device]]:
+    """A model set up to be called on the inputs that are yielded, and as it was afterwards.
+
+    Args:
+        model: any module.
+        example_inputs: see :func:`call`.
+        names: of all its modules.
+        mode: ``eval`` or ``train``.
+        meta: on the meta device; else where the model is.
+    """
     device = torch.device("meta") if meta else _device_of(model)
-    inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_inputs)
-    with preserved(list(names), values=not meta), torch.no_grad(), warnings.catch_warnings():
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))  # its tensors count no versions
+        stack.enter_context(preserved(list(names), values=not meta))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what the model has to say, it says when it is used
         if any(module.training != (mode == "train") for module in names):
             model.train(mode == "train")
         if meta:
             put_on_meta(names)
-        with recording(first_names, meta=meta) as recorder:
-            output = call(model, inputs)
-            recorder.output(output)
-    return Run(mode, device.type, recorder.trace)
+        yield tree_map(lambda leaf: _moved(leaf, device), example_inputs), device
+
+
+def in_short(error: Exception) -> str:
+    """An exception in one line."""
+    first_line = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {first_line}"
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone().to(device) if leaf.is_inference() else leaf.to(device)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -17,7 +17,7 @@ import numpy as np
 from normswap.errors import ExportError, ParityError
 from normswap.onnx.files import read_onnx
 from normswap.onnx.metadata import write_metadata
-from normswap.onnx.parity import Parity
+from normswap.onnx.parity import Parity, check_tolerance
 from normswap.onnx.program import MAX_OPSET, MIN_OPSET, Draft, Options, save, write_program
 from normswap.onnx.proof import prove_draft
 from normswap.onnx.selftest import MAX_STORED, Expected, SelfTest, TestInput
@@ -71,8 +71,10 @@ def export_onnx(
 
     Raises:
         ParityError: the proof failed; ``error.parity`` is the report.
-        ExportError: torch cannot export the model, or the destination cannot be written.
+        ExportError: torch cannot export the model, the destination cannot be written, or
+            ``tolerance`` is not between 0 and 1.
     """
+    check_tolerance(tolerance)
     target = _destination(Path(path), opset)
     options = Options(opset, static_batch, dynamic_size, half)
     subject = subject_of(model, example_inputs)
@@ -125,14 +127,29 @@ def _destination(path: Path, opset: int) -> Path:
         raise ExportError(
             "opset", got=str(opset), need=f"{MIN_OPSET} to {MAX_OPSET}", hint="opset=20"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     return path
+
+
+def _unwritable(path: Path, error: OSError) -> ExportError:
+    return ExportError(
+        str(path),
+        got=error.strerror or str(error),
+        need="a place where a file can be written",
+        hint="another path",
+    )
 
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A folder beside the target, on the same disk, gone afterwards whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from error
     try:
         yield folder
     finally:

@@ -33,7 +33,7 @@ _SHORT: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normaliser, by its class's name."""
-    return "Norm" in type(module).__name__
+    return "norm" in type(module).__name__.lower()
 
 
 def norm_names(model: nn.Module) -> frozenset[str]:

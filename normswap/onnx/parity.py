@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from normswap.errors import ExportError
+
 Array = npt.NDArray[Any]
 
 FLOOR = 1e-4
@@ -61,6 +63,21 @@ class Comparison:
     agreed: int = 0
     ties: int = 0
     problem: str | None = None
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise for a largest error that no proof can mean.
+
+    Raises:
+        ExportError: it is not between 0 and 1.
+    """
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ExportError(
+            "tolerance",
+            got=str(tolerance),
+            need="a number above 0 and below 1: a share of the output's scale",
+            hint="1e-3, or none for the rule",
+        )
 
 
 def relative_error(value: Array, reference: Array) -> float:

@@ -201,7 +201,9 @@ class Judge:
         return [replace(reference, tolerances=rule) for reference in found]
 
     def _tolerance(self, torch_error: float) -> float:
-        return self.tolerance or tolerance_for(torch_error, half=self.half)
+        if self.tolerance is not None:
+            return self.tolerance
+        return tolerance_for(torch_error, half=self.half)
 
     def reference(self, trial: Trial) -> Reference:
         """The reference of one trial by itself."""

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from normswap.errors import ExportError
 from normswap.onnx.files import OnnxFile, read_onnx
 from normswap.onnx.metadata import Metadata, read_metadata
-from normswap.onnx.parity import Array, Case, Parity, compare, judge, summarise
+from normswap.onnx.parity import (
+    Array,
+    Case,
+    Parity,
+    check_tolerance,
+    compare,
+    judge,
+    summarise,
+)
 from normswap.onnx.selftest import Expected, SelfTest, sample
 from normswap.onnx.session import LEVELS, Apart, Failed, Here, Outputs, Runner, resolve_provider
 
@@ -48,6 +56,14 @@ def verify_onnx(
         ExportError: a file that is no ONNX model, that is not safe to open, or that carries
             nothing to check it by while no model is given.
     """
+    check_tolerance(tolerance)
+    if model is None and any(given is not None for given in (tolerance, images, example_inputs)):
+        raise ExportError(
+            "tolerance, images or example_inputs",
+            got="one of them without a model",
+            need="the model to prove the file against; the self-test brings its own",
+            hint="model=",
+        )
     file = read_onnx(path)
     metadata = read_metadata(file)
     device = resolve_provider(provider)

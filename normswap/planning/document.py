@@ -9,6 +9,7 @@ from typing import Any
 
 from normswap.errors import PlanError
 from normswap.graph import CallSite, Removal
+from normswap.targets import INITS
 
 PLAN_FORMAT = 1
 KEEP = "keep"
@@ -153,4 +154,6 @@ def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
     entry = PlanEntry(**{**data, **lists, "removal": removal})
     if not entry.names or not isinstance(entry.becomes, str):
         raise TypeError(f"no names in {data!r:.80}")
+    if entry.init not in INITS:
+        raise ValueError(f"init {entry.init!r}, not one of {', '.join(INITS)}")
     return entry

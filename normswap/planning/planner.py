@@ -151,6 +151,8 @@ class _Planner:
         recipe = self._choice.recipe(site)
         if recipe is None:
             return _kept(site, "no pattern of the target matches it")
+        if site.mixed:
+            return _kept(site, "its inputs have different numbers of dimensions")
         refusal = recipe.refusal(site, self._model)
         if refusal is None:
             return self._entry_for(site, recipe, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap import layers
+from normswap.errors import PlanError
 from normswap.graph.norms import BatchNormState, fused_parts, state_of
 from normswap.graph.sites import Site
 from normswap.recipes.matching import Affine
@@ -25,6 +28,7 @@ _TRANSFERRED_HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 _ORIGIN = "_normswap_origin"
@@ -41,6 +45,20 @@ class Recipe(ABC):
     target: ClassVar[str] = ""
     fallback: ClassVar[str] = "keep"
     takes_relu: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, fine, need in self.limits():
+            if not fine:
+                raise PlanError(
+                    f"{type(self).__name__}.{name}",
+                    got=repr(getattr(self, name)),
+                    need=need,
+                    hint="another value",
+                )
+
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        """Every hyper-parameter with whether its value is usable, and what would be."""
+        yield from ()
 
     @abstractmethod
     def refusal(self, site: Site, model: nn.Module) -> str | None:
@@ -70,6 +88,17 @@ class Recipe(ABC):
     def to_json(self) -> dict[str, Any]:
         """Target name and hyper-parameters as plain data."""
         return {"target": self.target, **asdict(self)}
+
+
+def whole(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def number(value: Any, least: float, most: float = math.inf) -> bool:
+    """Whether ``value`` is a finite number between two bounds."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and math.isfinite(value) and least <= value <= most
 
 
 def ranked(family: str, rank: int) -> type[nn.Module]:
@@ -192,5 +221,5 @@ def affine_warnings(site: Site, init: str) -> tuple[str, ...]:
     if not site.tracked and init == "match":
         found.append("no running statistics to match: γ and β are copied")
     if not site.affine:
-        found.append("the BN had no γ and β: they are created")
+        found.append("the BN had no γ or no β: what is missing is created")
     return tuple(found)

@@ -75,6 +75,8 @@ class BatchNorm(base.Recipe):
 
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         del model
+        if site.calls == 0 and site.kind in _SYNCHRONISED:
+            return base.NEVER_RAN  # which of BatchNorm1d, 2d and 3d it would be is not known
         return "it is BatchNorm already" if site.kind in _PLAIN else None
 
     def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,6 +37,13 @@ class BatchRenorm(base.Recipe):
     warmup: int = 0
     r_ramp: int = 0
     d_ramp: int = 0
+
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield "r_max", base.number(self.r_max, 1), "a number of at least 1"
+        yield "d_max", base.number(self.d_max, 0), "a number of at least 0"
+        yield "momentum", base.number(self.momentum, 0, 1), "a number from 0 to 1"
+        for name in ("warmup", "r_ramp", "d_ramp"):
+            yield name, base.whole(getattr(self, name), 0), "an integer of at least 0"
 
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         del model

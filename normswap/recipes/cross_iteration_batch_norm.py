@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -36,6 +37,12 @@ class CrossIterationBatchNorm(base.Recipe):
     burn_in: int = 0
     variance_rule: Literal["max", "drop"] = "max"
     through_history: bool = False
+
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield "window", base.whole(self.window, 1), "a positive integer"
+        yield "burn_in", base.whole(self.burn_in, 0), "an integer of at least 0"
+        yield "variance_rule", self.variance_rule in ("max", "drop"), "'max' or 'drop'"
+        yield "through_history", isinstance(self.through_history, bool), "True or False"
 
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         refusal = base.needs_running_statistics(site)

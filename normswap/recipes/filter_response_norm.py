@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -47,6 +48,13 @@ class FilterResponseNorm(base.Recipe):
     learnable_eps: Literal["auto"] | bool = False
     eps_share: float = _HARMLESS
 
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield "eps", base.number(self.eps, 0), "a number of at least 0"
+        yield "eps_share", base.number(self.eps_share, 0), "a number of at least 0"
+        for name in ("tlu", "learnable_eps"):
+            value = getattr(self, name)
+            yield name, isinstance(value, bool) or value == "auto", "True, False or 'auto'"
+
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         del model
         if site.calls == 0:
@@ -79,6 +87,9 @@ class FilterResponseNorm(base.Recipe):
         eps = self._start_eps(new, state)
         matched = match_filter_response(state, eps) if eps is not None else None
         base.set_affine(norm, new, matched, init)
+        frozen = [p for p in (state.weight, state.bias) if p is not None]
+        if frozen and not any(p.requires_grad for p in frozen):
+            new.requires_grad_(False)  # τ and ε too
         act: nn.Module | None = nn.Identity() if relu else None
         if apart:
             act = layers.ThresholdedLinearUnit(state.channels, **base.factory(norm))

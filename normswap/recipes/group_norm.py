@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -66,6 +67,12 @@ class GroupNorm(_Grouped):
     max_groups: int = PAPER_GROUPS
     eps: float | None = None
 
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        known = self.groups in (None, "auto") or base.whole(self.groups, 1)
+        yield "groups", known, "a positive integer, 'auto' or None"
+        yield "max_groups", base.whole(self.max_groups, 1), "a positive integer"
+        yield "eps", self.eps is None or base.number(self.eps, 0), "a number of at least 0, or None"
+
     def settle(self, site: Site, norm: nn.Module) -> GroupNorm:
         eps = state_of(norm).eps if self.eps is None else self.eps
         return replace(self, groups=self._choose(site, norm), eps=eps)
@@ -75,25 +82,29 @@ class GroupNorm(_Grouped):
             return nearest_groups(site.channels, self.max_groups)
         if self.groups == "auto":
             return automatic_groups(norm, self.max_groups)
-        if self.groups < 1 or site.channels % self.groups:
-            fitting = divisors(site.channels)
-            below = [n for n in fitting if n <= max(self.groups, 1)][-2:]
-            raise PlanError(
-                site.name,
-                got=f"groups={self.groups} for {site.channels} channels",
-                need=f"a divisor of {site.channels}",
-                hint="groups=" + " or ".join(map(str, below)),
-            )
-        return self.groups
+        return _dividing(self.groups, site.channels, site.name)
 
     def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
         del rank, relu
         state = state_of(norm)
         assert isinstance(self.groups, int)
+        groups = _dividing(self.groups, state.channels, "the plan")
         eps = state.eps if self.eps is None else self.eps
-        new = nn.GroupNorm(self.groups, state.channels, eps=eps, **base.factory(norm))
-        matched = match_groups(state, self.groups, eps) if base.has_statistics(state) else None
+        new = nn.GroupNorm(groups, state.channels, eps=eps, **base.factory(norm))
+        matched = match_groups(state, groups, eps) if base.has_statistics(state) else None
         return base.take_over(norm, base.set_affine(norm, new, matched, init))
+
+
+def _dividing(groups: int, channels: int, where: str) -> int:
+    if channels % groups:
+        below = [n for n in divisors(channels) if n <= groups][-2:]
+        raise PlanError(
+            where,
+            got=f"groups={groups} for {channels} channels",
+            need=f"a divisor of {channels}",
+            hint="groups=" + " or ".join(map(str, below)),
+        )
+    return groups
 
 
 def automatic_groups(norm: nn.Module, most: int = PAPER_GROUPS) -> int:
@@ -135,6 +146,9 @@ class LayerNorm(_Grouped):
 
     eps: float | None = None
 
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield "eps", self.eps is None or base.number(self.eps, 0), "a number of at least 0, or None"
+
     def settle(self, site: Site, norm: nn.Module) -> LayerNorm:
         del site
         return replace(self, eps=state_of(norm).eps if self.eps is None else self.eps)
@@ -160,6 +174,9 @@ class InstanceNorm(_Grouped):
     target: ClassVar[str] = "in"
 
     eps: float | None = None
+
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield "eps", self.eps is None or base.number(self.eps, 0), "a number of at least 0, or None"
 
     def settle(self, site: Site, norm: nn.Module) -> InstanceNorm:
         del site

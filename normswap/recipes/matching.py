@@ -18,6 +18,10 @@ DEAD = 1e-10
 """A channel whose variance is this small a part of its group's carries no signal, only β."""
 
 
+DROWNED = 100.0
+"""Noise of a group's statistics over a channel's variance, from which on its slope is shrunk."""
+
+
 @dataclass(frozen=True)
 class Affine:
     """γ′ and β′ of shape (C,), float64."""
@@ -40,9 +44,20 @@ def _population(state: BatchNormState) -> _Population:
     assert state.mean is not None
     assert state.var is not None
     mean, var = state.mean.detach().double(), state.var.detach().double()
+    sound = mean.isfinite() & var.isfinite()
     weight = torch.ones_like(mean) if state.weight is None else state.weight.detach().double()
     bias = torch.zeros_like(mean) if state.bias is None else state.bias.detach().double()
-    return _Population(mean, var, weight * (var + state.eps).rsqrt(), bias)
+    slope = weight * (var + state.eps).rsqrt()
+    if not sound.all():  # BN's output there is β or NaN; the channel's group must not suffer
+        slope = torch.where(sound, slope, torch.zeros_like(slope))
+        mean, var = _filled(mean, sound, 0.0), _filled(var, sound, 1.0)
+    return _Population(mean, var, slope, bias)
+
+
+def _filled(values: Tensor, sound: Tensor, default: float) -> Tensor:
+    """``values`` with the average of the sound ones in the place of the others."""
+    middle = values[sound].mean() if sound.any() else torch.full_like(values[0], default)
+    return torch.where(sound, values, middle)
 
 
 def group_moments(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -61,13 +76,15 @@ def match_groups(state: BatchNormState, groups: int, eps: float) -> Affine:
 
     ``γ′_c = γ_c·s_c·√(v_g + ε′)``, ``β′_c = β_c + γ_c·s_c·(m_g − μ_c)``. LayerNorm is one group,
     InstanceNorm is C groups. A dead channel keeps β alone: its slope would only amplify the noise
-    of its group's statistics.
+    of its group's statistics. A channel whose variance is a thousandth of its group's keeps the
+    share of its slope that errs least.
     """
     bn = _population(state)
     centre, spread = group_moments(bn.mean, bn.var, groups)
     alive = bn.var > DEAD * spread
-    weight = bn.slope * (spread + eps).sqrt()
-    bias = bn.bias + bn.slope * (centre - bn.mean)
+    slope = bn.slope * _trust(bn, _group_noise(bn, groups, centre, spread))
+    weight = slope * (spread + eps).sqrt()
+    bias = bn.bias + slope * (centre - bn.mean)
     return Affine(
         torch.where(alive, weight, torch.zeros_like(weight)), torch.where(alive, bias, bn.bias)
     )
@@ -117,11 +134,28 @@ def predicted_group_drift(state: BatchNormState, groups: int) -> float:
     """
     bn = _population(state)
     centre, spread = group_moments(bn.mean, bn.var, groups)
+    noise = _group_noise(bn, groups, centre, spread)
+    kept = _trust(bn, noise)
+    error = kept**2 * noise + (1 - kept) ** 2 * bn.var
+    return _relative(bn, error, bn.var > DEAD * spread)
+
+
+def _group_noise(bn: _Population, groups: int, centre: Tensor, spread: Tensor) -> Tensor:
+    """Variance, in units of x, of what a sample's group statistics add to each channel."""
     offset = (bn.mean - centre) ** 2
     shift = _pooled(MEAN_SHARE * bn.var, groups, MEANS_TOGETHER)
     power = POWER_SPREAD * bn.var**2 + 4 * offset * MEAN_SHARE * bn.var
     stretch = _pooled(power, groups, POWERS_TOGETHER) / (4 * spread.clamp_min(1e-300) ** 2)
-    return _relative(bn, stretch * (bn.var + offset) + shift, bn.var > DEAD * spread)
+    return stretch * (bn.var + offset) + shift
+
+
+def _trust(bn: _Population, noise: Tensor) -> Tensor:
+    """Share of its slope that a channel keeps: all, unless its group drowns it.
+
+    A channel a thousand times quieter than its group would pass on the group's fluctuations many
+    times louder than its own signal. There the slope that errs least, v/(v + noise), is kept.
+    """
+    return torch.where(noise > DROWNED * bn.var, bn.var / (bn.var + noise), 1.0)
 
 
 def predicted_filter_response_drift(state: BatchNormState) -> float:

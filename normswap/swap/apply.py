@@ -6,15 +6,17 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap import layers
-from normswap.errors import SwapError
+from normswap.errors import PlanError, SwapError
 from normswap.graph import CallSite, norms, qualified_names
 from normswap.graph.walker import refuse_wrapped
 from normswap.planning import Patterns, Plan, PlanEntry, Target, plan
 from normswap.provenance import Provenance, provenance_of
 from normswap.recipes import Recipe, recipe_from_json
+from normswap.swap.check import check_run
 from normswap.swap.journal import Journal
 from normswap.swap.optimizer import check_optimizer, move_optimizer
 from normswap.swap.references import put_at, replace_everywhere
@@ -73,7 +75,7 @@ def convert(
 
     Raises:
         PlanError: a request that cannot be satisfied; see :func:`normswap.plan`.
-        WalkError: the model cannot be run or understood.
+        WalkError: the model cannot be run or understood, or not any more with its new layers.
         SwapError: the plan does not fit the model, or ``optimizer`` is none.
 
     Example:
@@ -86,7 +88,11 @@ def convert(
           (2): Identity()
         )
     """
-    if not isinstance(target, Plan):
+    if isinstance(target, Plan):
+        _check_settled(include=include, exclude=exclude, fallback=fallback)
+        if init not in {"match", *(entry.init for entry in target.swapped)}:
+            _check_settled(init=init)
+    else:
         target = plan(
             model,
             target,
@@ -96,7 +102,18 @@ def convert(
             fallback=fallback,
             init=init,
         )
-    return apply_plan(model, target, optimizer=optimizer)
+    return _applied(model, target, optimizer, example_inputs)
+
+
+def _check_settled(**options: Any) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise PlanError(
+            given[0],
+            got="it together with a finished plan, which has settled it",
+            need="one or the other",
+            hint=f"plan(model, target, {given[0]}=…)",
+        )
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conversion:
@@ -110,6 +127,11 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conver
     Raises:
         SwapError: the plan names modules that are not there or are something else.
     """
+    return _applied(model, plan, optimizer, None)
+
+
+@torch.inference_mode(mode=False)  # what is built in that mode can never be trained
+def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) -> Conversion:
     refuse_wrapped(model)
     if optimizer is not None:
         check_optimizer(optimizer)
@@ -125,6 +147,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conver
             names = {parameter: name for name, parameter in converted.named_parameters()}
             move_optimizer(optimizer, replacements, journal, names)
         _record(converted, record, plan, journal)
+        if example_inputs is not None and replacements:
+            check_run(converted, example_inputs, replacements)
     # Nothing can fail any more: CBN layers that are gone let go of their convolutions.
     for module in replacements:
         if isinstance(module, _CBN):

@@ -107,6 +107,13 @@ def finetune(
     """
     options = FineTune() if options is None else options
     folder = None if out is None else Path(out)
+    if options.keep == "best" and val_data is None:
+        raise TrainingError(
+            "FineTune.keep",
+            got="'best' without val_data",
+            need="validation data to say which weights are best",
+            hint="val_data, or keep='last'",
+        )
     found = earlier_run(folder, resume, options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(rng_kept())

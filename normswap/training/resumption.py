@@ -12,10 +12,11 @@ from torch import Tensor
 from normswap.errors import TrainingError
 from normswap.training import processes
 from normswap.training.checkpoints import BEST, FORMAT, LAST, read_checkpoint, write_checkpoint
+from normswap.training.curves import CURVE
 from normswap.training.norms import load_norm_state, norm_state
 from normswap.training.options import FineTune
 from normswap.training.randomness import load_rng_state, rng_state
-from normswap.training.records import Epoch
+from normswap.training.records import METRICS, Epoch
 
 if TYPE_CHECKING:
     from normswap.training.loop import Run
@@ -67,6 +68,12 @@ def earlier_run(folder: Path | None, resume: bool, options: FineTune) -> dict[st
     found = read_checkpoint(last)
     _check_same(folder, options.differences(found["options"]))
     return found
+
+
+def discard(folder: Path) -> None:
+    """Remove what an earlier run left in its folder, so that another one can start there."""
+    for name in (LAST, BEST, METRICS, CURVE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check_same(folder: Path, changes: list[str]) -> None:
@@ -174,8 +181,22 @@ def load_run(run: Run, found: dict[str, Any]) -> None:
     log.info("resumed at step %d of %d", run.place.step, run.steps)
 
 
+def _check_fit(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise before anything is loaded; ``load_state_dict`` loads what fits and raises then."""
+    other = sorted(mine.keys() ^ theirs.keys())
+    other += [k for k in mine if k in theirs and _shape(mine[k]) != _shape(theirs[k])]
+    if other:
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise ValueError(f"{other[0]}{more}")
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
+
+
 def _load_weights(run: Run, found: dict[str, Any], folder: Path) -> None:
     try:
+        _check_fit(run.model.state_dict(), found["model"])
         run.model.load_state_dict(found["model"])
         run.optimizer.load_state_dict(found["optimizer"])
         if run.average is not None:

@@ -206,7 +206,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        present = torch.accelerator.current_accelerator() or "cpu"
+        present = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         raise TrainingError(
             "device",
             got=repr(str(device)),
