@@ -194,3 +194,8 @@ def test_the_image_size_is_remembered(tmp_path):
     )  # fmt: skip
     assert normswap.load_model(tmp_path / "gn").preprocessing.input_size == (1, 24, 24)
     assert (tmp_path / "deep" / "drift.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_refuses_what_it_would_not_do(tmp_path):
+    result = run("convert", SPEC, "--to", "gn", "--dry-run", "--calibrate", tmp_path, code=2)
+    assert "--calibrate goes with -o" in result.stderr

@@ -175,7 +175,9 @@ def command(
     batch = chosen.images(source, images) if images else None
     teacher = copy.deepcopy(source.model) if images else None
     originals = {n: m for n, m in source.model.named_modules() if is_batchnorm(m)}
-    result = normswap.convert(source.model, recipe, **({} if plan_file else options))
+    if plan_file:  # it has settled the rest
+        options = {"example_inputs": options["example_inputs"]}
+    result = normswap.convert(source.model, recipe, **options)
     report = None
     if teacher is not None:
         scope = "all" if calibrate_all else "norms"
@@ -236,7 +238,8 @@ def _check_usage(context: click.Context) -> None:
         raise click.UsageError("Missing option '-o' (or --dry-run to print the plan only).")
     for name, partner in _without_effect(values):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with {partner}.")
+            option = next(p.opts[0] for p in context.command.params if p.name == name)
+            raise click.UsageError(f"{option} goes with {partner}.")
 
 
 def _without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -244,7 +247,7 @@ def _without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if values["plan_file"] is not None:
         yield from ((name, "--to TARGET; a plan has settled it") for name in _BESIDE_PLAN)
     if values["dry_run"]:
-        yield "drift", "-o, not with --dry-run"
+        yield from ((name, "-o, not with --dry-run") for name in ("drift", "images"))
     if values["images"] is None:
         yield from ((name, "--calibrate IMAGES") for name in _CALIBRATION)
     for name, targets in _SETTINGS.items():
