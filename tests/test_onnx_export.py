@@ -457,3 +457,15 @@ def test_a_destination_that_cannot_be_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="a place where a file can be written"):
         export_onnx(Tiny(), tmp_path / "file" / "m.onnx", example_inputs=inputs())
+
+
+def test_a_program_that_cannot_be_looked_into_is_a_failed_proof_all_the_same(tmp_path, monkeypatch):
+    """Torch's exporter may fix the batch size of a program that it let through as dynamic."""
+
+    def refuses(*_):
+        raise AssertionError("Guard failed: x.size()[0] == 2")
+
+    spoil(monkeypatch)
+    monkeypatch.setattr(proof.blame, "program_values", refuses)
+    with pytest.raises(ParityError, match="function:"):
+        export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs())
