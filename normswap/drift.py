@@ -8,7 +8,6 @@ the error of the outputs and how often the two models agree. Nothing here change
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from normswap.errors import CalibrationError
 from normswap.graph import call
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
+from normswap.plain import plain
 from normswap.recipes.matching import predicted_filter_response_drift, predicted_group_drift
 
 TRUST = 0.9
@@ -292,7 +292,7 @@ class Drift:
         kind = path.suffix.lower()
         if kind in (".png", ".svg", ".pdf"):
             return self.draw(path)
-        text = json.dumps(_finite(self.to_json()), indent=1) if kind == ".json" else str(self)
+        text = json.dumps(plain(self.to_json()), indent=1) if kind == ".json" else str(self)
         path.write_text(text + "\n", encoding="utf-8")
         return path
 
@@ -312,15 +312,6 @@ class Drift:
         axes.legend()
         figure.savefig(path)
         return Path(path)
-
-
-def _finite(data: Any) -> Any:
-    """Data for JSON, which knows no NaN."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _share(value: float | None) -> str:

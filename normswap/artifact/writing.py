@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import secrets
@@ -34,6 +33,7 @@ from normswap.artifact.record import (
     record_digest,
 )
 from normswap.errors import ArtifactError, NormSwapError
+from normswap.plain import plain
 from normswap.provenance import Provenance, provenance_of
 from normswap.sources import rebuild
 
@@ -161,8 +161,8 @@ def _describe(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": "",
     }
-    plain: dict[str, Any] = _plain(document)
-    return plain, tensors
+    found: dict[str, Any] = plain(document)
+    return found, tensors
 
 
 def _explicit_source(record: Provenance, source: str | None) -> dict[str, Any] | None:
@@ -205,12 +205,12 @@ def _is_channels_last(tensor: Tensor) -> bool:
     if tensor.dim() not in (4, 5):
         return False
     layout = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-    plain, last = (
+    contiguous, last = (
         torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
         for memory_format in (torch.contiguous_format, layout)
     )
     # by strides: a 1x1 kernel counts as contiguous in both layouts, and kernels are chosen by them
-    return tensor.stride() == last != plain
+    return tensor.stride() == last != contiguous
 
 
 def _main_dtype(model: nn.Module) -> str:
@@ -225,21 +225,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def _plain(value: Any) -> Any:
-    """JSON's types alone: tuples, paths, tensors and NumPy scalars are brought to them."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, str | int | type(None)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None  # JSON has no NaN
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value)
 
 
 def _check_source(

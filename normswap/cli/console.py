@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from normswap.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,17 +77,6 @@ def print_json(data: Any) -> None:
     """Print plain data as JSON, for a program to read."""
     stream = _results.get() or sys.stdout
     stream.write(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
-
-
-def plain(data: Any) -> Any:
-    """Data that every JSON reader takes: no NaN, no tuples, no paths."""
-    if isinstance(data, dict):
-        return {str(key): plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [plain(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return str(data) if isinstance(data, Path) else data
 
 
 def print_table(

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from normswap import layers
 from normswap.errors import WalkError
@@ -106,18 +107,14 @@ def check_known(module: nn.Module, name: str) -> None:
         WalkError: for a subclass with a ``forward`` of its own, a patched instance, or a lazy
             module that has no parameters yet.
     """
-    if isinstance(module, _LazyNormBase):
-        raise WalkError(
-            name,
-            got=f"an uninitialised {type(module).__name__}",
-            need="a module with parameters",
-            hint="one forward pass of the model before converting it",
-        )
-    borrowed = [n for n in ("weight", "bias") if n not in _own_tensors(module)]
-    if borrowed and (found := [n for n in borrowed if getattr(module, n, None) is not None]):
+    check_initialised(module, name)
+    own = {*module._parameters, *module._buffers}
+    apart = (n for n in ("weight", "bias") if n not in own)
+    computed = [n for n in apart if getattr(module, n, None) is not None]
+    if computed:
         raise WalkError(
             name or "the model",
-            got=f"a BatchNorm whose {found[0]} is computed (pruned or parametrized)",
+            got=f"a BatchNorm whose {computed[0]} is computed (pruned or parametrized)",
             need="a BatchNorm that holds its own parameters",
             hint="torch.nn.utils.prune.remove or parametrize.remove_parametrizations before",
         )
@@ -130,8 +127,19 @@ def check_known(module: nn.Module, name: str) -> None:
         )
 
 
-def _own_tensors(module: nn.Module) -> set[str]:
-    return {*module._parameters, *module._buffers}
+def check_initialised(module: nn.Module, name: str) -> None:
+    """Raise if ``module`` is lazy and has no parameters yet.
+
+    Raises:
+        WalkError: naming it.
+    """
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise WalkError(
+            name or "the model",
+            got=f"an uninitialised {type(module).__name__}",
+            need="modules with parameters",
+            hint="one forward pass of the model before converting it",
+        )
 
 
 def fused_parts(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map
 
 from normswap.errors import WalkError
@@ -144,13 +143,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         cls: Any = type(module)
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise WalkError(
-                name or "the model",
-                got=f"an uninitialised {cls.__name__}",
-                need="modules with parameters",
-                hint="one forward pass of the model before converting it",
-            )
+        norms.check_initialised(module, name)
         wrapper = _wrapper(cls)
         if wrapper is None and getattr(module, "_compiled_call_impl", None) is not None:
             wrapper = "OptimizedModule"  # compiled in place by Module.compile

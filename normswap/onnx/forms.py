@@ -47,21 +47,15 @@ def fastest(proto: onnx.ModelProto) -> None:
 
 
 @dataclass
-class _Graph:
-    """A graph with its wiring at hand."""
+class Wiring:
+    """A graph with its constants and the makers of its values at hand, as it was found."""
 
     proto: onnx.ModelProto
-    gone: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         graph = self.proto.graph
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.makers = {name: node for node in graph.node for name in node.output}
-        self.uses: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self.uses.setdefault(name, []).append(node)
-        self.outputs = {value.name for value in graph.output}
 
     def constant(self, name: str) -> Array | None:
         """The values of an initializer that lies in the file itself."""
@@ -69,6 +63,32 @@ class _Graph:
         if tensor is None or tensor.external_data:
             return None
         return numpy_helper.to_array(tensor)
+
+    def made_by(self, name: str, op: str) -> onnx.NodeProto | None:
+        """The node that makes a value, if that is its operator."""
+        node = self.makers.get(name)
+        return node if node is not None and node.op_type == op else None
+
+    def is_square(self, name: str) -> bool:
+        """Whether a value is another one times itself."""
+        product = self.made_by(name, "Mul")
+        return product is not None and product.input[0] == product.input[1]
+
+
+@dataclass
+class _Graph(Wiring):
+    """What a rewriting in place needs besides: who reads a value, and which nodes are gone."""
+
+    gone: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        graph = self.proto.graph
+        self.uses: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.uses.setdefault(name, []).append(node)
+        self.outputs = {value.name for value in graph.output}
 
     def only_use(self, name: str) -> bool:
         """Whether a value is used once and is no output of the graph."""
@@ -86,17 +106,11 @@ class _Graph:
                     return variable, values.reshape(-1)
         return None
 
-    def made_by(self, name: str, op: str) -> onnx.NodeProto | None:
-        """The node that makes a value, if that is its operator."""
-        node = self.makers.get(name)
-        return node if node is not None and node.op_type == op else None
-
     def pool(self, node: onnx.NodeProto) -> None:
         """Mean of squares over height and width."""
-        square = self.made_by(node.input[0], "Mul")
         axes = self.constant(node.input[1]) if len(node.input) > 1 else None
         keeps = all(a.i == 1 for a in node.attribute if a.name == "keepdims")
-        if square is None or square.input[0] != square.input[1] or axes is None or not keeps:
+        if not self.is_square(node.input[0]) or axes is None or not keeps:
             return
         if sorted(int(axis) for axis in axes.reshape(-1)) != [2, 3] or not self.is_image(node):
             return

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from normswap.onnx.parity import Array
+from normswap.onnx.forms import Wiring
 
 
 def stage(proto: onnx.ModelProto) -> int:
@@ -45,20 +45,17 @@ def stage(proto: onnx.ModelProto) -> int:
 
 
 @dataclass
-class _Rewriter:
+class _Rewriter(Wiring):
     """The nodes of the new graph, as far as it has come."""
 
-    proto: onnx.ModelProto
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     rewritten: int = 0
     released: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        graph = self.proto.graph
-        values = (*graph.value_info, *graph.input)
+        super().__post_init__()
+        values = (*self.proto.graph.value_info, *self.proto.graph.input)
         self.shapes = {v.name: list(v.type.tensor_type.shape.dim) for v in values}
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.makers = {name: node for node in graph.node for name in node.output}
 
     def normalization(self, node: onnx.NodeProto) -> None:
         """(x − mean) / √(mean((x − mean)²) + ε), then scale and bias unless they are 1 and 0."""
@@ -90,8 +87,7 @@ class _Rewriter:
 
     def pool(self, node: onnx.NodeProto) -> None:
         """The mean of squares over height and width."""
-        square = self.makers.get(node.input[0])
-        if square is None or square.op_type != "Mul" or square.input[0] != square.input[1]:
+        if not self.is_square(node.input[0]):
             self.nodes.append(node)
             return
         chain = _Chain(self, node)
@@ -122,11 +118,8 @@ class _Rewriter:
 
     def filled_with(self, name: str, value: float) -> bool:
         """Whether a name is a constant of nothing but ``value``."""
-        tensor = self.constants.get(name)
-        if tensor is None or tensor.external_data:
-            return False
-        array: Array = numpy_helper.to_array(tensor)
-        return bool((array == value).all())
+        array = self.constant(name)
+        return array is not None and bool((array == value).all())
 
 
 def _divisor(length: int) -> int:

@@ -33,6 +33,10 @@ def nearest_groups(channels: int, most: int = PAPER_GROUPS) -> int:
     return max(fitting, default=1)
 
 
+def _eps_limit(eps: float | None) -> tuple[str, bool, str]:
+    return "eps", eps is None or base.number(eps, 0), "a number of at least 0, or None"
+
+
 @dataclass(frozen=True)
 class _Grouped(base.Recipe):
     fallback: ClassVar[str] = "frozen"
@@ -71,7 +75,7 @@ class GroupNorm(_Grouped):
         known = self.groups in (None, "auto") or base.whole(self.groups, 1)
         yield "groups", known, "a positive integer, 'auto' or None"
         yield "max_groups", base.whole(self.max_groups, 1), "a positive integer"
-        yield "eps", self.eps is None or base.number(self.eps, 0), "a number of at least 0, or None"
+        yield _eps_limit(self.eps)
 
     def settle(self, site: Site, norm: nn.Module) -> GroupNorm:
         eps = state_of(norm).eps if self.eps is None else self.eps
@@ -147,7 +151,7 @@ class LayerNorm(_Grouped):
     eps: float | None = None
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield "eps", self.eps is None or base.number(self.eps, 0), "a number of at least 0, or None"
+        yield _eps_limit(self.eps)
 
     def settle(self, site: Site, norm: nn.Module) -> LayerNorm:
         del site
@@ -176,7 +180,7 @@ class InstanceNorm(_Grouped):
     eps: float | None = None
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield "eps", self.eps is None or base.number(self.eps, 0), "a number of at least 0, or None"
+        yield _eps_limit(self.eps)
 
     def settle(self, site: Site, norm: nn.Module) -> InstanceNorm:
         del site
