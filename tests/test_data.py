@@ -184,6 +184,16 @@ def test_image_files_at_any_depth_sorted(tmp_path):
     assert data.image_files(wanted[0]) == [wanted[0]]
 
 
+def test_linked_folders_are_followed_once(tmp_path):
+    _image(tmp_path / "store/1.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "linked").symlink_to(tmp_path / "store")
+    (images / "again").symlink_to(images)  # a circle
+    (images / "gone.png").symlink_to(tmp_path / "nothing")
+    assert data.image_files(images) == [images / "linked/1.png"]
+
+
 def test_empty_or_missing_folder(tmp_path):
     with pytest.raises(DataError, match="without images"):
         data.load_images(tmp_path, SMALL)

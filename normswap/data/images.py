@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import warnings
 import zlib
@@ -137,7 +138,7 @@ def read_image(path: Path, channels: int = 3) -> Image:
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """Every image below a folder, at any depth, sorted; hidden files are left out.
+    """Every image below a folder, at any depth, sorted; links are followed, hidden files left out.
 
     Raises:
         DataError: there is no such folder, or no image in it.
@@ -161,13 +162,18 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted; none is no error."""
-
-    def wanted(path: Path) -> bool:
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
-
-    return sorted(path for path in folder.rglob("*") if wanted(path))
+    """The image files below a folder, sorted, links to folders followed once; none is no error."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        known = real in seen
+        seen.add(real)
+        folders[:] = [] if known else sorted(name for name in folders if name[0] != ".")
+        if not known:
+            paths = (Path(place, name) for name in files if name[0] != ".")
+            found += (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in found if path.is_file())
 
 
 def load_images(

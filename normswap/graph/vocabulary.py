@@ -53,6 +53,7 @@ _ACTIVATION_CLASSES = {
     "Softshrink": "softshrink",
     "Hardshrink": "hardshrink",
     "Threshold": "threshold",
+    "GLU": "glu",
     "StarReLU": "star_relu",
     "SquaredReLU": "squared_relu",
 }
@@ -75,6 +76,7 @@ _SYNONYMS = {
     "concatenate": "cat",
     "hard_swish": "hardswish",
     "hard_sigmoid": "hardsigmoid",
+    "log_sigmoid": "logsigmoid",
 }
 
 
