@@ -160,12 +160,14 @@ def copied(batch: Any) -> Any:
 def batches(images: Tensor | Iterable[Any], size: int) -> list[Any]:
     """Images as a list of batches: a tensor is split, an iterable is taken as it comes.
 
-    A data loader makes lists of what its data set gives: of ``[images]`` and ``[images, labels]``
-    the images are taken.
+    A data loader makes lists of what its data set gives: of ``[images]``, ``[images, labels]`` and
+    every other list that begins with (N, C, …) maps the first entry is taken.
 
     Raises:
         CalibrationError: there are no images.
     """
+    if size < 1:
+        raise CalibrationError("batch_size", got=str(size), need="at least 1", hint="batch_size=32")
     if isinstance(images, Tensor):
         found = list(torch.split(images, size))
     else:
@@ -184,6 +186,8 @@ def _without_labels(batch: Any) -> Any:
     if not (isinstance(batch, list) and batch and all(isinstance(t, Tensor) for t in batch)):
         return batch
     first, *rest = batch
+    if first.dim() >= 4:
+        return first
     labels = len(rest) == 1 and rest[0].dim() <= 1 and not rest[0].is_floating_point()
     return first if labels or (not rest and first.dim() != 3) else batch  # 3: a detector's image
 
@@ -523,7 +527,9 @@ def predict_drift(model: nn.Module, originals: Mapping[str, nn.Module]) -> Drift
 def entries(batch: Any) -> int:
     """How many images a batch holds: the length of its first tensor."""
     if isinstance(batch, Mapping):
-        batch = list(batch.values())
+        batch = tuple(batch.values())
+    if isinstance(batch, list) and all(isinstance(t, Tensor) and t.dim() == 3 for t in batch):
+        return len(batch)  # a detector's images
     if isinstance(batch, (list, tuple)):
         return entries(batch[0]) if batch else 0
     return int(batch.shape[0]) if isinstance(batch, Tensor) and batch.dim() else 1

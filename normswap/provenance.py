@@ -42,6 +42,7 @@ def provenance_of(model: nn.Module) -> Provenance:
 
 def remember(model: nn.Module, **changes: Any) -> None:
     """Replace fields of the model's record."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is no place to keep it
     object.__setattr__(model, _ATTRIBUTE, replace(provenance_of(model), **changes))
 
 

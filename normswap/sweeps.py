@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader
 from normswap.errors import NormSwapError, TrainingError
 from normswap.provenance import provenance_of
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
+from normswap.training.batches import in_memory
+from normswap.training.options import fingerprint
 from normswap.training.randomness import rng_kept, seed_everything
 
 log = logging.getLogger("normswap")
@@ -69,7 +71,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique within a sweep, and fit for a file."""
+        """Fit for a file; unique within a sweep, which refuses labels that would share one."""
         label = re.sub(r"[^\w.+-]", "_", self.target)
         return f"{label}-b{self.batch_size}-s{self.seed}"
 
@@ -210,7 +212,9 @@ def sweep(
         All cells. A cell that could not be trained says why and does not end the sweep.
 
     Raises:
-        TrainingError: ``out`` holds a sweep with other settings.
+        TrainingError: ``out`` holds a sweep of another model, with other settings or with other
+            recipes under the same labels; two labels that would share a file; options that no cell
+            can take.
         TrainingInterrupted: Ctrl-C or SIGTERM; the same call goes on from there.
     """
     options = FineTune() if options is None else options
@@ -221,7 +225,15 @@ def sweep(
             need="data that can be batched in several sizes",
             hint="loader.dataset",
         )
+    if options.keep == "best":
+        raise TrainingError(
+            "FineTune.keep",
+            got="'best' in a sweep",
+            need="'last': a cell is scored on the validation data, which must not choose it",
+            hint="keep='last'",
+        )
     named = dict(targets) if isinstance(targets, Mapping) else {item: item for item in targets}
+    _check_labels(named)
     numbers = range(seeds) if isinstance(seeds, int) else seeds
     bench = _Bench(
         model,
@@ -270,9 +282,11 @@ class _Bench:
         for name in ("seed", "device", "workers", "checkpoint_every", "log_every", "tensorboard"):
             del options[name]
         return {
+            "model": _identity(self.model),
             "options": options,
             "from_scratch": self.from_scratch,
             "samples": _size(self.train_data),
+            "validation samples": _size(self.val_data),
             "convert_options": {k: repr(v) for k, v in self.convert_options.items()},
         }
 
@@ -299,7 +313,17 @@ class _Bench:
         """The finished cell, from its file or by training."""
         path = None if self.out is None else self.out / "cells" / f"{cell.name}.json"
         if path is not None and path.exists():
-            return Cell(**json.loads(path.read_text(encoding="utf-8")))
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            made_with = stored.pop("recipe", None)
+            if made_with != _recipe(self.targets[cell.target]):
+                raise TrainingError(
+                    str(path),
+                    got=f"a cell of {made_with}",
+                    need=f"one of {_recipe(self.targets[cell.target])}",
+                    hint="another label for this target, or another folder",
+                )
+            if stored["failure"] is None:
+                return Cell(**stored)
         log.info("cell %d of %d: %s", done + 1, total, cell.name)
 
         def inner(now: Progress) -> None:
@@ -308,20 +332,20 @@ class _Bench:
 
         finished = self._train(cell, inner)
         if path is not None:
-            _write(path, asdict(finished))
+            _write(path, asdict(finished) | {"recipe": _recipe(self.targets[cell.target])})
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
         return finished
 
     def _train(self, cell: Cell, progress: Callable[[Progress], None]) -> Cell:
-        options = replace(
-            self.options,
-            batch_size=cell.batch_size,
-            seed=cell.seed,
-            learning_rate=cell.learning_rate,
-            tensorboard=False,
-        )
         folder = None if self.out is None else self.out / "cells" / cell.name
         try:
+            options = replace(
+                self.options,
+                batch_size=cell.batch_size,
+                seed=cell.seed,
+                learning_rate=cell.learning_rate,
+                tensorboard=False,
+            )
             model = self._start(cell)
             start = None
             if not self.from_scratch:
@@ -438,9 +462,35 @@ def _first_sample(data: Any) -> Tensor:
     return first[None]
 
 
+def _check_labels(targets: Mapping[str, Any]) -> None:
+    names: dict[str, str] = {}
+    for label in targets:
+        other = names.setdefault(Cell(label, 1, 0, 0.0).name, label)
+        if other != label:
+            raise TrainingError(
+                "targets",
+                got=f"{other!r} and {label!r}, which share one file name",
+                need="labels that differ in letters, digits, '.', '+' or '-'",
+                hint="another label",
+            )
+
+
+def _recipe(target: Any) -> Any:
+    """A target as plain data, to tell whether a finished cell belongs to it."""
+    found = target.to_json() if hasattr(target, "to_json") else repr(target)
+    return json.loads(json.dumps(found, default=repr))
+
+
+def _identity(model: nn.Module | Callable[[], nn.Module]) -> str:
+    if isinstance(model, nn.Module):
+        return fingerprint(model)
+    return str(getattr(model, "__qualname__", type(model).__qualname__))
+
+
 def _size(data: Any) -> int | None:
-    if isinstance(data, (tuple, list)):
-        return len(data[0])
+    pair = in_memory(data)
+    if pair is not None:
+        return len(pair[0])
     return len(data) if hasattr(data, "__len__") else None
 
 

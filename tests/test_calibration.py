@@ -155,17 +155,21 @@ def test_a_failure_leaves_the_model_untouched():
 def test_numbers_that_are_not_finite_end_it_in_the_best_state():
     model, teacher = pair("gn")
     x = images(64, 1)
-    x[3] = float("nan")  # a training image: the held-out part stays clean
+    x[3] = 3e38  # a training image that overflows: the held-out part stays clean
     report = calibrate(model, teacher, x, steps=50)
     assert report.stopped == "not finite"
     assert all(v.isfinite().all() for v in model.state_dict().values())
     assert report.best_loss <= report.first_loss
 
 
-def test_images_that_are_all_broken_change_nothing():
+def test_images_that_are_not_finite_are_refused():
     model, teacher = pair("gn")
     before = values(model)
-    calibrate(model, teacher, torch.full((32, 3, 12, 12), float("nan")), steps=5)
+    broken = images(32, 1)
+    broken[20, 0, 0, 0] = float("nan")
+    for form in (broken, [broken[:16], broken[16:]], [(broken,)]):
+        with pytest.raises(CalibrationError, match="not finite"):
+            calibrate(model, teacher, form, steps=5)
     assert same(model, before)
 
 
@@ -326,7 +330,35 @@ def test_a_slow_model_keeps_the_time_too():
     assert report.steps > 10
 
 
-@pytest.mark.parametrize("labels", [(), (torch.zeros(8, dtype=torch.long),)])
+def test_time_spent_on_reading_images_is_charged_once():
+    model, teacher = pair("gn")
+    clock = Slow(0.001, model, teacher)
+
+    def reading():
+        for seed in range(4):
+            clock.now += 10
+            yield images(8, seed)
+
+    report = calibrate(model, teacher, reading(), seconds=60, clock=clock)
+    assert report.steps > 10
+    assert clock.now < 62
+
+
+def test_a_layer_without_parameters_leaves_nothing_to_move():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)).eval()
+    model = normswap.convert(copy.deepcopy(net), "brn", example_inputs=images(2, 0)).model
+    assert calibrate(model, net, images(32, 0)).stopped == "nothing to move"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        (),
+        (torch.zeros(8, dtype=torch.long),),
+        (torch.zeros(8, 5),),
+        (torch.zeros(8, 12, 12, dtype=torch.long), torch.arange(8)),
+    ],
+)
 def test_batches_of_a_data_loader_with_and_without_labels(labels):
     model, teacher = pair("gn")
     loader = [[images(8, seed), *labels] for seed in range(3)]

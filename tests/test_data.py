@@ -372,3 +372,19 @@ def test_named_datasets_that_cannot_be_opened(tmp_path):
         data.labelled_dataset("torch/cifar10", SMALL, root=tmp_path)
     with pytest.raises((InstallationError, DataError)):
         data.labelled_dataset("hfds/nobody/nothing", SMALL)
+
+
+def test_a_class_name_that_two_classes_share_is_refused(tmp_path):
+    for name in ("crane", "dog"):
+        _image(tmp_path / name / "1.png")
+    with pytest.raises(DataError, match="several classes"):
+        data.labelled_dataset(tmp_path, SMALL, class_names=("crane", "dog", "crane"))
+
+
+def test_a_folder_with_one_part_alone_can_be_divided(tmp_path):
+    for at in range(8):
+        _image(tmp_path / f"val/dog/{at}.png")
+    parts = [
+        data.labelled_dataset(tmp_path, SMALL, split, val_split=0.5) for split in ("train", "val")
+    ]
+    assert [len(part) for part in parts] == [4, 4]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from training_runs import Augmented, Net, samples, weights
 
-from normswap import sweeps
+from normswap import GroupNorm, sweeps
 from normswap.errors import TrainingError
 from normswap.sweeps import Cell, Sweep, draw_sweep, sweep
 from normswap.training import FineTune
@@ -178,3 +178,41 @@ def test_table_and_points(tmp_path):
     assert str(found).splitlines()[1].split() == ["bn", "60.0", "±", "14.1", "90.0"]
     assert draw_sweep(found, tmp_path / "picture.png").stat().st_size > 5000
     assert json.loads(json.dumps(found.to_json()))["points"][0]["mean"] == pytest.approx(0.6)
+
+
+def test_a_folder_belongs_to_one_model_and_its_labels_to_one_recipe(tmp_path):
+    one = {"batch_sizes": [4], "seeds": 1, "out": tmp_path}
+    small(targets={"gn": GroupNorm(groups=1)}, **one)
+    with pytest.raises(TrainingError, match="a cell of"):
+        small(targets={"gn": GroupNorm(groups=2)}, **one)
+    other = Net("bn")
+    other.conv1.weight.data.mul_(2)
+    with pytest.raises(TrainingError, match="model"):
+        small(model=other, **one)
+
+
+def test_labels_that_share_a_file_are_refused():
+    with pytest.raises(TrainingError, match="share one file"):
+        small(targets={"gn 1": "gn", "gn_1": "frn"})
+
+
+def test_a_failed_cell_is_tried_again(tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise TrainingError("here", got="no memory", need="some", hint="more")
+
+    one = {"batch_sizes": [4], "seeds": 1, "out": tmp_path}
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "finetune", fail)
+        assert small(**one).cells[0].failure is not None
+    assert small(**one).cells[0].failure is None
+
+
+def test_options_that_one_batch_size_refuses_fail_that_cell_alone():
+    options = FineTune(batch_size=4, epochs=1, mixup=0.2)
+    found = small(batch_sizes=[1, 4], seeds=1, options=options)
+    assert [cell.failure is None for cell in found.cells] == [False, True]
+
+
+def test_the_validation_data_must_not_choose_a_cell():
+    with pytest.raises(TrainingError, match="must not choose"):
+        small(options=FineTune(keep="best"))

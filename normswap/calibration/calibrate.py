@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.calibration.distillation import Run, State, search
+from normswap.calibration.distillation import Run, State, search, taken
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
 from normswap.drift import Drift, device_of, measure_drift
@@ -139,11 +139,11 @@ def calibrate(
         run = Run(model, teacher, pool, parameters, tuning, amp=amp)
         initial = State(run.moving)
         try:
-            run.fit_to(seconds, clock)
-            before = measure_drift(model, teacher, pool.held_out())
-            deadline = (
-                begun + seconds - (clock() - begun)
-            )  # the last drift costs what the first did
+            with taken():
+                run.fit_to(seconds, clock)
+                looked = clock()
+                before = measure_drift(model, teacher, pool.held_out())
+            deadline = begun + seconds - (clock() - looked)  # the last look costs what this one did
             search(run, (begun, deadline), steps, clock, progress)
             after = measure_drift(model, teacher, pool.held_out())
         except BaseException:
@@ -171,8 +171,8 @@ def _check(seconds: float, parameters: str, batch_size: int, steps: int | None) 
     wrong = None
     if parameters not in ("norms", "all"):
         wrong = ("parameters", repr(parameters), "'norms' or 'all'", "parameters='norms'")
-    elif not 0 < seconds < math.inf:
-        wrong = ("seconds", str(seconds), "a positive, finite number", "seconds=60")
+    elif not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        wrong = ("seconds", repr(seconds), "a positive, finite number", "seconds=60")
     elif steps is not None and steps < 0:
         wrong = ("steps", str(steps), "0 or more, or None", "steps=None")
     elif batch_size < 1:
@@ -184,14 +184,14 @@ def _check(seconds: float, parameters: str, batch_size: int, steps: int | None) 
 
 @contextmanager
 def placed(device: str | torch.device | None, *models: nn.Module) -> Iterator[None]:
-    """Models on ``device`` for a while."""
+    """Models on ``device`` for a while; None is where the first of them is."""
     homes = [device_of(model) for model in models]
+    where = homes[0] if device is None else torch.device(device)
+    away = [(model, home) for model, home in zip(models, homes, strict=True) if home != where]
     try:
-        for model in models:
-            if device is not None:
-                model.to(device)
+        for model, _ in away:
+            model.to(where)
         yield
     finally:
-        for model, home in zip(models, homes, strict=True):
-            if device is not None:
-                model.to(home)
+        for model, home in away:
+            model.to(home)

@@ -17,7 +17,7 @@ from normswap.calibration.flow import Scale, match_in_flow, own_parameters
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
 from normswap.drift import entries, evaluating, paired_sites
-from normswap.errors import CalibrationError
+from normswap.errors import CalibrationError, NormSwapError
 
 _HEAD_START = 1.1
 """How much worse than the best the last state may look on the held-out images and yet stay."""
@@ -117,23 +117,11 @@ class Run:
         return loss
 
     def fit_to(self, seconds: float, clock: Callable[[], float]) -> None:
-        """Time one small batch, and let no look at many images cost a large part of the time.
-
-        Raises:
-            CalibrationError: the models do not run on the images.
-        """
+        """Time one small batch, and let no look at many images cost a large part of the time."""
         batch = next(self.pool.held_out())
         begun = clock()
-        try:
-            with evaluating(self.model, self.teacher), torch.no_grad(), self._autocast():
-                self.distance(batch)
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            raise CalibrationError(
-                "images",
-                got=f"{type(error).__name__} from the model: {str(error).splitlines()[0][:200]}",
-                need="batches that the model takes",
-                hint="a tensor (N, C, H, W) of preprocessed images",
-            ) from error
+        with evaluating(self.model, self.teacher), torch.no_grad(), self._autocast():
+            self.distance(batch)
         pace = max(clock() - begun, 1e-9) / max(entries(batch), 1)
         self.pool.limit(held=int(_LOOK * seconds / pace), wide=int(_FLOW * seconds / pace))
 
@@ -149,6 +137,9 @@ class Run:
         progress: Callable[[float, float], None] | None,
     ) -> None:
         """Adam until the deadline, the step limit, or a plateau; ten checks on the way."""
+        if not self.moving:
+            self.stopped = "nothing to move"
+            return
         coordinates = Coordinates(self.pairs, scales)
         optimizer = self._optimizer(coordinates)
         lowest, stale, next_check = math.inf, 0, 0.1
@@ -205,6 +196,24 @@ class Run:
         coordinates.push()
         self.steps += 1
         return True
+
+
+@contextmanager
+def taken() -> Iterator[None]:
+    """Turn what a model raises at its first sight of the images into one clear line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if isinstance(error, NormSwapError):
+            raise
+        raise CalibrationError(
+            "images",
+            got=f"{type(error).__name__} from the model: {str(error).splitlines()[0][:200]}",
+            need="batches that the model takes",
+            hint="a tensor (N, C, H, W) of preprocessed images",
+        ) from error
 
 
 def search(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normswap.calibration.tuning import Tuning
-from normswap.drift import Pair, batches, entries, moved
+from normswap.drift import Pair, batches, entries, leaves, moved
+from normswap.errors import CalibrationError
 
 _FEWEST = 8
 
@@ -24,6 +25,7 @@ class Pool:
         found = _joined(batches(images, size))
         if isinstance(found, Tensor) and found.is_inference():
             found = found.clone()
+        _check_finite(found)
         self.images: Tensor | list[Any] = found
         self.size, self.device = size, device
         self._draw = torch.Generator().manual_seed(seed)
@@ -105,6 +107,20 @@ class Pool:
         grid = F.affine_grid(matrix.to(x), list(x.shape), align_corners=False)
         warped: Tensor = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
         return warped
+
+
+def _check_finite(images: Tensor | list[Any]) -> None:
+    """One NaN among the images would end the search before its first step."""
+    if isinstance(images, Tensor):
+        images = list(images)
+    for at, item in enumerate(images):
+        if not all(leaf.isfinite().all() for leaf in leaves(item)):
+            raise CalibrationError(
+                "images",
+                got=f"values that are not finite, first at index {at}",
+                need="finite numbers",
+                hint="looking at how the images are made",
+            )
 
 
 def _joined(found: list[Any]) -> Tensor | list[Any]:

@@ -104,7 +104,7 @@ def _to_8_bit(image: Image) -> Image:
     import numpy as np
     import PIL.Image
 
-    values = np.asarray(image, dtype=np.float64)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     peak = float(values.max(initial=0.0))
     if image.mode == "F" and peak <= 1.0:
         scale = 255.0

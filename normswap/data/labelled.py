@@ -95,7 +95,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             )
         if not self.samples:
             raise DataError(
-                str(paths[0].parent),
+                str(paths[0].parent) if paths else "samples",
                 got=f"{len(paths)} images, all broken",
                 need="images that can be decoded",
                 hint="another folder",
@@ -208,8 +208,8 @@ def _part(root: Path, split: str, val_split: float | None) -> tuple[Path, Path |
         return own, train
     if own is None and other is None:
         return root, None
-    if train is not None and val_split is not None:
-        return train, None
+    if val_split is not None:
+        return own or other or root, None
     if own is not None:
         return own, own
     raise DataError(
@@ -262,6 +262,14 @@ def _class_numbers(folder: Path, folders: Iterable[str], names: Sequence[str]) -
         synsets = library("timm.data").ImageNetInfo().label_names()
         numbers = {name: number for number, name in enumerate(synsets)}
         unknown = set(folders) - set(numbers)
+    twice = {name for name in folders if list(names).count(name) > 1}
+    if twice:
+        raise DataError(
+            str(folder),
+            got=f"class folders that name several classes of the model: {_some(twice)}",
+            need="one class for each folder",
+            hint="class_names without repetition; ImageNet's folders by their WordNet ids",
+        )
     if unknown:
         raise DataError(
             str(folder),

@@ -49,7 +49,7 @@ class FilterResponseNorm(base.Recipe):
     eps_share: float = _HARMLESS
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield "eps", base.number(self.eps, 0), "a number of at least 0"
+        yield "eps", base.number(self.eps, 0) and self.eps > 0, "a number above 0"
         yield "eps_share", base.number(self.eps_share, 0), "a number of at least 0"
         for name in ("tlu", "learnable_eps"):
             value = getattr(self, name)

@@ -149,15 +149,15 @@ class LoaderBatches(Batches):
 
     def __init__(self, loader: Any, share: Share, prepared: Any) -> None:
         self.loader = prepared
-        self.generator = getattr(loader, "generator", None)
-        self.batch_size = getattr(loader, "batch_size", None) or 1
+        self.generators = _generators(loader)
+        self.batch_size = _batch_size(loader)
         self.count = _loader_length(prepared)
-        dataset: Any = getattr(loader, "dataset", None)
-        self.samples = (
-            len(dataset)
-            if hasattr(dataset, "__len__")
-            else self.count * self.batch_size * share.world
-        )
+        # a sampler may draw fewer samples than the data set holds, or more
+        regular = getattr(loader, "batch_size", None) is not None
+        drawn = getattr(loader, "sampler", None) if regular else None
+        lengths = (_length_or_none(item) for item in (drawn, getattr(loader, "dataset", None)))
+        estimate = self.count * self.batch_size * share.world
+        self.samples = next((length for length in lengths if length is not None), estimate)
         if share.world == 1 and self._ends_with_one():
             self.count -= 1
         self._before_epoch: dict[str, Any] = {}
@@ -184,33 +184,35 @@ class LoaderBatches(Batches):
             yield _as_batch(batch)
 
     def _fresh(self) -> Iterator[Any]:
-        self._before_epoch = {"rng": rng_state(), "generator": self._generator_state()}
+        self._before_epoch = {"rng": rng_state(), "generators": self._generator_states()}
         return iter(self.loader)
 
     def _found_again(self, start: int) -> Iterator[Any]:
         state = self._resumed or self._before_epoch
         with rng_kept():
             load_rng_state(state["rng"])
-            if self.generator is not None:
-                self.generator.set_state(state["generator"])
+            self._set_generators(state["generators"])
             self._before_epoch = state
             batches: Iterator[Any] = iter(self.loader)
             for _ in range(start):
                 next(batches)
         return batches
 
-    def _generator_state(self) -> Tensor | None:
-        return None if self.generator is None else self.generator.get_state()
+    def _generator_states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to find the place again."""
-        return self._before_epoch | {"generator_now": self._generator_state()}
+        return self._before_epoch | {"generators_now": self._generator_states()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave."""
         self._resumed = state
-        if self.generator is not None and state.get("generator_now") is not None:
-            self.generator.set_state(state["generator_now"])
+        self._set_generators(state["generators_now"])
 
 
 def training_batches(
@@ -238,9 +240,9 @@ def training_batches(
     Raises:
         DataError: no samples, or a form that is none of these.
     """
-    data = _in_memory(data)
-    if isinstance(data, tuple):
-        return _non_empty(TensorBatches(data[0], data[1], batch_size, seed, share))
+    pair = in_memory(data)
+    if pair is not None:
+        return _non_empty(TensorBatches(*pair, batch_size, seed, share))
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size, num_workers=workers)
     if _is_loader(data):
@@ -265,9 +267,16 @@ def evaluation_batches(
     data: Any, *, batch_size: int, workers: int = 0, on_broken: str = "error", share: Share
 ) -> tuple[Iterator[Batch], bool]:
     """Every sample once and in order, and whether they are this process's share only."""
-    data = _in_memory(data)
-    if isinstance(data, tuple):
-        data = TensorDataset(*data)
+    if batch_size < 1 or on_broken not in ("error", "skip"):
+        raise DataError(
+            "evaluation",
+            got=f"batch_size={batch_size}, on_broken={on_broken!r}",
+            need="a batch size of at least 1, and 'error' or 'skip'",
+            hint="the defaults",
+        )
+    pair = in_memory(data)
+    if pair is not None:
+        data = TensorDataset(*pair)
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size, num_workers=workers)
     if _is_loader(data):
@@ -301,14 +310,62 @@ def _as_batch(batch: Any) -> Batch:
     return Batch(images, labels)
 
 
-def _in_memory(data: Any) -> Any:
-    """(images, labels) where the data are tensors in memory, else the data as they are."""
-    if isinstance(data, TensorDataset):
+def check_evaluation_data(data: Any) -> None:
+    """Refuse before a training what could not be evaluated after it.
+
+    Raises:
+        DataError: no samples, labels that are no classes, something that is gone after one reading,
+            or a form that is no data at all.
+    """
+    pair = in_memory(data)
+    if pair is None and not isinstance(data, IterableDataset):
+        indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        if isinstance(data, (str, bytes, dict)) or not (indexed or _is_loader(data)):
+            raise _unusable(data)
+        if isinstance(data, Iterator):
+            raise DataError(
+                "val_data",
+                got=f"{type(data).__name__}, which can be read only once",
+                need="data that can be read after every epoch",
+                hint="a list, a Dataset or a DataLoader",
+            )
+    samples = _length_or_none(data if pair is None else pair[0])
+    if samples == 0:
+        raise DataError("val_data", got="no samples", need="at least one", hint="val_data=None")
+    if pair is not None:
+        check_labels(pair[1])
+
+
+def check_labels(labels: Any) -> None:
+    """Labels must be class numbers (N,)."""
+    fine = isinstance(labels, Tensor) and labels.ndim == 1
+    if not fine or labels.is_floating_point() or labels.dtype == torch.bool:
+        tensor = isinstance(labels, Tensor)
+        raise DataError(
+            "labels",
+            got=f"{labels.dtype} of shape {tuple(labels.shape)}" if tensor else repr(labels)[:60],
+            need="one integer class number per image",
+            hint="labels of shape (N,) and dtype torch.int64",
+        )
+
+
+def in_memory(data: Any) -> tuple[Tensor, Tensor] | None:
+    """(images, labels) where the data are a pair of tensors in memory, else None.
+
+    Raises:
+        DataError: tensors or arrays, but no such pair.
+    """
+    if type(data) is TensorDataset:  # a subclass may augment
         data = data.tensors
-    if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        return data
-    if not isinstance(data[0], Tensor):
-        return data
+    if not (isinstance(data, (tuple, list)) and data and hasattr(data[0], "shape")):
+        return None
+    if len(data) != 2 or not isinstance(data[0], Tensor):
+        raise DataError(
+            "data",
+            got=f"a {type(data).__name__} of {len(data)} × {type(data[0]).__name__}",
+            need="a pair of tensors, (images, labels)",
+            hint="(torch.as_tensor(images), torch.as_tensor(labels))",
+        )
     images, labels = data[0], torch.as_tensor(data[1])
     if labels.shape != images.shape[:1]:
         raise DataError(
@@ -335,6 +392,35 @@ def _quietly(loader: Any) -> Iterator[Any]:
 
 def _length(dataset: Any) -> int:
     return len(dataset)
+
+
+def _length_or_none(data: Any) -> int | None:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Every generator that a loader's order comes from."""
+    batched = getattr(loader, "batch_sampler", None)
+    places = (loader, getattr(loader, "sampler", None), batched, getattr(batched, "sampler", None))
+    found = {id(g): g for g in (getattr(place, "generator", None) for place in places) if g}
+    return list(found.values())
+
+
+def _batch_size(loader: Any) -> int:
+    """Samples in a full batch; where no attribute says so, those of the first batch."""
+    for place in (loader, getattr(loader, "batch_sampler", None)):
+        size = getattr(place, "batch_size", None)
+        if isinstance(size, int):
+            return size
+    generators = _generators(loader)
+    states = [generator.get_state() for generator in generators]
+    first = next(_quietly(loader), None)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    return 1 if first is None else len(_as_batch(first).labels)
 
 
 def _loader_length(loader: Any) -> int:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from normswap.errors import TrainingError
 from normswap.provenance import add_history
 from normswap.training import processes
-from normswap.training.batches import Share, evaluation_batches, training_batches
+from normswap.training.batches import (
+    Share,
+    check_evaluation_data,
+    check_labels,
+    evaluation_batches,
+    training_batches,
+)
 from normswap.training.checkpoints import LAST, remove_parts
 from normswap.training.curves import CURVE, draw_learning_curve
 from normswap.training.diagnosis import explained, first_non_finite
@@ -47,7 +53,6 @@ from normswap.training.resumption import (
 from normswap.training.scoring import (
     Metrics,
     check_classes,
-    check_labels,
     class_scores,
     count_hits,
     device_of,
@@ -114,6 +119,17 @@ def finetune(
             need="validation data to say which weights are best",
             hint="val_data, or keep='last'",
         )
+    if options.teacher is model:
+        raise TrainingError(
+            "FineTune.teacher",
+            got="the model itself",
+            need="another model, for example the BatchNorm original",
+            hint="copy.deepcopy(model) before the conversion",
+        )
+    if val_data is not None:
+        check_evaluation_data(val_data)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise TrainingError("out", got=f"{folder}, a file", need="a folder", hint="another name")
     found = earlier_run(folder, resume, options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(rng_kept())
@@ -192,11 +208,11 @@ class Run:
         self.learning_rate = options.learning_rate_for(per_update)
         seed_everything(options.seed + self.share.rank)
         self.model.to(self.device)
-        scale_schedules(self.model, self.steps * options.gradient_accumulation)
         self.average = make_average(self.model, options.ema)
         self.wrapped = processes.wrap(self.model, self.accelerator)
         plain = make_optimizer(self.model, options, self.learning_rate)
         self.scheduler = make_scheduler(plain, options, self.learning_rate, self.updates_per_epoch)
+        scale_schedules(self.model, self.steps * options.gradient_accumulation)
         # without a gradient scaler accelerate's step and backward only add a search for packages,
         # 1.3 ms per update
         scaled = self.accelerator.scaler is not None
@@ -295,21 +311,46 @@ class Run:
     def _first_look(self, images: Tensor) -> Objective:
         """One forward in eval mode, to learn the number of classes."""
         with rng_kept(), evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
-            classes = class_scores(self.model(images[:1])).shape[1]
+            try:
+                output = self.model(images[:1])
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError) as error:
+                raise TrainingError(
+                    "train_data",
+                    got=f"images {tuple(images.shape)} of {images.dtype}, which the model refuses:"
+                    f" {str(error).splitlines()[0]}",
+                    need="preprocessed images that it takes",
+                    hint="normswap.data.Preprocessing; for half precision FineTune(amp='bf16')",
+                ) from error
+        classes = class_scores(output).shape[1]
         self.objective = Objective(self.options, classes)
         return self.objective
 
     def _diverged(self, value: float, images: Tensor) -> TrainingError:
         with self.accelerator.autocast():
             where = first_non_finite(self.model, images)
-        last = Path() if self.folder is None else self.folder / LAST
-        kept = f"; the last good checkpoint is {last}" if last.is_file() else ""
         return TrainingError(
             f"step {self.place.step + 1}",
             got=f"a loss of {value}, first seen in {where}",
             need="finite numbers",
-            hint=f"a smaller learning_rate, clip_grad, or a longer warm-up{kept}",
+            hint=f"a smaller learning_rate, clip_grad, or a longer warm-up{self._kept()}",
         )
+
+    def _check_weights(self) -> None:
+        """No update may leave weights behind that no later one can mend."""
+        for name, weights in self.model.named_parameters():
+            if not weights.isfinite().all():
+                raise TrainingError(
+                    f"step {self.place.step}",
+                    got=f"{name} is not finite any more, although the loss was",
+                    need="finite numbers",
+                    hint=f"a smaller learning_rate, or clip_grad{self._kept()}",
+                )
+
+    def _kept(self) -> str:
+        last = Path() if self.folder is None else self.folder / LAST
+        return f"; the last good checkpoint is {last}" if last.is_file() else ""
 
     def _count_broken(self, broken: tuple[int, ...]) -> None:
         new = set(broken) - self.broken
@@ -338,6 +379,7 @@ class Run:
             self.accelerator, self.stop.name is not None, due and self.folder is not None
         )
         if stop or save:
+            self._check_weights()
             self._save()
         if stop:
             self._leave()
@@ -359,7 +401,13 @@ class Run:
     def _close_epoch(self) -> None:
         totals = [self.meter.loss, self.meter.hits, self.meter.images]
         loss, hits, images = processes.added_up(self.accelerator, totals)
-        score = self._validate()
+        self._check_weights()
+        try:
+            score = self._validate()
+        except Exception:
+            if self.share.world == 1:  # the epoch is not lost: a resumed run validates it first
+                self._save()
+            raise
         row = Epoch(
             epoch=self.place.epoch + 1,
             step=self.place.step,
@@ -375,6 +423,8 @@ class Run:
         self.epochs.append(row)
         self.recorder.write("epoch", asdict(row))
         log.info("%s", _line(row, self.options.epochs))
+        if not math.isfinite(row.val_loss or 0.0):
+            log.warning("epoch %d: the logits on the validation data are not finite", row.epoch)
         if _better(row, self.best):
             self._keep_best(row)
         self.place = Place(epoch=row.epoch, batch=0, step=self.place.step)
@@ -497,7 +547,7 @@ class Run:
 
 
 def _better(row: Epoch, best: Epoch | None) -> bool:
-    if row.val_top1 is None:
+    if row.val_top1 is None or not math.isfinite(row.val_loss or 0.0):
         return False
     return best is None or row.val_top1 > (best.val_top1 or 0.0)
 

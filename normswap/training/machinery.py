@@ -84,7 +84,10 @@ def make_optimizer(model: nn.Module, options: FineTune, learning_rate: float) ->
         "timm.optim.list_optimizers()",
         lambda: create_optimizer_v2(
             groups,
-            opt=options.optimizer,
+            # timm's sgd is Nesterov's, which needs a momentum; this is the plain one
+            opt="momentum"
+            if options.optimizer == "sgd" and not options.momentum
+            else options.optimizer,
             lr=learning_rate,
             weight_decay=options.weight_decay,
             momentum=options.momentum,
@@ -106,6 +109,12 @@ def make_scheduler(
             hint="'cosine'",
         )
     warmup = round(options.warmup * updates_per_epoch)
+    third = options.epochs / 3  # timm's own points, 90 epochs on, lie beyond any fine-tune
+    points: dict[str, Any] = {}
+    if options.scheduler == "step":
+        points = {"decay_epochs": third}
+    elif options.scheduler == "multistep":
+        points = {"decay_milestones": [third, 2 * third]}
     scheduler, _ = _by_name(
         "scheduler",
         options.scheduler,
@@ -114,6 +123,7 @@ def make_scheduler(
             optimizer,
             sched=options.scheduler,
             num_epochs=options.epochs,
+            **points,
             warmup_epochs=warmup / updates_per_epoch,
             warmup_lr=learning_rate / 100,
             step_on_epochs=False,

@@ -70,7 +70,7 @@ def _schedule(module: Any, iterations: int) -> dict[str, int]:
     if length == 0 and _is_fresh(module):
         return {k: round(v * iterations / _PAPER_RUN) for k, v in _PAPER_SCHEDULE.items()}
     longest = _LONGEST * iterations
-    if length <= longest:
+    if length <= longest or int(module.iteration) >= length:  # it fits, or is over
         return own
     return {key: int(value * longest / length) for key, value in own.items()}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from normswap.errors import TrainingError
@@ -32,7 +34,8 @@ class FineTune:
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows.
         momentum: of optimizers that have one.
         weight_decay: never applied to norm parameters (γ, β, τ, ε) and biases.
-        scheduler: a name that ``timm.scheduler.create_scheduler_v2`` knows, stepped per update.
+        scheduler: a name that ``timm.scheduler.create_scheduler_v2`` knows, stepped per update;
+            ``"step"`` and ``"multistep"`` decay after each third of the run.
         warmup_epochs: linear ramp from 1 % of the learning rate; may be a fraction. None takes a
             tenth of the run.
         gradient_accumulation: forwards per update. It does not enlarge a BN's batch.
@@ -97,38 +100,52 @@ class FineTune:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        for item in fields(self):  # numpy's numbers would make the checkpoints unreadable
+            value = getattr(self, item.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, item.name, value.item())
         for name in ("batch_size", "epochs", "gradient_accumulation", "log_every"):
             _require(name, getattr(self, name), _whole(getattr(self, name), 1), "an integer ≥ 1")
         _require("eval_batch_size", self.eval_batch_size, _whole(self.eval_batch_size, 1), "≥ 1")
         for name in ("workers", "seed"):
             _require(name, getattr(self, name), _whole(getattr(self, name), 0), "an integer ≥ 0")
         for name in ("weight_decay", "checkpoint_every", "mixup", "cutmix"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number ≥ 0")
+            value = getattr(self, name)
+            _require(name, value, _number(value) and value >= 0, "a number ≥ 0")
         for name in ("learning_rate", "clip_grad"):
             value = getattr(self, name)
-            _require(name, value, value is None or value > 0, "a number > 0, or None")
+            fine = value is None or (_number(value) and value > 0)
+            _require(name, value, fine, "a number > 0, or None")
         self._check_shares()
         self._check_choices()
 
     def _check_shares(self) -> None:
         for name in ("label_smoothing", "momentum", "distillation_weight"):
             value = getattr(self, name)
-            _require(name, value, 0 <= value <= 1, "a number from 0 to 1")
-        _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1, or None")
+            _require(name, value, _number(value) and 0 <= value <= 1, "a number from 0 to 1")
+        fine = self.ema is None or (_number(self.ema) and 0 < self.ema < 1)
+        _require("ema", self.ema, fine, "between 0 and 1, or None")
         _require(
             "distillation_temperature",
             self.distillation_temperature,
-            self.distillation_temperature > 0,
+            _number(self.distillation_temperature) and self.distillation_temperature > 0,
             "a number > 0",
         )
         _require(
             "warmup_epochs",
             self.warmup_epochs,
-            self.warmup_epochs is None or 0 <= self.warmup_epochs < self.epochs,
+            self.warmup_epochs is None
+            or (_number(self.warmup_epochs) and 0 <= self.warmup_epochs < self.epochs),
             f"0 or more and less than epochs={self.epochs}",
         )
 
     def _check_choices(self) -> None:
+        _require(
+            "scheduler",
+            f"'none' with warmup_epochs={self.warmup_epochs}",
+            not (self.scheduler == "none" and self.warmup_epochs),
+            "'constant', which warms up",
+        )
         _require("amp", self.amp, self.amp in (None, "bf16", "fp16"), "'bf16', 'fp16' or None")
         _require("keep", self.keep, self.keep in ("last", "best"), "'last' or 'best'")
         _require(
@@ -168,7 +185,7 @@ class FineTune:
     def to_json(self) -> dict[str, Any]:
         """Plain data; the teacher appears as its class and a hash of its weights."""
         data = {item.name: getattr(self, item.name) for item in fields(self)}
-        data["teacher"] = None if self.teacher is None else _fingerprint(self.teacher)
+        data["teacher"] = None if self.teacher is None else fingerprint(self.teacher)
         return data
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
@@ -185,12 +202,17 @@ def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _require(name: str, got: Any, fine: bool, need: str) -> None:
     if not fine:
         raise TrainingError(f"FineTune.{name}", got=repr(got), need=need, hint="another value")
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
+    """The class of a model and a hash of its weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -85,6 +85,8 @@ def _read(dataset: Any, index: int) -> tuple[Any, Any] | Trouble:
         return Trouble(index, f"{type(error).__name__}: {error}")
     if not isinstance(image, Tensor):
         return Trouble(index, f"an image of type {type(image).__name__}; a tensor is needed")
+    if not isinstance(label, (int, float, np.number, Tensor)):
+        return Trouble(index, f"a label of type {type(label).__name__}; a class number is needed")
     return image, label
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.errors import DataError, TrainingError
-from normswap.training.batches import Share, evaluation_batches
+from normswap.training.batches import Share, check_labels, evaluation_batches
 from normswap.training.parameters import evaluating
 from normswap.training.reading import Batch
 
@@ -114,7 +114,7 @@ def count_hits(
                 check_labels(labels)
                 with autocast() if autocast else torch.autocast(device.type, enabled=False):
                     output = model(images.to(device, non_blocking=True))
-                totals[:4] += _score(class_scores(output), labels.to(device))
+                totals[:4] += _score(class_scores(output), labels.to(device, torch.long))
             if progress:
                 progress(int(totals[3]))
     return totals
@@ -124,7 +124,8 @@ def _score(scores: Tensor, labels: Tensor) -> Tensor:
     check_classes(labels, scores.shape[1])
     scores = scores.double()
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
+    finite = scores.isfinite().all(dim=1, keepdim=True)  # topk takes NaN for the highest
+    hits = (best == labels[:, None]) & finite
     loss = F.cross_entropy(scores, labels, reduction="sum")
     return torch.stack(
         [hits[:, 0].sum().double(), hits.sum().double(), loss, loss.new_tensor(len(labels))]
@@ -164,17 +165,6 @@ def class_scores(output: Any) -> Tensor:
             hint="a classifier; for other tasks convert the model inside your own loop",
         )
     return found
-
-
-def check_labels(labels: Tensor) -> None:
-    """Labels must be class numbers (N,)."""
-    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise DataError(
-            "labels",
-            got=f"{labels.dtype} of shape {tuple(labels.shape)}",
-            need="one integer class number per image",
-            hint="labels of shape (N,) and dtype torch.int64",
-        )
 
 
 def check_classes(labels: Tensor, classes: int) -> None:
