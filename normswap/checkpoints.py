@@ -158,12 +158,14 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
-    """The first mapping with tensors in it, looked for under the usual names."""
+    """The first mapping under the usual names that is no mere part: no half of the fullest one."""
     if not isinstance(content, Mapping):
         return {}
-    for name in _WRAPPERS:
-        found = _unwrap(content.get(name))
-        if found:
+    wrapped = {name: _unwrap(content.get(name)) for name in _WRAPPERS}
+    most = max(map(len, wrapped.values()))
+    for name, found in wrapped.items():
+        if found and 2 * len(found) > most:
+            logger.info("weights taken from the checkpoint's entry %s", name)
             return found
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if tensors and len(tensors) < len(content):
@@ -210,8 +212,8 @@ def fit_checkpoint(
         CheckpointError: keys are missing or left over, or shapes differ; the text says which.
     """
     state = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
-    state = _adapted(model, state)
     own = model.state_dict()
+    state = _prefixed(own, _adapted(model, state))
     differing = [name for name in own if name in state and _shape(own[name]) != _shape(state[name])]
     if differing:
         raise _wrong_shapes(where, differing, own, state, num_classes)
@@ -225,6 +227,24 @@ def fit_checkpoint(
             need=f"the {len(own)} tensors of this model",
             hint="the model that the file was made with",
         )
+
+
+def _prefixed(own: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys with one prefix more or less than the model's, where that makes them fit."""
+    wanted = {name for name in own if not name.endswith("num_batches_tracked")}
+    if not state or not wanted or wanted <= set(state):
+        return state
+    for prefix in {f"{name.partition('.')[0]}." for name in wanted}:
+        longer = {prefix + name: tensor for name, tensor in state.items()}
+        if wanted <= set(longer) <= set(own):
+            return longer
+    prefix = f"{next(iter(state)).partition('.')[0]}."
+    if all(name.startswith(prefix) for name in state):
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        if wanted <= set(shorter) <= set(own):
+            logger.info("took the prefix %s off the checkpoint's keys", prefix)
+            return shorter
+    return state
 
 
 def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -183,7 +183,8 @@ def _recorded(
     pretrained: bool,
     checkpoint: str | Path | None,
 ) -> Source:
-    weights = "checkpoint" if checkpoint is not None else "pretrained" if pretrained else "none"
+    given = pretrained if built.pretrained is None else built.pretrained
+    weights = "checkpoint" if checkpoint is not None else "pretrained" if given else "none"
     origin = {
         "spec": spec,
         "num_classes": num_classes,

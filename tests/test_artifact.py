@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,6 +197,10 @@ def factory(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
         "def other():\n"
         "    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))\n"
+        "def sized(image_size=32):\n"
+        "    edge = image_size // 8\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4),"
+        " nn.MaxPool2d(8), nn.Flatten(), nn.Linear(4 * edge * edge, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
     yield
@@ -230,9 +235,65 @@ def test_an_edited_eps_is_not_lost_without_a_word(source, tmp_path, caplog):
     x = source.example_inputs(2)
     model = swap.convert(source.model, "frozen", example_inputs=x).model
     artifact.save(model, tmp_path / "out")
-    assert "eps=0.1 in" in caplog.text
+    assert "eps=0.1" in caplog.text
     with pytest.raises(ArtifactError, match="into"):
         artifact.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda net: setattr(net, "maxpool", nn.Identity()),
+        lambda net: setattr(net.conv1[0], "stride", (1, 1)),
+        lambda net: setattr(net, "act1", nn.Tanh()),
+    ],
+)
+def test_an_edit_that_no_state_dict_shows_is_not_lost_without_a_word(
+    edit, source, tmp_path, caplog
+):
+    names = set(dict(source.model.named_modules()))
+    edit(source.model)
+    assert set(dict(source.model.named_modules())) == names
+    x = source.example_inputs(2)
+    model = swap.convert(source.model, "gn", example_inputs=x).model
+    artifact.save(model, tmp_path / "out")
+    assert "into=" in caplog.text
+    with pytest.raises(ArtifactError, match="into"):
+        artifact.load(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("factory")
+def test_the_size_that_a_factory_was_given_is_remembered(tmp_path, caplog):
+    source = artifact.load_model("python:artifact_factory:sized", image_size=48)
+    assert source.origin["weights"] == "none"
+    model = swap.convert(source.model, "gn", example_inputs=source.example_inputs(2)).model
+    artifact.save(model, tmp_path / "out")
+    assert not caplog.text
+    again = artifact.load_model(tmp_path / "out")
+    x = again.example_inputs(2)
+    assert x.shape[2:] == (48, 48)
+    assert torch.equal(again.model(x), model(x))
+
+
+def test_a_mounted_folder_is_filled_in_place(saved, source, tmp_path, monkeypatch):
+    stat, target = Path.stat, tmp_path / "out"
+
+    def other_device(path, **options):
+        found = stat(path, **options)
+        return Mounted(found) if path == target else found
+
+    class Mounted:
+        def __init__(self, found):
+            self.st_dev, self.st_mode = found.st_dev + 1, found.st_mode
+
+    (target / "mine.txt").write_text("mine")
+    monkeypatch.setattr(Path, "stat", other_device)
+    monkeypatch.setattr(Path, "rename", None)
+    artifact.save(source.model, target, force=True)
+    assert artifact.load(target) is not None
+    assert not list(tmp_path.glob(".*"))
+    assert not list(target.glob(".*"))
+    assert (target / "mine.txt").read_text() == "mine"
 
 
 def test_into_a_model_that_does_not_fit(saved):

@@ -157,6 +157,10 @@ def test_finetune_force_starts_anew(model, digits, tmp_path):
     run(*arguments)
     assert "--force" in run(*arguments, code=1).stderr
     run(*arguments, "--force", "--resume", code=2)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    lost = [tmp_path / "nowhere" if item == digits else item for item in arguments]
+    run(*lost, "--force", code=1)  # a typo costs nothing
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert json.loads(run(*arguments, "--force", "--json").stdout)["steps"] == 3
 
 

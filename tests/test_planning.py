@@ -195,6 +195,11 @@ def test_planning_changes_nothing():
         lambda d: d["entries"][0].update(surprise=1),
         lambda d: d.update(entries=3),
         lambda d: d["entries"].append(None),
+        lambda d: d["entries"].append(d["entries"][0]),
+        lambda d: d["entries"][0].update(becomes="gn"),
+        lambda d: d["entries"][0].update(recipe="frn"),
+        lambda d: d["entries"][0].update(rank=7),
+        lambda d: d["entries"][0].update(rank="2"),
     ],
 )
 def test_a_damaged_plan_is_one_clear_error(damage):
@@ -202,6 +207,12 @@ def test_a_damaged_plan_is_one_clear_error(damage):
     damage(data)
     with pytest.raises(PlanError, match="plan: got"):
         normswap.Plan.from_json(data)
+
+
+def test_a_converted_model_is_told_from_one_without_batchnorm():
+    model = normswap.convert(net(), "gn", example_inputs=X).model
+    with pytest.raises(PlanError, match="converted already, to gn"):
+        normswap.plan(model, "frn", example_inputs=X)
 
 
 def test_every_target_has_a_recipe_and_every_recipe_a_name():

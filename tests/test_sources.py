@@ -390,6 +390,8 @@ def _prefixed(state, prefix):
         lambda s: _prefixed(s, "module._orig_mod."),
         lambda s: _prefixed(s, "_orig_mod.module."),
         lambda s: {"checkpoint": 1, "state_dict": {"model": s}},
+        lambda s: {"state_dict": _prefixed(s, "model."), "epoch": 3},
+        lambda s: {"model": s, "model_ema": {"decay": torch.tensor(0.9)}},
     ],
 )
 def test_wrappers_are_taken_off(wrap, trained, tmp_path):
@@ -399,6 +401,20 @@ def test_wrappers_are_taken_off(wrap, trained, tmp_path):
     assert _same(source.model, trained)
     assert source.origin["weights"] == "checkpoint"
     assert sources.weights_digest(sources.original(source.origin)) == source.origin["sha256"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_a_model_whose_own_attribute_is_called_module(prefix, tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    own = Wrapped()
+    torch.save(_prefixed(own.state_dict(), prefix), tmp_path / "own.pth")
+    fresh = Wrapped()
+    checkpoints.fit_checkpoint(fresh, checkpoints.load_checkpoint(tmp_path / "own.pth"))
+    assert _same(fresh, own)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "pytorch_model.bin"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from normswap.data import Preprocessing
 from normswap.errors import ArtifactError
 from normswap.provenance import provenance_of, remember
 from normswap.sources import Source, build
+
+logger = logging.getLogger("normswap")
 
 
 def load_model(
@@ -61,6 +64,8 @@ def load_model(
         )
         source.model.to(device)
         return source
+    if not pretrained:
+        logger.warning("%s: an artefact brings its own weights; pretrained is ignored", spec)
     if checkpoint is not None or num_classes is not None:
         raise ArtifactError(
             str(spec),

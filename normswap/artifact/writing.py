@@ -239,7 +239,7 @@ def _check_source(
     try:
         twin = _meta_twin(document)
         check_agreement(where, _state_of(twin), model.state_dict())
-        _check_eps(where, twin, model)
+        _check_modules(where, twin, model)
     except NormSwapError as error:
         if explicit:
             raise ArtifactError(
@@ -253,18 +253,34 @@ def _check_source(
         document["source"] = None
 
 
-def _check_eps(where: str, twin: nn.Module, model: nn.Module) -> None:
-    """ε is in no state dict: one that was edited by hand would be lost without a word."""
-    mine = dict(model.named_modules())
-    for name, module in twin.named_modules():
-        right, found = getattr(module, "eps", None), getattr(mine.get(name), "eps", None)
-        if isinstance(right, float) and isinstance(found, float) and right != found:
-            raise ArtifactError(
-                where,
-                got=f"eps={found} in {name}, where its source has {right}",
-                need="a model as its source builds it",
-                hint="load(directory, into=…)",
-            )
+def _check_modules(where: str, twin: nn.Module, model: nn.Module) -> None:
+    """What is in no state dict (ε, strides, a pooling cut out) would be lost without a word.
+
+    An edit inside a ``forward`` cannot be seen here.
+    """
+    mine, right = (
+        {name: _settings(module) for name, module in net.named_modules()} for net in (model, twin)
+    )
+    differing = [name for name in {**right, **mine} if mine.get(name) != right.get(name)]
+    if differing:
+        name = differing[0]
+        found, wanted = (net.get(name, "nothing") for net in (mine, right))
+        raise ArtifactError(
+            where,
+            got=f"{found} at {name or 'the root'}, where its source has {wanted}",
+            need="a model as its source builds it",
+            hint="load(directory, into=…)",
+        )
+
+
+def _settings(module: nn.Module) -> str:
+    """A module's class and what it says of itself; of normswap's layers without their schedules."""
+    kind = type(module).__name__
+    if type(module).__module__.startswith("normswap."):
+        return f"{kind}(eps={getattr(module, 'eps', None)})"
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):  # they tell of their device
+        return kind
+    return f"{kind}({module.extra_repr()})"
 
 
 def _meta_twin(document: Mapping[str, Any]) -> nn.Module:
@@ -300,7 +316,9 @@ def _one_clear_error(target: Path) -> Iterator[None]:
 def _sibling(target: Path) -> Iterator[Path]:
     """A draft directory beside the target, gone at the end whatever happens."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.draft"
+    mounted = target.exists() and target.stat().st_dev != target.parent.stat().st_dev
+    home = target if mounted else target.parent  # nothing can be renamed into a mounted volume
+    draft = home / f".{target.name}.{secrets.token_hex(4)}.draft"
     draft.mkdir()  # not tempfile's: that one would be closed to other users for good
     try:
         yield draft
@@ -316,7 +334,8 @@ def _flush(path: Path) -> None:
 def _put_in_place(draft: Path, target: Path) -> None:
     if not target.exists():
         draft.rename(target)
-    elif not (target / RECORD).exists():
+    elif draft.parent == target or not (target / RECORD).exists():
+        (target / RECORD).unlink(missing_ok=True)
         for name in OWN_FILES:  # the record comes last: without it there is no artefact
             (draft / name).replace(target / name)
     else:

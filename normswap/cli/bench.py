@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def _split(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
     """The callback of ``--to``: names with an optional window, as in ``gn,frn,cbn:4``."""
     names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not names:
+        raise click.BadParameter(f"got nothing; need names of {', '.join(TARGETS)}.")
     for name in names:
         target, _, window = name.partition(":")
         if target not in TARGETS or (window and (not window.isdigit() or "cbn" not in target)):
@@ -66,7 +68,7 @@ def command(
     over rounds in which all variants take turns.
     """
     from normswap.benchmark import compare
-    from normswap.recipes import CrossIterationBatchNorm, recipe_for
+    from normswap.recipes import RECIPES, recipe_for
 
     source = chosen.load()
     model = _original(chosen.spec, source.model)
@@ -81,8 +83,8 @@ def command(
     recipes = {}
     for name in targets:
         target, _, window = name.partition(":")
-        windowed = CrossIterationBatchNorm(window=int(window)) if window else None
-        recipes[name] = windowed if windowed and target == "cbn" else recipe_for(target)
+        settings: dict[str, Any] = {"window": int(window)} if window else {}
+        recipes[name] = RECIPES[target](**settings) if settings else recipe_for(target)
     found = compare(
         model,
         recipes,

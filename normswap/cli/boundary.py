@@ -21,6 +21,8 @@ _SYSTEM = {
     errno.EACCES: ("permission denied", "the right to use it", "another path, or chmod"),
     errno.EPERM: ("permission denied", "the right to use it", "another path, or chmod"),
     errno.EROFS: ("a read-only file system", "the right to write there", "another path"),
+    errno.EISDIR: ("a directory", "the name of a file", "another path"),
+    errno.ENOTDIR: ("a file in the place of a folder", "a folder", "another path"),
     errno.ENOENT: ("nothing there", "an existing file", "another path"),
 }
 

@@ -97,6 +97,12 @@ def _open(chosen: ModelChoice) -> tuple[nn.Module, Preprocessing, tuple[str, ...
     from normswap.data import Preprocessing
     from normswap.onnx import load_onnx
 
+    if chosen.checkpoint is not None or chosen.num_classes is not None or not chosen.pretrained:
+        raise click.UsageError(
+            "An ONNX file brings its weights and its head: leave out --checkpoint, --num-classes "
+            "and --no-pretrained."
+        )
+
     file = load_onnx(Path(chosen.spec))
     if file.preprocessing is None:
         raise DataError(

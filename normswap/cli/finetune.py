@@ -95,8 +95,6 @@ def command(
 
     source = chosen.load()
     model = source.model
-    if force and first:
-        discard(output)
     images = run.open(source, chosen.image_size, chosen.seed)
     options = run.options(
         batch_size=batch_size,
@@ -106,6 +104,8 @@ def command(
         device=check_device(chosen.device) if chosen.device else None,
         teacher=_teacher(teacher, source, new_head=images.new_head),
     )
+    if force and first:  # not before everything that the new run needs is there
+        discard(output)
     with progress("fine-tuning") as show:
         history = normswap.finetune(
             model,

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from normswap.cli.console import print_json, print_table, say
 from normswap.cli.options import ModelChoice, cli_command, json_option, model_options
 from normswap.targets import TARGETS
@@ -16,9 +18,10 @@ if TYPE_CHECKING:
 
 
 @cli_command("inspect")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No layers of this name.")
 @json_option
 @model_options
-def command(*, chosen: ModelChoice, as_json: bool) -> None:
+def command(*, chosen: ModelChoice, exclude: tuple[str, ...], as_json: bool) -> None:
     """Show every BatchNorm of MODEL.
 
     What feeds it, what follows it, and where a target would become something else there.
@@ -27,7 +30,7 @@ def command(*, chosen: ModelChoice, as_json: bool) -> None:
 
     source = chosen.load()
     inputs = chosen.inputs(source)
-    graph = normswap.walk(source.model, inputs)
+    graph = normswap.walk(source.model, inputs, exclude=exclude or None)
     plans = {
         target: normswap.plan(source.model, target, graph=graph)
         for target in TARGETS

@@ -40,7 +40,8 @@ def from_python(request: Request) -> Built:
         )
     with _current_folder_importable():
         factory = _find_factory(request.spec, module_name, attribute)
-        model = _call(factory, request)
+        options = _factory_options(factory, request)
+        model = _call(factory, request, options)
     if not isinstance(model, nn.Module):
         raise SpecError(
             request.spec,
@@ -52,14 +53,14 @@ def from_python(request: Request) -> Built:
     return Built(
         model,
         _python_preprocessing(model, factory).resized(request.image_size),
-        dict(request.arguments or {}),
+        {k: v for k, v in options.items() if k not in ("num_classes", "pretrained")},
         tuple(str(name) for name in names) if isinstance(names, list | tuple) else None,
         str(getattr(model, "task", "image")),
+        pretrained=bool(options.get("pretrained")),
     )
 
 
-def _call(factory: Callable[..., Any], request: Request) -> Any:
-    options = _factory_options(factory, request)
+def _call(factory: Callable[..., Any], request: Request, options: dict[str, Any]) -> Any:
     try:
         return factory(**options)
     except NormSwapError:

@@ -52,13 +52,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """What came out: ``arguments`` repeat the build, ``task`` says what ``forward`` takes."""
+    """What came out.
+
+    Attributes:
+        model: with the weights it is to start from.
+        preprocessing: what it wants of its images.
+        arguments: they repeat the build.
+        class_names: in the order of the logits.
+        task: what ``forward`` takes.
+        pretrained: whether the weights are the library's; None: as they were asked for.
+    """
 
     model: nn.Module
     preprocessing: Preprocessing
     arguments: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     task: str = "image"
+    pretrained: bool | None = None
 
 
 def unknown_model(spec: str, prefix: str, name: str, known: Iterable[str]) -> SpecError:

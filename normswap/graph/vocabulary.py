@@ -58,9 +58,11 @@ _ACTIVATION_CLASSES = {
     "SquaredReLU": "squared_relu",
 }
 
-ACTIVATION_FUNCTIONS = (
-    frozenset(_ACTIVATION_CLASSES.values()) - {"quick_gelu", "hard_mish", "star_relu"}
-) | {"relu6", "hard_swish", "hard_sigmoid"}
+ACTIVATION_FUNCTIONS = frozenset(_ACTIVATION_CLASSES.values()) - {
+    "quick_gelu",
+    "hard_mish",
+    "star_relu",
+}
 
 _SYNONYMS = {
     "iadd": "add",

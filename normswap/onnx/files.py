@@ -64,7 +64,8 @@ def read_onnx(path: str | Path) -> OnnxFile:
     """
     where = Path(path)
     if not where.is_file():
-        raise ExportError(str(where), got="no such file", need="an ONNX file", hint="another path")
+        got = "a directory" if where.is_dir() else "no such file"
+        raise ExportError(str(where), got=got, need="an ONNX file", hint="another path")
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(where.read_bytes())

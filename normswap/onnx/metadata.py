@@ -12,6 +12,7 @@ import onnx
 from normswap.onnx.files import OnnxFile
 from normswap.onnx.identity import graph_hash, metadata_hash
 from normswap.onnx.selftest import SelfTest
+from normswap.plain import plain
 
 FORMAT = 1
 PREFIX = "normswap."
@@ -60,7 +61,7 @@ class Metadata:
 def write_metadata(file: OnnxFile, fields: Mapping[str, Any]) -> None:
     """Put fields and hashes into ``file.proto``, in place of what it carried before."""
     entries = {
-        PREFIX + key: json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        PREFIX + key: json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
         for key, value in {"format_version": FORMAT, **fields}.items()
     }
     entries[PREFIX + "graph_sha256"] = graph_hash(file)

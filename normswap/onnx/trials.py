@@ -43,13 +43,11 @@ class Reference:
         outputs: the float64 model's outputs.
         torch_errors: error of torch's own run in the model's precision, per output.
         tolerances: largest error that passes, per output.
-        exact: the reference ran in float64; if not, in the model's precision.
     """
 
     outputs: list[Array]
     torch_errors: list[float]
     tolerances: list[float]
-    exact: bool = True
 
 
 def random_inputs(
@@ -217,7 +215,7 @@ class Judge:
     def _reference(self, pairs: list[tuple[Array, Array]]) -> Reference:
         errors = [relative_error(single, double) for double, single in pairs]
         rule = [self._tolerance(error) for error in errors]
-        return Reference([double for double, _ in pairs], errors, rule, self.double is not None)
+        return Reference([double for double, _ in pairs], errors, rule)
 
 
 def _by_output(references: Sequence[Reference]) -> list[list[float]]:

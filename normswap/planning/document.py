@@ -105,6 +105,9 @@ class Plan:
             if data["plan_format"] > PLAN_FORMAT:
                 raise _unreadable(f"plan_format {data['plan_format']}")
             entries = tuple(_entry_from_json(entry) for entry in data["entries"])
+            names = Counter(name for entry in entries for name in entry.names)
+            if twice := [name for name, count in names.items() if count > 1]:
+                raise ValueError(f"several entries for {twice[0]}")
             return Plan(str(data["target"]), entries, tuple(map(str, data.get("notes", ()))))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _unreadable(f"{type(error).__name__}: {error}") from error
@@ -154,6 +157,18 @@ def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
     entry = PlanEntry(**{**data, **lists, "removal": removal})
     if not entry.names or not isinstance(entry.becomes, str):
         raise TypeError(f"no names in {data!r:.80}")
+    _check_entry(entry)
+    return entry
+
+
+def _check_entry(entry: PlanEntry) -> None:
+    """What was edited by hand must still be one thing."""
+    recipe = entry.recipe or {}
+    if not isinstance(recipe, dict) or recipe.get("target", KEEP) != entry.becomes:
+        raise ValueError(f"{entry.name} becomes {entry.becomes!r} by a recipe {recipe!r:.60}")
+    if entry.rank not in range(4) or isinstance(entry.rank, bool):
+        raise ValueError(f"{entry.name}: rank {entry.rank!r}, not 0, 1, 2 or 3")
+    if entry.removal is not None and entry.becomes != "frn":
+        raise ValueError(f"{entry.name}: a ReLU is to go, and {entry.becomes} does not replace it")
     if entry.init not in INITS:
         raise ValueError(f"init {entry.init!r}, not one of {', '.join(INITS)}")
-    return entry

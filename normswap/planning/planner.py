@@ -21,7 +21,7 @@ from normswap.graph import (
 )
 from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
-from normswap.recipes import Recipe, recipe_for, recipe_from_json
+from normswap.recipes import Recipe, recipe_for
 from normswap.targets import FALLBACKS, INITS
 
 Target = str | Recipe | Mapping[str, "str | Recipe"]
@@ -78,11 +78,14 @@ def plan(
     left_alone = _left_alone(every, graph)
     names = [site.names for site in graph] + [entry.names for entry in left_alone]
     if not names:
+        record = provenance_of(model)
+        done = ", ".join(str(done.get("target")) for done in record.plans)
+        spec = (record.source or {}).get("spec", "its BatchNorm original")
         raise PlanError(
             "the model",
-            got="no BatchNorm layer",
-            need="at least one",
-            hint="normswap inspect to see the model, or another model",
+            got=f"one that is converted already, to {done}" if done else "no BatchNorm layer",
+            need="at least one BatchNorm",
+            hint=f"starting from {spec}" if done else "another model",
         )
     _check_patterns(names, include, "include")
     _check_patterns(names, exclude, "exclude")
@@ -304,4 +307,4 @@ def _inputs_for(model: nn.Module, example_inputs: Any) -> Any:
     )
 
 
-__all__ = ["Plan", "PlanEntry", "plan", "recipe_from_json"]
+__all__ = ["Plan", "PlanEntry", "plan"]

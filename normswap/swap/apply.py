@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from normswap.swap.journal import Journal
 from normswap.swap.optimizer import check_optimizer, move_optimizer
 from normswap.swap.references import put_at, replace_everywhere
 from normswap.swap.relu_removal import edited_class
+
+_log = logging.getLogger("normswap")
 
 _CBN = (
     layers.CrossIterationBatchNorm1d,
@@ -133,6 +136,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conver
 @torch.inference_mode(mode=False)  # what is built in that mode can never be trained
 def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) -> Conversion:
     refuse_wrapped(model)
+    _tell_of_others(model, plan)
     if optimizer is not None:
         check_optimizer(optimizer)
     old = {entry.name: _module_of(model, entry) for entry in plan.swapped}
@@ -156,6 +160,18 @@ def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) 
     return Conversion(converted, plan, new, plan.kept)
 
 
+def _tell_of_others(model: nn.Module, plan: Plan) -> None:
+    """A BatchNorm that a plan does not name stays, which its reader should know."""
+    named = {name for entry in plan for name in entry.names}
+    others = [
+        names[0]
+        for module, names in qualified_names(model).items()
+        if norms.is_batchnorm(module) and not named.intersection(names)
+    ]
+    if others:
+        _log.warning("%d BatchNorms are not in the plan and stay: %s", len(others), others[0])
+
+
 def _module_of(model: nn.Module, entry: PlanEntry) -> nn.Module:
     try:
         module = model.get_submodule(entry.name)
@@ -176,6 +192,18 @@ def _module_of(model: nn.Module, entry: PlanEntry) -> nn.Module:
     )
 
 
+def _named(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise SwapError(
+            name,
+            got="no such module",
+            need="the modules that the plan was made for",
+            hint="a new plan for this model",
+        ) from error
+
+
 def _build(norm: nn.Module, entry: PlanEntry) -> nn.Module:
     recipe = recipe_from_json(entry.recipe or {})
     relu = entry.removal is not None
@@ -192,8 +220,16 @@ def _remove_relus(model: nn.Module, plan: Plan, journal: Journal) -> None:
         elif removal is not None:
             gone.update(dict.fromkeys(removal.names))
     for owner, found in calls.items():
-        module = model.get_submodule(owner)
-        journal.reclass(module, edited_class(module, found))
+        module = _named(model, owner)
+        try:
+            journal.reclass(module, edited_class(module, found))
+        except KeyError as error:
+            raise SwapError(
+                owner or "the model",
+                got=f"no call at {error}",
+                need="the place of the ReLU that the plan was made for",
+                hint="a new plan for this model",
+            ) from error
     identities: dict[nn.Module, nn.Identity] = {}
     modules = {n: m for m, names in qualified_names(model).items() for n in names}
     for name in gone:
@@ -214,7 +250,7 @@ def _wire(model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Jour
     for entry in plan.swapped:
         layer = new[entry.name]
         if entry.producer is not None and isinstance(layer, _CBN):
-            layer.attach(model.get_submodule(entry.producer))
+            layer.attach(_named(model, entry.producer))
             journal.on_undo(layer.detach)
 
 
