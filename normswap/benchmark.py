@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 from torch.utils._pytree import tree_leaves
 
+from normswap.errors import in_short
 from normswap.graph import call
 from normswap.planning import Target, plan
 from normswap.swap import convert
@@ -246,7 +247,7 @@ def _training(
         try:
             step()
         except (RuntimeError, ValueError) as error:
-            notes[variant] = f"cannot train here: {str(error).splitlines()[0][:120]}"
+            notes[variant] = f"cannot train here: {in_short(error)}"
         else:
             steps[variant] = step
     return _interleave(steps, warmup, rounds), notes

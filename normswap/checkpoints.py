@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from normswap.errors import CheckpointError
+from normswap.errors import CheckpointError, in_short
 
 logger = logging.getLogger("normswap")
 
@@ -148,7 +148,7 @@ def _pickled_names(path: Path) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+    reason = in_short(error)
     return CheckpointError(
         str(path),
         got=f"an unreadable file of {path.stat().st_size} bytes ({reason})",

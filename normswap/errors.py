@@ -23,6 +23,17 @@ from __future__ import annotations
 from typing import Any
 
 
+def in_short(error: BaseException, most: int = 200) -> str:
+    """The first line of an error that says something; its class where none does.
+
+    Example:
+        >>> in_short(ValueError("as it was")), in_short(AssertionError())
+        ('as it was', 'AssertionError')
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:most] for line in lines if line), type(error).__name__)
+
+
 class NormSwapError(Exception):
     """The root of every error normswap raises on purpose.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from normswap.errors import InstallationError
+from normswap.errors import InstallationError, in_short
 
 _BUILT_ON_TORCH = ("torchvision", "timm")
 
@@ -51,7 +51,7 @@ def library(name: str) -> ModuleType:
 def _misfit(package: str, error: Exception) -> InstallationError:
     import torch
 
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = in_short(error)
     return InstallationError(
         package,
         got=f"a build that does not fit torch {torch.__version__} ({reason})",

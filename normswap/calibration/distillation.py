@@ -17,7 +17,7 @@ from normswap.calibration.flow import Scale, match_in_flow, own_parameters
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
 from normswap.drift import entries, evaluating, paired_sites
-from normswap.errors import CalibrationError, NormSwapError
+from normswap.errors import CalibrationError, NormSwapError, in_short
 
 _HEAD_START = 1.1
 """How much worse than the best the last state may look on the held-out images and yet stay."""
@@ -210,7 +210,7 @@ def taken() -> Iterator[None]:
             raise
         raise CalibrationError(
             "images",
-            got=f"{type(error).__name__} from the model: {str(error).splitlines()[0][:200]}",
+            got=f"{type(error).__name__} from the model: {in_short(error)}",
             need="batches that the model takes",
             hint="a tensor (N, C, H, W) of preprocessed images",
         ) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from normswap.cli.console import quiet_libraries, results_alone
-from normswap.errors import NormSwapError
+from normswap.errors import NormSwapError, in_short
 from normswap.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def check_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise NormSwapError(
             "--device",
-            got=f"{name!r} ({str(error).splitlines()[0]})",
+            got=f"{name!r} ({in_short(error)})",
             need="a device that torch can use here",
             hint="--device cpu",
         ) from error

@@ -22,7 +22,7 @@ from normswap.data.images import (
     transform,
 )
 from normswap.data.preprocessing import Preprocessing, is_number
-from normswap.errors import DataError, InstallationError, NormSwapError
+from normswap.errors import DataError, InstallationError, NormSwapError, in_short
 from normswap.libraries import library
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _named_dataset(
     except Exception as error:
         raise DataError(
             name,
-            got=f"{type(error).__name__}: {(str(error) or 'no text').splitlines()[0][:120]}",
+            got=f"{type(error).__name__}: {in_short(error)}",
             need="a dataset that timm.data.create_dataset can open",
             hint="root=FOLDER where it lies, download=True, or another split name",
         ) from error

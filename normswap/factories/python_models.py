@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from normswap.data import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from normswap.errors import NormSwapError, SpecError
+from normswap.errors import NormSwapError, SpecError, in_short
 from normswap.factories.request import Built, Request
 from normswap.factories.timm_models import timm_preprocessing
 
@@ -68,14 +68,10 @@ def _call(factory: Callable[..., Any], request: Request, options: dict[str, Any]
     except Exception as error:
         raise SpecError(
             request.spec,
-            got=f"{type(error).__name__} from the factory ({_first_line(error)})",
+            got=f"{type(error).__name__} from the factory ({in_short(error)})",
             need="a factory that builds its model from " + (", ".join(options) or "no arguments"),
             hint="calling it from Python, or --debug for the traceback",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or "no text").splitlines()[0][:160]
 
 
 @contextlib.contextmanager
@@ -106,7 +102,7 @@ def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[..., 
     except Exception as error:
         raise SpecError(
             spec,
-            got=f"{type(error).__name__} on importing {module_name} ({_first_line(error)})",
+            got=f"{type(error).__name__} on importing {module_name} ({in_short(error)})",
             need="a module that Python can import from here",
             hint="running in the folder that holds it, or installing it",
         ) from error

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from normswap.data import Preprocessing
-from normswap.errors import NormSwapError, SpecError
+from normswap.errors import NormSwapError, SpecError, in_short
 from normswap.libraries import library
 
 logger = logging.getLogger("normswap")
@@ -113,7 +113,7 @@ def explained(request: Request) -> Iterator[None]:
 
 
 def _explain(request: Request, error: Exception) -> SpecError:
-    reason = (str(error) or "no text").splitlines()[0][:160]
+    reason = in_short(error)
     if _is_network_error(error):
         return SpecError(
             request.spec,

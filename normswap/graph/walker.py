@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from normswap.errors import WalkError
+from normswap.errors import WalkError, in_short
 from normswap.graph import norms
 from normswap.graph.meta import put_on_meta
 from normswap.graph.modes import any_depends_on_mode
@@ -205,7 +205,7 @@ def _batched(leaf: Any) -> bool:
 def _cannot_run(error: Exception) -> WalkError:
     return WalkError(
         "example inputs",
-        got=in_short(error),
+        got=f"{type(error).__name__}: {in_short(error)}",
         need="inputs that the model can be called with in eval mode",
         hint="a tensor of the model's input size, a tuple of positional arguments, or a dict of "
         "keyword arguments, in the model's dtype",
@@ -248,12 +248,6 @@ def ready_to_run(
         if meta:
             put_on_meta(names)
         yield tree_map(lambda leaf: _moved(leaf, device), example_inputs), device
-
-
-def in_short(error: Exception) -> str:
-    """An exception in one line."""
-    first_line = (str(error).strip().splitlines() or [""])[0][:300]
-    return f"{type(error).__name__}: {first_line}"
 
 
 def _moved(leaf: Any, device: torch.device) -> Any:

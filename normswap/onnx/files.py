@@ -15,7 +15,7 @@ import onnx
 from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
-from normswap.errors import ExportError
+from normswap.errors import ExportError, in_short
 from normswap.onnx.parity import Array
 
 _MAX_DEPTH = 32
@@ -70,7 +70,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
     try:
         proto.ParseFromString(where.read_bytes())
     except (DecodeError, ValueError, RecursionError, MemoryError) as error:
-        raise _not_onnx(where, f"bytes that are no ONNX protobuf ({_line(error)})") from error
+        raise _not_onnx(where, f"bytes that are no ONNX protobuf ({in_short(error)})") from error
     if not _is_text(proto):
         raise _not_onnx(where, "an ONNX protobuf whose names are no text")
     file = OnnxFile(where, proto)
@@ -258,11 +258,6 @@ def external_bytes(file: OnnxFile, tensor: onnx.TensorProto) -> bytes:
     with place.path.open("rb") as stream:
         stream.seek(place.offset)
         return stream.read(place.length)
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _not_onnx(path: Path, got: str) -> ExportError:

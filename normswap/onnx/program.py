@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import ExportError
+from normswap.errors import ExportError, in_short
 from normswap.onnx.files import OnnxFile, is_external, read_onnx, tensors
 from normswap.onnx.forms import fastest
 from normswap.onnx.half import norm_names, to_half
 from normswap.onnx.staged import stage
-from normswap.onnx.subject import Subject, first
+from normswap.onnx.subject import Subject
 
 ONE_FILE_BYTES = (1 << 31) - (1 << 24)
 """Weights up to here stay inside the file; protobuf ends at 2 GB."""
@@ -194,7 +194,7 @@ def _cannot_export(model: nn.Module, error: Exception, options: Options) -> Expo
         hint = "dynamic_size=False, or " + hint
     return ExportError(
         type(model).__name__,
-        got=f"{type(cause).__name__} from torch's own exporter: {first(cause)}",
+        got=f"{type(cause).__name__} from torch's own exporter: {in_short(cause)}",
         need="a model that torch.onnx.export can take",
         hint=hint,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import ExportError
+from normswap.errors import ExportError, in_short
 from normswap.onnx import blame
 from normswap.onnx.files import OnnxFile
 from normswap.onnx.half import wide_inputs
@@ -28,7 +28,7 @@ from normswap.onnx.parity import (
 )
 from normswap.onnx.program import Draft, Options, write_program
 from normswap.onnx.session import LEVELS, Failed, Here, Outputs, Runner
-from normswap.onnx.subject import Subject, first, subject_of
+from normswap.onnx.subject import Subject, subject_of
 from normswap.onnx.trials import (
     Judge,
     Reference,
@@ -128,7 +128,7 @@ def prove_file(
         try:
             cases = cases + _randomised_cases(judge_, options)
         except ExportError as error:
-            notes += (f"the randomised copy was not tried: {first(error)}",)
+            notes += (f"the randomised copy was not tried: {in_short(error)}",)
     identity = None if metadata is None else metadata.intact
     problem = metadata.problem if metadata is not None else None
     bad = next((case for case in cases if not case.passed), None)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.errors import ExportError, ParityError
+from normswap.errors import ExportError, ParityError, in_short
 from normswap.onnx.files import read_onnx
 from normswap.onnx.metadata import read_metadata
 from normswap.onnx.session import open_session, resolve_provider
-from normswap.onnx.subject import as_array, first
+from normswap.onnx.subject import as_array
 
 
 class OnnxModel(nn.Module):
@@ -62,7 +62,7 @@ class OnnxModel(nn.Module):
         except Exception as error:
             raise ExportError(
                 str(self.path),
-                got=first(error),
+                got=in_short(error),
                 need="inputs that the file takes",
                 hint=f"a batch of {self.batch_size}" if self.batch_size else "another image size",
             ) from error
@@ -102,7 +102,7 @@ def load_onnx(path: str | Path, *, provider: str | None = None) -> OnnxModel:
     except Exception as error:
         raise ExportError(
             str(path),
-            got=f"an error from onnxruntime: {first(error)}",
+            got=f"an error from onnxruntime: {in_short(error)}",
             need="a model that onnxruntime can run",
             hint="exporting it again",
         ) from error

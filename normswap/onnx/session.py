@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from normswap.errors import ExportError
+from normswap.errors import ExportError, in_short
 from normswap.onnx.parity import Array
 
 LEVELS = ("off", "basic", "all")
@@ -175,8 +175,7 @@ def _run(session: Any, batch: Sequence[Array]) -> Outputs | Failed:
 
 def one_line(error: BaseException) -> str:
     """The first line of an error, without onnxruntime's error-code prefix."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = in_short(error, 1000)
     if text.startswith("[ONNXRuntimeError]"):
         text = text.split(" : ", 3)[-1]
     return text[:400]

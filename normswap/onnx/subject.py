@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import ExportError
+from normswap.errors import ExportError, in_short
 from normswap.onnx.parity import Array
 
 _AXES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -204,7 +204,7 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
     ) as error:
         raise ExportError(
             type(model).__name__,
-            got=f"{type(error).__name__} from its own forward in eval mode: {first(error)}",
+            got=f"{type(error).__name__} from its own forward in eval mode: {in_short(error)}",
             need="a model that runs on them",
             hint="other example_inputs",
         ) from error
@@ -239,9 +239,3 @@ def _key(entry: Any) -> str:
         if hasattr(entry, field):
             return str(getattr(entry, field))
     return str(entry)
-
-
-def first(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import WalkError
+from normswap.errors import WalkError, in_short
 from normswap.graph.meta import OnMeta, like_first
-from normswap.graph.walker import call, in_short, qualified_names, ready_to_run
+from normswap.graph.walker import call, qualified_names, ready_to_run
 
 
 def check_run(
@@ -50,7 +50,7 @@ def check_run(
     if problem is not None:
         raise WalkError(
             "the converted model",
-            got=in_short(problem),
+            got=f"{type(problem).__name__}: {in_short(problem)}",
             need="code that takes any normaliser in the place of a BatchNorm",
             hint="exclude= with the names of the layers that the model's own code looks into",
         ) from problem

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from normswap.errors import TrainingError
+from normswap.errors import TrainingError, in_short
 
 FORMAT = 1
 LAST = "last.pt"
@@ -39,7 +39,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
         raise TrainingError(
             str(path),
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            got=f"{type(error).__name__}: {in_short(error)}",
             need="room for the checkpoint and the right to write it",
             hint="freeing disk space; the checkpoint written before is still whole, resume from it",
         ) from error
@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise _unreadable(path, f"{type(error).__name__}: {in_short(error)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise _unreadable(path, f"format {found!r}")

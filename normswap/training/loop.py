@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import TrainingError
+from normswap.errors import TrainingError, in_short
 from normswap.provenance import add_history
 from normswap.training import processes
 from normswap.training.batches import (
@@ -319,7 +319,7 @@ class Run:
                 raise TrainingError(
                     "train_data",
                     got=f"images {tuple(images.shape)} of {images.dtype}, which the model refuses:"
-                    f" {str(error).splitlines()[0]}",
+                    f" {in_short(error)}",
                     need="preprocessed images that it takes",
                     hint="normswap.data.Preprocessing; for half precision FineTune(amp='bf16')",
                 ) from error
