@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from normswap.errors import NormSwapError, TrainingError
+from normswap.plain import write_whole
 from normswap.provenance import provenance_of
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
 from normswap.training.batches import in_memory
+from normswap.training.curves import save_figure
 from normswap.training.options import fingerprint
 from normswap.training.randomness import rng_kept, seed_everything
 
@@ -441,11 +443,7 @@ def draw_sweep(found: Sweep, path: str | Path) -> Path:
     axes.set(xlabel="batch size", ylabel="top-1")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _scaled_rate(options: FineTune, batch_size: int) -> float:
@@ -506,6 +504,4 @@ def _reset(model: nn.Module) -> None:
 
 
 def _write(path: Path, data: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(data, indent=1))

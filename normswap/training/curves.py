@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from normswap.training.records import Epoch
 
@@ -37,6 +38,11 @@ def draw_learning_curve(epochs: Sequence[Epoch], path: str | Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend()
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure as PNG; an earlier one under that name is replaced whole."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, format="png", dpi=120)

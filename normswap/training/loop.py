@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.drift import device_of, evaluating
 from normswap.errors import TrainingError, in_short
 from normswap.provenance import add_history
 from normswap.training import processes
@@ -37,7 +38,7 @@ from normswap.training.machinery import (
 from normswap.training.norms import check_norms, notes_on_norms, scale_schedules
 from normswap.training.objective import Objective
 from normswap.training.options import FineTune
-from normswap.training.parameters import evaluating, start_training, training_mode
+from normswap.training.parameters import start_training, training_mode
 from normswap.training.randomness import rng_kept, seed_everything
 from normswap.training.reading import Batch
 from normswap.training.records import Epoch, History, Progress, ProgressCallback, Recorder
@@ -55,7 +56,6 @@ from normswap.training.scoring import (
     check_classes,
     class_scores,
     count_hits,
-    device_of,
     metrics_from,
 )
 

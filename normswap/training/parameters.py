@@ -134,18 +134,6 @@ def start_training(model: nn.Module, *, freeze_backbone: bool) -> None:
         classifier_of(model).train()
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode for a while; every module gets its own flag back."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _train_only(model: nn.Module, wanted: set[nn.Parameter]) -> None:
     for parameter in model.parameters():
         if parameter not in wanted:

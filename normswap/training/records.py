@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from normswap.plain import write_whole
+
 METRICS = "metrics.jsonl"
 
 
@@ -158,9 +160,7 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for row, line in _rows(path) if row["step"] <= step] if step else []
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _board(folder: Path, step: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.drift import device_of, evaluating
 from normswap.errors import DataError, TrainingError
 from normswap.training.batches import Share, check_labels, evaluation_batches
-from normswap.training.parameters import evaluating
 from normswap.training.reading import Batch
 
 
@@ -177,13 +176,6 @@ def check_classes(labels: Tensor, classes: int) -> None:
             need=f"0 to {classes - 1}, the model has {classes} logits",
             hint=f"a model with num_classes={high + 1}" if low >= 0 else "labels from 0 up",
         )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer is; the CPU if it has none."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def usable_device(device: str | torch.device) -> torch.device:
