@@ -203,7 +203,8 @@ def _inside(file: OnnxFile, name: str, location: str) -> Path:
         if walked.is_symlink():
             raise _unsafe(file, name, f"external data through the link {location!r}")
     if not path.is_file():
-        raise _unsafe(file, name, f"external data at {location!r}, where there is no file")
+        got = f"external data at {location!r}, where there is no file"
+        raise _unsafe(file, name, got, hint="copying that file along, or exporting again")
     if path.stat().st_nlink > 1:
         raise _unsafe(file, name, f"external data at {location!r}, a hard link")
     return path
@@ -266,10 +267,15 @@ def _not_onnx(path: Path, got: str) -> ExportError:
     )
 
 
-def _unsafe(file: OnnxFile, name: str, got: str) -> ExportError:
+def _unsafe(
+    file: OnnxFile,
+    name: str,
+    got: str,
+    hint: str = "exporting the model again, or a copy from its author",
+) -> ExportError:
     return ExportError(
         f"{file.path}, tensor {name[:80]!r}",
         got=got,
         need="external data in a plain file inside the model's own folder, within its bounds",
-        hint="exporting the model again, or a copy from its author",
+        hint=hint,
     )
