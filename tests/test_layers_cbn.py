@@ -651,3 +651,14 @@ def test_gradient_through_the_history_reaches_the_bias_and_survives_checkpointin
 def test_gradient_through_a_history_that_does_not_follow_the_weights_is_refused():
     with pytest.raises(LayerError, match="compensate"):
         CrossIterationBatchNorm2d(4, compensate=False, through_history=True)
+
+
+def test_an_operation_between_the_producer_and_the_layer_is_noticed():
+    conv = nn.Conv2d(3, 4, 3)
+    norm = CrossIterationBatchNorm2d(4, window=4)
+    norm.attach(conv)
+    x = torch.randn(4, 3, 8, 8)
+    norm(conv(x).contiguous(memory_format=torch.channels_last))  # a copy is no other tensor
+    norm.reset_history()
+    with pytest.raises(LayerError, match="has not made"):
+        norm(conv(x).relu())

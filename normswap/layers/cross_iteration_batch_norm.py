@@ -425,7 +425,10 @@ class _CrossIterationBatchNorm(TracksBatches):
         # one contraction for the present and the past: the weight is read once
         offsets = _predicted_offsets(patches, weight)
         moments = _no_entries(mean)
-        if past is not None:
+        if past is None:
+            bias = _bias(producer)
+            self._check_input(mean, variance, offsets[0] if bias is None else offsets[0] + bias)
+        else:
             slopes = fold_weight(producer, past.slope)
             moments = _predict(past, offsets[1:], slopes, weight, _bias(producer))
         window = _average(mean, variance, moments, self.variance_rule)
@@ -436,6 +439,12 @@ class _CrossIterationBatchNorm(TracksBatches):
         factor = mean.new_full((1,), 2.0 * x.shape[1] / x.numel())
         self._history.push(_Batch(mean.new_empty(0), variance, offsets[0], patch, slope, factor))
         return mean, variance, window, reach
+
+    def _check_input(self, mean: Tensor, variance: Tensor, made: Tensor) -> None:
+        """What comes in must be what the producer makes: an operation between moves the means."""
+        room = 0.1 * variance.sqrt() + 0.05 * mean.abs() + 1e-3  # half precision stays within
+        if not mean.is_meta and bool(((mean - made).abs() > room).any()):
+            raise self._unwired()
 
     def _unwired(self) -> LayerError:
         if self._link is None:
