@@ -104,6 +104,7 @@ def test_a_tuple_of_samples_is_a_data_set():
         (IMAGES, LABELS, LABELS),
         TensorDataset(IMAGES),
         (IMAGES.numpy(), LABELS.numpy()),
+        "a/folder",
         Samples(12, str),
         Samples(12, lambda label: None),
     ],

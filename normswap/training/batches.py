@@ -248,7 +248,7 @@ def training_batches(
     if _is_loader(data):
         prepared = accelerator.prepare_data_loader(data) if share.world > 1 else data
         return _non_empty(LoaderBatches(data, share, prepared))
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    if _is_indexed(data):
         pin_memory = accelerator.device.type == "cuda"
         batches = DatasetBatches(
             data,
@@ -281,7 +281,7 @@ def evaluation_batches(
         data = DataLoader(data, batch_size=batch_size, num_workers=workers)
     if _is_loader(data):
         return map(_as_batch, _quietly(data)), False
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    if not _is_indexed(data):
         raise _unusable(data)
     mine = range(share.rank, _length(data), share.world)
     loader = DataLoader(
@@ -319,8 +319,7 @@ def check_evaluation_data(data: Any) -> None:
     """
     pair = in_memory(data)
     if pair is None and not isinstance(data, IterableDataset):
-        indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-        if isinstance(data, (str, bytes, dict)) or not (indexed or _is_loader(data)):
+        if not (_is_indexed(data) or _is_loader(data)):
             raise _unusable(data)
         if isinstance(data, Iterator):
             raise DataError(
@@ -375,6 +374,11 @@ def in_memory(data: Any) -> tuple[Tensor, Tensor] | None:
             hint="labels of shape (N,)",
         )
     return images, labels
+
+
+def _is_indexed(data: Any) -> bool:
+    has_both = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return has_both and not isinstance(data, (str, bytes))
 
 
 def _is_loader(data: Any) -> bool:
