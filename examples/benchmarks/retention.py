@@ -312,14 +312,17 @@ def recipe(target: str, method: str) -> Any:
 
 def converted(name: str, target: str, method: str) -> tuple[nn.Module, nn.Module]:
     """The converted model and its BN original."""
+    return swapped(name, recipe(target, method), "copy" if method == "copy" else "match")
+
+
+def swapped(name: str, wanted: Any, init: str) -> tuple[nn.Module, nn.Module]:
+    """A BN original by recipe, and itself."""
     import normswap
 
     teacher = original(name)
     model = copy.deepcopy(teacher)
-    init = "copy" if method == "copy" else "match"
     example = torch.zeros(2, 3, SIZE, SIZE)
-    result = normswap.convert(model, recipe(target, method), example_inputs=example, init=init)
-    return result.model, teacher
+    return normswap.convert(model, wanted, example_inputs=example, init=init).model, teacher
 
 
 def run_cell(name: str, target: str, method: str, seed: int, clock: str) -> dict[str, Any]:
@@ -384,12 +387,13 @@ def run_cells(
 # --- does the gain last? --------------------------------------------------------------------------
 
 LASTING = ("resnet", "mobilenetv2", "bottleneck", "regnet")
-STARTS = {  # how the GN is made, and whether it is calibrated
-    "copied": ("copy", False),
-    "matched": ("match", False),
-    "calibrated": ("match", True),
-    "matched-auto": ("auto", False),
-    "calibrated-auto": ("auto", True),
+STARTS: dict[str, tuple[str, str | None, bool]] = {  # init, groups (None: 32), calibrated
+    "copied": ("copy", None, False),
+    "matched": ("match", None, False),
+    "calibrated": ("match", None, True),
+    "copied-auto": ("copy", "auto", False),
+    "matched-auto": ("match", "auto", False),
+    "calibrated-auto": ("match", "auto", True),
 }
 RATES = (1e-4, 3e-4, 1e-3)
 WATCHED = (100, *range(250, 4001, 250))
@@ -402,8 +406,8 @@ def started(name: str, start: str, seed: int) -> nn.Module:
     """The GN that a fine-tuning starts from; calibrated on 256 images."""
     import normswap
 
-    method, calibrated = STARTS[start]
-    model, teacher = converted(name, "gn", method)
+    init, groups, calibrated = STARTS[start]
+    model, teacher = swapped(name, normswap.GroupNorm(groups=groups), init)
     if calibrated:
         count, seconds = BUDGETS["calibrated-256"]
         images, tick = unlabelled(count, seed), time.process_time
@@ -511,16 +515,16 @@ def best_curves(
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The seeds of every network and start, at the rate that arrives first, or ends highest."""
 
-    def merit(curve: dict[str, Any]) -> tuple[float, float]:
-        step = arrival(curve)
-        return (math.inf if step is None else step, -curve["curve"][-1][1])
+    def merit(mine: list[dict[str, Any]]) -> tuple[float, int, float]:
+        mean = statistics.fmean(arrival(curve) or math.inf for curve in mine)
+        return mean, -len(mine), -statistics.fmean(curve["curve"][-1][1] for curve in mine)
 
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key in itertools.product(LASTING, STARTS):
         mine = [c for c in curves if (c["network"], c["start"]) == key]
-        first = min((c for c in mine if c["seed"] == 0), key=merit, default=None)
-        if first is not None:
-            found[key] = [c for c in mine if c["rate"] == first["rate"]]
+        by_rate = [[c for c in mine if c["rate"] == rate] for rate in {c["rate"] for c in mine}]
+        if by_rate:
+            found[key] = min(by_rate, key=merit)
     return found
 
 
