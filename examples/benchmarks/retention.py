@@ -515,9 +515,11 @@ def best_curves(
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The seeds of every network and start, at the rate that arrives first, or ends highest."""
 
-    def merit(mine: list[dict[str, Any]]) -> tuple[float, int, float]:
-        mean = statistics.fmean(arrival(curve) or math.inf for curve in mine)
-        return mean, -len(mine), -statistics.fmean(curve["curve"][-1][1] for curve in mine)
+    def merit(mine: list[dict[str, Any]]) -> tuple[float, int, float, float]:
+        steps = [arrival(curve) or math.inf for curve in sorted(mine, key=lambda c: c["seed"])]
+        ends = [curve["curve"][-1][1] for curve in mine]
+        # by the first seed, which every rate has; then where there are more of them
+        return steps[0], -len(mine), statistics.fmean(steps), -statistics.fmean(ends)
 
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key in itertools.product(LASTING, STARTS):
