@@ -284,7 +284,7 @@ class _Bench:
         for name in ("seed", "device", "workers", "checkpoint_every", "log_every", "tensorboard"):
             del options[name]
         return {
-            "model": _identity(self.model),
+            "model": _identity(self.model, self.from_scratch),
             "options": options,
             "from_scratch": self.from_scratch,
             "samples": _size(self.train_data),
@@ -479,9 +479,12 @@ def _recipe(target: Any) -> Any:
     return json.loads(json.dumps(found, default=repr))
 
 
-def _identity(model: nn.Module | Callable[[], nn.Module]) -> str:
+def _identity(model: nn.Module | Callable[[], nn.Module], from_scratch: bool) -> str:
     if isinstance(model, nn.Module):
-        return fingerprint(model)
+        if not from_scratch:
+            return fingerprint(model)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return f"{type(model).__qualname__} of {count:,} parameters"  # their values are drawn anew
     return str(getattr(model, "__qualname__", type(model).__qualname__))
 
 

@@ -191,6 +191,13 @@ def test_a_folder_belongs_to_one_model_and_its_labels_to_one_recipe(tmp_path):
         small(model=other, **one)
 
 
+def test_from_scratch_the_weights_of_the_module_do_not_count(tmp_path):
+    one = {"batch_sizes": [4], "seeds": 1, "out": tmp_path, "from_scratch": True}
+    other = Net("bn")
+    other.conv1.weight.data.mul_(2)
+    assert small(**one).cells == small(model=other, **one).cells
+
+
 def test_labels_that_share_a_file_are_refused():
     with pytest.raises(TrainingError, match="share one file"):
         small(targets={"gn 1": "gn", "gn_1": "frn"})

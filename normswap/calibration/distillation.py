@@ -203,11 +203,9 @@ def taken() -> Iterator[None]:
     """Turn what a model raises at its first sight of the images into one clear line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NormSwapError):  # a LayerError is a ValueError too
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        if isinstance(error, NormSwapError):
-            raise
         raise CalibrationError(
             "images",
             got=f"{type(error).__name__} from the model: {in_short(error)}",

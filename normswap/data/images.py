@@ -167,12 +167,13 @@ def images_below(folder: Path) -> list[Path]:
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        known = real in seen
+        if real in seen:
+            folders.clear()
+            continue
         seen.add(real)
-        folders[:] = [] if known else sorted(name for name in folders if name[0] != ".")
-        if not known:
-            paths = (Path(place, name) for name in files if name[0] != ".")
-            found += (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        paths = (Path(place, name) for name in files if name[0] != ".")
+        found += (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(path for path in found if path.is_file())
 
 

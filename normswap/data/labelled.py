@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -262,7 +263,8 @@ def _class_numbers(folder: Path, folders: Iterable[str], names: Sequence[str]) -
         synsets = library("timm.data").ImageNetInfo().label_names()
         numbers = {name: number for number, name in enumerate(synsets)}
         unknown = set(folders) - set(numbers)
-    twice = {name for name in folders if list(names).count(name) > 1}
+    counts = Counter(names)
+    twice = {name for name in folders if counts[name] > 1}
     if twice:
         raise DataError(
             str(folder),

@@ -79,7 +79,7 @@ def plan(
     names = [site.names for site in graph] + [entry.names for entry in left_alone]
     if not names:
         record = provenance_of(model)
-        done = ", ".join(str(done.get("target")) for done in record.plans)
+        done = ", ".join(str(applied.get("target")) for applied in record.plans)
         spec = (record.source or {}).get("spec", "its BatchNorm original")
         raise PlanError(
             "the model",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from normswap.data.images import check_on_broken
 from normswap.errors import DataError, TrainingError
 from normswap.training.randomness import load_rng_state, rng_kept, rng_state
 from normswap.training.reading import (
@@ -267,13 +268,9 @@ def evaluation_batches(
     data: Any, *, batch_size: int, workers: int = 0, on_broken: str = "error", share: Share
 ) -> tuple[Iterator[Batch], bool]:
     """Every sample once and in order, and whether they are this process's share only."""
-    if batch_size < 1 or on_broken not in ("error", "skip"):
-        raise DataError(
-            "evaluation",
-            got=f"batch_size={batch_size}, on_broken={on_broken!r}",
-            need="a batch size of at least 1, and 'error' or 'skip'",
-            hint="the defaults",
-        )
+    check_on_broken(on_broken)
+    if batch_size < 1:
+        raise DataError("batch_size", got=str(batch_size), need="at least 1", hint="batch_size=32")
     pair = in_memory(data)
     if pair is not None:
         data = TensorDataset(*pair)
