@@ -148,7 +148,9 @@ def _pickled_names(path: Path) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = in_short(error)
+    # torch's own text for a broken pickle advises to run whatever code is in it
+    broken = isinstance(error, pickle.UnpicklingError)
+    reason = "no pickle that can be read to its end" if broken else in_short(error)
     return CheckpointError(
         str(path),
         got=f"an unreadable file of {path.stat().st_size} bytes ({reason})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _unreadable(path, f"{type(error).__name__}: {in_short(error)}") from error
+        # torch's own text for a broken pickle advises to run whatever code is in it
+        broken = isinstance(error, pickle.UnpicklingError)
+        got = (
+            "no pickle that can be read" if broken else f"{type(error).__name__}: {in_short(error)}"
+        )
+        raise _unreadable(path, got) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise _unreadable(path, f"format {found!r}")
