@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 from torch.utils._pytree import tree_leaves
 
+from normswap.children import safe_path
 from normswap.errors import in_short
 from normswap.graph import call
 from normswap.planning import Target, plan
@@ -134,7 +135,7 @@ def compare(
         models |= {Variant(v.target, compiled=True): copy.deepcopy(m) for v, m in eager.items()}
     # torch counts the compiled forms of one forward, and the variants share theirs
     limit = compiler_config.recompile_limit * len(models)
-    with compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
+    with safe_path(), compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
         say("training steps")
         training, notes = _training(models, example_inputs, warmup, rounds)
         say("inference")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from normswap.children import safe_path
 from normswap.cli.console import quiet_libraries, results_alone
 from normswap.errors import NormSwapError, in_short
 from normswap.targets import TARGETS
@@ -31,7 +32,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the callback; third parties' chatter is shown with ``--debug`` only."""
-        with results_alone(), quiet_libraries(debug=ctx.meta.get("debug", False)):
+        with safe_path(), results_alone(), quiet_libraries(debug=ctx.meta.get("debug", False)):
             return super().invoke(ctx)
 
 

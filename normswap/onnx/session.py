@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from normswap import children
 from normswap.errors import ExportError, in_short
 from normswap.onnx.parity import Array
 
@@ -113,13 +113,14 @@ class Apart:
         return [flat[i : i + len(batches)] for i in range(0, len(flat), len(batches))]
 
     def _spawn(self, folder: Path) -> str | None:
-        root = str(Path(__file__).resolve().parents[2])
-        known = os.environ.get("PYTHONPATH")
-        environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root}
-        command = [sys.executable, "-m", "normswap.onnx.worker", str(folder)]
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, timeout=self.seconds, check=False
+                children.command("normswap.onnx.worker", str(folder)),
+                env=children.environment(),
+                cwd=folder,
+                capture_output=True,
+                timeout=self.seconds,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return f"onnxruntime did not finish within {self.seconds:.0f} s"

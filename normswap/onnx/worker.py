@@ -1,4 +1,4 @@
-"""The child process that runs a file nobody vouches for: ``python -m normswap.onnx.worker DIR``."""
+"""The child process that runs a file nobody vouches for: ``children.command``."""
 
 from __future__ import annotations
 

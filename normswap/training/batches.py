@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from normswap.children import safe_path
 from normswap.data.images import check_on_broken
 from normswap.errors import DataError, TrainingError
 from normswap.training.randomness import load_rng_state, rng_kept, rng_state
@@ -138,7 +139,9 @@ class DatasetBatches(Batches):
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(0),  # the global one stays untouched
         )
-        yield from map(checked, loader)
+        with safe_path():  # the workers start here
+            batches = map(checked, loader)
+        yield from batches
 
 
 class LoaderBatches(Batches):
@@ -289,7 +292,8 @@ def evaluation_batches(
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator().manual_seed(0),
     )
-    return map(checked, loader), True
+    with safe_path():  # the workers start here
+        return map(checked, loader), True
 
 
 def _as_batch(batch: Any) -> Batch:
