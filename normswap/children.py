@@ -38,7 +38,7 @@ def command(module: str, *arguments: str) -> list[str]:
     """The command line that runs a module of ours in a child process.
 
     Args:
-        module: for example ``"normswap.onnx.worker"``.
+        module: for example ``"normswap.onnx.file.worker"``.
         arguments: its ``sys.argv[1:]``.
     """
     start = _START.format(folders=_importable(), module=module)

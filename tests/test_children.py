@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from normswap import children
-from normswap.onnx.session import Apart, Failed
+from normswap.onnx.file.session import Apart, Failed
 from normswap.training.batches import Share, evaluation_batches
 
 SHADOWS = (

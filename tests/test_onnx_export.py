@@ -20,11 +20,13 @@ from normswap.layers import (
     FilterResponseNorm2d,
     FrozenBatchNorm2d,
 )
-from normswap.onnx import export, export_onnx, program, proof, verify_onnx
-from normswap.onnx.parity import compare, relative_error, tolerance_for
-from normswap.onnx.program import save, write_program
-from normswap.onnx.subject import subject_of
-from normswap.onnx.trials import Judge, Trial
+from normswap.onnx import export, export_onnx, verify_onnx
+from normswap.onnx.file.parity import compare, relative_error, tolerance_for
+from normswap.onnx.proving import proof
+from normswap.onnx.proving.trials import GroundTruth, Trial
+from normswap.onnx.writing import program
+from normswap.onnx.writing.program import save, write_program
+from normswap.onnx.writing.subject import subject_of
 from normswap.provenance import remember
 
 RANDOMISED = proof._randomised_cases
@@ -425,16 +427,16 @@ def test_the_comparison():
 
 def test_rounding_is_the_models_and_not_one_batchs(monkeypatch):
     """Torch's own error differs several times over between batches; the tolerance does not."""
-    judge_ = Judge.of(subject_of(Tiny().eval(), inputs()))
+    truth = GroundTruth.of(subject_of(Tiny().eval(), inputs()))
     errors = {1: 1e-6, 2: 2e-4, 5: 3e-5}
 
     def run(_self, trial):
         right = np.ones((trial.batch, 3))
         return [(right, right + errors[trial.batch])]
 
-    monkeypatch.setattr(Judge, "_run", run)
+    monkeypatch.setattr(GroundTruth, "_run", run)
     trials = [Trial(str(n), [], n) for n in errors]
-    found = judge_.references(trials)
+    found = truth.references(trials)
     assert [r.tolerances for r in found] == [[pytest.approx(6e-4)]] * 3
     assert [r.torch_errors[0] for r in found] == pytest.approx(list(errors.values()))
 

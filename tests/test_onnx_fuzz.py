@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from onnx_support import Net, live
 
 from normswap.cli.app import app
-from normswap.onnx import export_onnx, session
-from normswap.onnx.files import read_onnx
-from normswap.onnx.metadata import read_metadata
+from normswap.onnx import export_onnx
+from normswap.onnx.file import session
+from normswap.onnx.file.metadata import read_metadata
+from normswap.onnx.file.parsing import read_onnx
 
 COUNT = int(os.environ.get("NORMSWAP_FUZZ", "240"))
 OPENED: list[str] = []

@@ -9,9 +9,10 @@ from torch import nn
 
 from normswap.errors import ParityError
 from normswap.layers import FilterResponseNorm2d
-from normswap.onnx import export_onnx, proof, verify_onnx
-from normswap.onnx.program import Options, write_program
-from normswap.onnx.subject import subject_of
+from normswap.onnx import export_onnx, verify_onnx
+from normswap.onnx.proving import proof
+from normswap.onnx.writing.program import Options, write_program
+from normswap.onnx.writing.subject import subject_of
 
 
 @pytest.fixture(autouse=True)

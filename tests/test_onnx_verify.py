@@ -18,12 +18,13 @@ from torch import nn
 
 from normswap.cli.verify import print_parity
 from normswap.errors import ExportError, ParityError
-from normswap.onnx import export_onnx, load_onnx, proof, verify_onnx
-from normswap.onnx.files import read_onnx
-from normswap.onnx.metadata import read_metadata, write_metadata
-from normswap.onnx.parity import Case, summarise
-from normswap.onnx.selftest import Expected, SelfTest, TestInput, splitmix64, uniform
-from normswap.onnx.session import Apart, Failed, Here
+from normswap.onnx import export_onnx, load_onnx, verify_onnx
+from normswap.onnx.file.metadata import read_metadata, write_metadata
+from normswap.onnx.file.parity import Case, summarise
+from normswap.onnx.file.parsing import read_onnx
+from normswap.onnx.file.selftest import Expected, SelfTest, TestInput, splitmix64, uniform
+from normswap.onnx.file.session import Apart, Failed, Here
+from normswap.onnx.proving import proof
 
 ROOT = Path(__file__).resolve().parents[1]
 

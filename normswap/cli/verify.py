@@ -52,8 +52,8 @@ def _model(spec: str | None, file: Path) -> dict[str, Any]:
     if spec is None:
         return {}
     from normswap.artifact import load_model
-    from normswap.onnx.files import read_onnx
-    from normswap.onnx.metadata import read_metadata
+    from normswap.onnx.file.metadata import read_metadata
+    from normswap.onnx.file.parsing import read_onnx
 
     metadata = read_metadata(read_onnx(file))
     source = load_model(spec)

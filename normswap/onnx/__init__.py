@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normswap.onnx.export import export_onnx as export_onnx
-    from normswap.onnx.parity import Case as Case
-    from normswap.onnx.parity import Parity as Parity
+    from normswap.onnx.file.parity import Case as Case
+    from normswap.onnx.file.parity import Parity as Parity
     from normswap.onnx.runtime import OnnxModel as OnnxModel
     from normswap.onnx.runtime import load_onnx as load_onnx
     from normswap.onnx.verify import verify_onnx as verify_onnx
@@ -25,8 +25,8 @@ _HOME = {
     "verify_onnx": "verify",
     "load_onnx": "runtime",
     "OnnxModel": "runtime",
-    "Parity": "parity",
-    "Case": "parity",
+    "Parity": "file.parity",
+    "Case": "file.parity",
 }
 
 __all__ = ["Case", "OnnxModel", "Parity", "export_onnx", "load_onnx", "verify_onnx"]

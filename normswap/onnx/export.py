@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normswap.errors import ExportError, ParityError
-from normswap.onnx.files import read_onnx
-from normswap.onnx.metadata import write_metadata
-from normswap.onnx.parity import Parity, check_tolerance
-from normswap.onnx.program import MAX_OPSET, MIN_OPSET, Draft, Options, save, write_program
-from normswap.onnx.proof import prove_draft
-from normswap.onnx.selftest import MAX_STORED, Expected, SelfTest, TestInput
-from normswap.onnx.subject import Subject, as_array, subject_of
-from normswap.onnx.trials import Judge, Trial
+from normswap.onnx.file.metadata import write_metadata
+from normswap.onnx.file.parity import Parity, check_tolerance
+from normswap.onnx.file.parsing import read_onnx
+from normswap.onnx.file.selftest import MAX_STORED, Expected, SelfTest, TestInput
+from normswap.onnx.proving.proof import prove_draft
+from normswap.onnx.proving.trials import GroundTruth, Trial
+from normswap.onnx.writing.program import MAX_OPSET, MIN_OPSET, Draft, Options, save, write_program
+from normswap.onnx.writing.subject import Subject, as_array, subject_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -256,8 +256,8 @@ def _self_test(
         inputs.append(TestInput(tuple(array.shape), str(array.dtype), 1000 + index, *span, kept))
     arrays = [item.make() for item in inputs]
     rows = signature.batch or 1
-    judge = Judge.of(subject, tolerance=tolerance, half=options.half)
-    reference = judge.reference(Trial("self-test", arrays, rows))
+    truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
+    reference = truth.reference(Trial("self-test", arrays, rows))
     if not all(np.isfinite(array).all() for array in reference.outputs):
         raise ExportError(
             type(subject.model).__name__,

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from normswap.errors import ExportError, ParityError, in_short
-from normswap.onnx.files import read_onnx
-from normswap.onnx.metadata import read_metadata
-from normswap.onnx.session import open_session, resolve_provider
-from normswap.onnx.subject import as_array
+from normswap.onnx.file.metadata import read_metadata
+from normswap.onnx.file.parsing import read_onnx
+from normswap.onnx.file.session import open_session, resolve_provider
+from normswap.onnx.writing.subject import as_array
 
 
 class OnnxModel(nn.Module):

@@ -9,9 +9,9 @@ from typing import Any
 
 import onnx
 
-from normswap.onnx.files import OnnxFile
-from normswap.onnx.identity import graph_hash, metadata_hash
-from normswap.onnx.selftest import SelfTest
+from normswap.onnx.file.identity import graph_hash, metadata_hash
+from normswap.onnx.file.parsing import OnnxFile
+from normswap.onnx.file.selftest import SelfTest
 from normswap.plain import plain
 
 FORMAT = 1

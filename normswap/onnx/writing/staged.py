@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from normswap.onnx.forms import Wiring
+from normswap.onnx.writing.forms import Wiring
 
 
 def stage(proto: onnx.ModelProto) -> int:

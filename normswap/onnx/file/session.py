@@ -19,7 +19,7 @@ import numpy as np
 
 from normswap import children
 from normswap.errors import ExportError, in_short
-from normswap.onnx.parity import Array
+from normswap.onnx.file.parity import Array
 
 LEVELS = ("off", "basic", "all")
 """onnxruntime's graph optimisation levels, from none to everything."""
@@ -115,7 +115,7 @@ class Apart:
     def _spawn(self, folder: Path) -> str | None:
         try:
             done = subprocess.run(
-                children.command("normswap.onnx.worker", str(folder)),
+                children.command("normswap.onnx.file.worker", str(folder)),
                 env=children.environment(),
                 cwd=folder,
                 capture_output=True,

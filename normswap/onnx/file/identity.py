@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from normswap.onnx.files import OnnxFile, external_bytes, is_external
+from normswap.onnx.file.parsing import OnnxFile, external_bytes, is_external
 
 
 class _Digest:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from normswap.onnx.session import CHILD_BYTES, Failed, Here
+from normswap.onnx.file.session import CHILD_BYTES, Failed, Here
 
 
 def main(folder: Path) -> None:

@@ -190,7 +190,7 @@ class Case:
         return f"{self.stage}, {model}{self.name}, output {self.output!r}: {fact}"
 
 
-def judge(case: Case) -> bool:
+def passes(case: Case) -> bool:
     """Whether a case passes: no problem, an error within tolerance, every clear winner right."""
     return case.problem is None and case.error <= case.tolerance and case.agreed == case.decided
 

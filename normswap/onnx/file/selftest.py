@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from normswap.onnx.parity import Array
+from normswap.onnx.file.parity import Array
 
 MAX_INPUT_ELEMENTS = 1 << 28
 MAX_STORED = 4096

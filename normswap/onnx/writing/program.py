@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.files import OnnxFile, is_external, read_onnx, tensors
-from normswap.onnx.forms import fastest
-from normswap.onnx.half import norm_names, to_half
-from normswap.onnx.staged import stage
-from normswap.onnx.subject import Subject
+from normswap.onnx.file.parsing import OnnxFile, is_external, read_onnx, tensors
+from normswap.onnx.writing.forms import fastest
+from normswap.onnx.writing.half import norm_names, to_half
+from normswap.onnx.writing.staged import stage
+from normswap.onnx.writing.subject import Subject
 
 ONE_FILE_BYTES = (1 << 31) - (1 << 24)
 """Weights up to here stay inside the file; protobuf ends at 2 GB."""

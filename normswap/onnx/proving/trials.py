@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from normswap.errors import ExportError
-from normswap.onnx.parity import Array, relative_error, tolerance_for
-from normswap.onnx.subject import Subject, as_array
+from normswap.onnx.file.parity import Array, relative_error, tolerance_for
+from normswap.onnx.writing.subject import Subject, as_array
 
 BATCHES = (1, 2, 5)
 MAX_IMAGES = 8
@@ -155,8 +155,8 @@ def _image_trials(subject: Subject, images: Any, rows: int, *, static_batch: boo
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Knows what a model should give.
+class GroundTruth:
+    """What a model gives where it is right: its runs in float64, and how far torch is from them.
 
     Attributes:
         subject: the model in its own precision.
@@ -171,7 +171,9 @@ class Judge:
     half: bool = False
 
     @classmethod
-    def of(cls, subject: Subject, *, tolerance: float | None = None, half: bool = False) -> Judge:
+    def of(
+        cls, subject: Subject, *, tolerance: float | None = None, half: bool = False
+    ) -> GroundTruth:
         """Make the float64 copy."""
         return cls(subject, subject.in_double(), tolerance, half)
 

@@ -7,18 +7,14 @@ stay float32. Squares above 256² overflow float16: that is why norms are left o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from normswap.errors import ExportError
-from normswap.onnx.parity import Array
-from normswap.onnx.subject import Subject
 
 HALF_OPS = frozenset(
     {"Add", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Elu", "Erf", "Expand", "Flatten"}
@@ -26,8 +22,6 @@ HALF_OPS = frozenset(
     | {"MaxPool", "Min", "Mish", "Mul", "Neg", "PRelu", "Pad", "Relu", "Reshape", "Sigmoid"}
     | {"Slice", "Softplus", "Split", "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze"}
 )
-SQUARE_LIMIT = 255.0
-"""Inputs above this have squares that float16 cannot hold (65504)."""
 _SHORT: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
 
 
@@ -43,37 +37,6 @@ def norm_names(model: nn.Module) -> frozenset[str]:
         if is_norm(module) or any(name.startswith(outer + ".") for outer in found if outer):
             found.add(name)
     return frozenset(found)
-
-
-def wide_inputs(subject: Subject, batches: Sequence[Sequence[Array]]) -> dict[str, float]:
-    """Norms whose inputs are so large that float16 cannot hold their squares.
-
-    Args:
-        subject: the model.
-        batches: inputs, real ones if there are any.
-
-    Returns:
-        The largest magnitude seen, by module name, where it is above 255.
-    """
-    seen: dict[str, float] = {}
-
-    def watch(name: str, inputs: tuple[object, ...]) -> None:
-        for value in inputs:
-            if isinstance(value, torch.Tensor) and value.numel():
-                seen[name] = max(seen.get(name, 0.0), float(value.abs().max()))
-
-    norms = [(name, module) for name, module in subject.model.named_modules() if is_norm(module)]
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs))
-        for name, module in norms
-    ]
-    try:
-        for batch in batches:
-            subject.run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: value for name, value in seen.items() if value > SQUARE_LIMIT}
 
 
 def to_half(proto: onnx.ModelProto, wide: frozenset[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from normswap.onnx.parity import Array
+from normswap.onnx.file.parity import Array
 
 BLOCK = 16
 """onnxruntime's largest channel block; other channel counts leave the blocked layout."""

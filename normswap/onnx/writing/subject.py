@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.parity import Array
+from normswap.onnx.file.parity import Array
 
 _AXES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 

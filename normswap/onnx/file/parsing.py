@@ -16,7 +16,7 @@ from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-un
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.parity import Array
+from normswap.onnx.file.parity import Array
 
 _MAX_DEPTH = 32
 

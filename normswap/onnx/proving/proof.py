@@ -11,26 +11,24 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx import blame
-from normswap.onnx.files import OnnxFile
-from normswap.onnx.half import wide_inputs
-from normswap.onnx.metadata import Metadata
-from normswap.onnx.parity import (
+from normswap.onnx.file.metadata import Metadata
+from normswap.onnx.file.parity import (
     Array,
     Case,
     Divergence,
     Parity,
     compare,
-    judge,
+    passes,
     relative_error,
     summarise,
     tolerance_for,
 )
-from normswap.onnx.program import Draft, Options, write_program
-from normswap.onnx.session import LEVELS, Failed, Here, Outputs, Runner
-from normswap.onnx.subject import Subject, subject_of
-from normswap.onnx.trials import (
-    Judge,
+from normswap.onnx.file.parsing import OnnxFile
+from normswap.onnx.file.session import LEVELS, Failed, Here, Outputs, Runner
+from normswap.onnx.proving import blame
+from normswap.onnx.proving.overflow import wide_inputs
+from normswap.onnx.proving.trials import (
+    GroundTruth,
     Reference,
     Trial,
     model_mixes_rows,
@@ -38,6 +36,8 @@ from normswap.onnx.trials import (
     randomised,
     trials_for,
 )
+from normswap.onnx.writing.program import Draft, Options, write_program
+from normswap.onnx.writing.subject import Subject, subject_of
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def prove_draft(
         dynamic_size=options.dynamic_size,
         images=images,
     )
-    judge_ = Judge.of(subject, tolerance=tolerance, half=options.half)
-    evidence = _examine(draft.file.path, judge_, trials, Here())
-    cases = _program_cases(draft, judge_, trials) + evidence.cases
+    truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
+    evidence = _examine(draft.file.path, truth, trials, Here())
+    cases = _program_cases(draft, truth, trials) + evidence.cases
     if all(case.passed for case in cases):
-        cases += _randomised_cases(judge_, options)
+        cases += _randomised_cases(truth, options)
     bad = next((case for case in cases if not case.passed), None)
     notes = evidence.notes
     if options.half:
@@ -121,12 +121,12 @@ def prove_file(
         dynamic_size=options.dynamic_size,
         images=images,
     )
-    judge_ = Judge.of(subject, tolerance=tolerance, half=options.half)
-    evidence = _examine(file.path, judge_, trials, runner)
+    truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
+    evidence = _examine(file.path, truth, trials, runner)
     cases, notes = evidence.cases, evidence.notes
     if all(case.passed for case in cases):
         try:
-            cases = cases + _randomised_cases(judge_, options)
+            cases = cases + _randomised_cases(truth, options)
         except ExportError as error:
             notes += (f"the randomised copy was not tried: {in_short(error)}",)
     identity = None if metadata is None else metadata.intact
@@ -159,17 +159,17 @@ def _failed(
 
 
 def _examine(
-    path: Path, judge_: Judge, trials: Sequence[Trial], runner: Runner, *, copy: bool = False
+    path: Path, truth: GroundTruth, trials: Sequence[Trial], runner: Runner, *, copy: bool = False
 ) -> Evidence:
     """Every trial at every optimisation level, and each sample alone against in a batch."""
-    mixed = model_mixes_rows(judge_.subject, trials)
-    references = judge_.references(trials, mixed=mixed)
+    mixed = model_mixes_rows(truth.subject, trials)
+    references = truth.references(trials, mixed=mixed)
     cases: list[Case] = []
     failing: Trial | None = None
     runs = runner.run(path, LEVELS, [trial.inputs for trial in trials])
     for level, found in zip(LEVELS, runs, strict=True):
         for trial, reference, outputs in zip(trials, references, found, strict=True):
-            fresh = _cases(judge_, trial, reference, outputs, f"onnxruntime {level}", copy=copy)
+            fresh = _cases(truth, trial, reference, outputs, f"onnxruntime {level}", copy=copy)
             cases += fresh
             if failing is None and not all(case.passed for case in fresh):
                 failing = trial
@@ -177,13 +177,13 @@ def _examine(
     notes = []
     if mixed:
         notes.append("the model itself gives a sample another output in another batch")
-    if judge_.double is None:
+    if truth.double is None:
         notes.append("the model cannot run in float64: its own precision is the reference")
     return Evidence(cases, failing, tuple(notes))
 
 
 def _cases(
-    judge_: Judge,
+    truth: GroundTruth,
     trial: Trial,
     reference: Reference,
     outputs: Outputs | Failed,
@@ -194,7 +194,7 @@ def _cases(
     def case(name: str, **facts: Any) -> Case:
         return Case(trial.name, stage, name, trial.batch, randomised=copy, **facts)
 
-    names = judge_.subject.outputs
+    names = truth.subject.outputs
     if isinstance(outputs, list) and len(outputs) != len(names):
         outputs = Failed(f"{len(outputs)} outputs where the model has {len(names)}")
     if isinstance(outputs, Failed):
@@ -216,7 +216,7 @@ def _cases(
             ties=result.ties,
             problem=result.problem,
         )
-        cases.append(replace(made, passed=judge(made)))
+        cases.append(replace(made, passed=passes(made)))
     return cases
 
 
@@ -262,29 +262,29 @@ def _row_cases(
     return cases
 
 
-def _program_cases(draft: Draft, judge_: Judge, trials: Sequence[Trial]) -> list[Case]:
+def _program_cases(draft: Draft, truth: GroundTruth, trials: Sequence[Trial]) -> list[Case]:
     """The stage between torch and ONNX: what torch.export made of the model."""
     trial = next((trial for trial in trials if trial.batch == 2), trials[0])
-    run: Callable[[nn.Module], list[Array]] = judge_.subject.call(trial.inputs)
+    run: Callable[[nn.Module], list[Array]] = truth.subject.call(trial.inputs)
     outputs: Outputs | Failed
     try:
         outputs = run(draft.program.module())
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         outputs = Failed(f"{type(error).__name__}: {error}")
-    reference = judge_.reference(trial)
-    return _cases(judge_, trial, reference, outputs, "exported program", copy=False)
+    reference = truth.reference(trial)
+    return _cases(truth, trial, reference, outputs, "exported program", copy=False)
 
 
-def _randomised_cases(judge_: Judge, options: Options) -> list[Case]:
+def _randomised_cases(truth: GroundTruth, options: Options) -> list[Case]:
     """The same proof on a copy whose statistics and affine values nothing can hide behind."""
-    other = randomised(judge_.subject)
+    other = randomised(truth.subject)
     rows = 2 if not options.static_batch else (other.signature.batch or 1)
     trial = Trial(f"random inputs, batch {rows}", random_inputs(other, rows), rows)
     with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
         path = Path(folder) / "randomised.onnx"
         write_program(other, path, options)
-        other_judge = Judge.of(other, tolerance=judge_.tolerance, half=judge_.half)
-        return _examine(path, other_judge, [trial], Here(), copy=True).cases
+        other_truth = GroundTruth.of(other, tolerance=truth.tolerance, half=truth.half)
+        return _examine(path, other_truth, [trial], Here(), copy=True).cases
 
 
 def _blame(

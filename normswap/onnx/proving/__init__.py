@@ -1,0 +1,1 @@
+"""Is this file that model? Runs both and compares, stage by stage. Writes no file of its own."""
