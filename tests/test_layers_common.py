@@ -43,9 +43,6 @@ def assert_same(ours, theirs, **tolerance):
     torch.testing.assert_close(ours[1], theirs[1], **tolerance)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute"
-)
 @pytest.mark.parametrize("name", NORMS)
 def test_compiled_training_is_eager_training(name):
     torch._dynamo.reset()
@@ -55,7 +52,6 @@ def test_compiled_training_is_eager_training(name):
     assert_same(ours, train(block(name), batches()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", NORMS)
 def test_compiled_eval_is_one_graph(name):
     torch._dynamo.reset()
@@ -68,7 +64,6 @@ def test_compiled_eval_is_one_graph(name):
         torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", NORMS)
 def test_export_with_a_dynamic_batch(name, strict):
@@ -81,7 +76,6 @@ def test_export_with_a_dynamic_batch(name, strict):
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_exported_frn_multiplies_instead_of_raising_to_a_power():
     model = FilterResponseNorm2d(4).eval()
     program = torch.export.export(model, (torch.randn(2, 4, 6, 6),)).run_decompositions()

@@ -675,7 +675,6 @@ def test_sync_batch_norm_on_the_cpu_is_said(caplog):
     assert "norm1: SyncBatchNorm in one process on the CPU is plain BatchNorm" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_events_are_written_where_it_is_installed(tmp_path):
     pytest.importorskip("tensorboard")
     train(tensorboard=True, out=tmp_path)

@@ -168,8 +168,8 @@ def command(
         "fallback": fallback,
         "init": init,
     }
-    if dry_run:
-        plan = recipe if plan_file else normswap.plan(source.model, recipe, **options)
+    if dry_run or output is None:  # the one excuse for having no output
+        plan = _planned(source.model, recipe, options)
         print_json(plan.to_json()) if as_json else print_plan(plan)
         return
     batch = chosen.images(source, images) if images else None
@@ -194,6 +194,12 @@ def command(
     print_summary(result.plan)
     _print_trust(result.plan, report, found)
     say(f"wrote {output}")
+
+
+def _planned(model: nn.Module, recipe: Any, options: dict[str, Any]) -> Plan:
+    import normswap
+
+    return recipe if isinstance(recipe, normswap.Plan) else normswap.plan(model, recipe, **options)
 
 
 def _calibrate(

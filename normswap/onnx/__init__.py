@@ -31,13 +31,14 @@ _HOME = {
 
 __all__ = ["Case", "OnnxModel", "Parity", "export_onnx", "load_onnx", "verify_onnx"]
 
+if not TYPE_CHECKING:  # a type checker that saw this would believe in every name
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"normswap.onnx.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'normswap.onnx' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            value = getattr(importlib.import_module(f"normswap.onnx.{_HOME[name]}"), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'normswap.onnx' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
