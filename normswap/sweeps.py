@@ -27,9 +27,9 @@ from normswap.plain import write_whole
 from normswap.provenance import provenance_of
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
 from normswap.training.batches import in_memory
-from normswap.training.curves import save_figure
 from normswap.training.options import fingerprint
-from normswap.training.randomness import rng_kept, seed_everything
+from normswap.training.records import save_figure
+from normswap.training.samples import rng_kept, seed_everything
 
 log = logging.getLogger("normswap")
 

@@ -27,7 +27,7 @@ from normswap.training import (
     read_metrics,
 )
 from normswap.training.batches import Share, epoch_order, slices
-from normswap.training.norms import scale_schedules
+from normswap.training.parameters import scale_schedules
 
 PAIR = samples(24)
 

@@ -91,7 +91,7 @@ def command(
         hint="--resume to go on with the run in it, --force to replace it, or another -o",
     )
     import normswap
-    from normswap.training.resumption import discard
+    from normswap.training.checkpoints import discard
 
     source = chosen.load()
     model = source.model
@@ -146,8 +146,9 @@ def _teacher(name: str, source: Source, *, new_head: bool) -> nn.Module | None:
 
 
 def _facts(now: Progress) -> str:
+    top1 = "" if now.accuracy is None else f", top-1 {100 * now.accuracy:.1f} %"
     return (
-        f"epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}, top-1 {100 * now.accuracy:.1f} %, "
+        f"epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}{top1}, "
         f"{now.images_per_second:.1f} images/s"
     )
 
@@ -163,7 +164,7 @@ def _print(history: History, output: Path, *, as_json: bool) -> None:
             (
                 row.epoch,
                 f"{row.train_loss:.4f}",
-                f"{100 * row.train_top1:.2f} %",
+                None if row.train_top1 is None else f"{100 * row.train_top1:.2f} %",
                 None if row.val_loss is None else f"{row.val_loss:.4f}",
                 None if row.val_top1 is None else f"{100 * row.val_top1:.2f} %",
                 f"{row.images_per_second:.1f}",

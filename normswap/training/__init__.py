@@ -4,14 +4,20 @@ This room knows normalisation layers and classifiers in general, and no architec
 """
 
 from normswap.training.checkpoints import read_checkpoint, write_checkpoint
-from normswap.training.curves import draw_learning_curve
-from normswap.training.interrupts import TrainingInterrupted
+from normswap.training.execution import TrainingInterrupted
 from normswap.training.loop import finetune
-from normswap.training.objective import distillation_loss
 from normswap.training.options import FineTune
 from normswap.training.parameters import classifier_of, is_norm, parameter_groups
-from normswap.training.records import Epoch, History, Progress, read_metrics
-from normswap.training.scoring import Metrics, evaluate
+from normswap.training.records import (
+    Epoch,
+    History,
+    Progress,
+    draw_learning_curve,
+    read_metrics,
+)
+from normswap.training.scoring import evaluate
+from normswap.training.tasks import Metrics
+from normswap.training.tasks.classification import distillation_loss
 
 __all__ = [
     "Epoch",

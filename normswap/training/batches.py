@@ -18,15 +18,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from normswap.children import safe_path
 from normswap.data.images import check_on_broken
 from normswap.errors import DataError, TrainingError
-from normswap.training.randomness import load_rng_state, rng_kept, rng_state
-from normswap.training.reading import (
+from normswap.training.samples import (
     Batch,
     PlainReader,
     SeededReader,
     checked,
     collate,
     ignore_interrupts,
+    load_rng_state,
     mixed,
+    rng_kept,
+    rng_state,
 )
 
 
@@ -332,21 +334,6 @@ def check_evaluation_data(data: Any) -> None:
     samples = _length_or_none(data if pair is None else pair[0])
     if samples == 0:
         raise DataError("val_data", got="no samples", need="at least one", hint="val_data=None")
-    if pair is not None:
-        check_labels(pair[1])
-
-
-def check_labels(labels: Any) -> None:
-    """Labels must be class numbers (N,)."""
-    fine = isinstance(labels, Tensor) and labels.ndim == 1
-    if not fine or labels.is_floating_point() or labels.dtype == torch.bool:
-        tensor = isinstance(labels, Tensor)
-        raise DataError(
-            "labels",
-            got=f"{labels.dtype} of shape {tuple(labels.shape)}" if tensor else repr(labels)[:60],
-            need="one integer class number per image",
-            hint="labels of shape (N,) and dtype torch.int64",
-        )
 
 
 def in_memory(data: Any) -> tuple[Tensor, Tensor] | None:
@@ -367,7 +354,7 @@ def in_memory(data: Any) -> tuple[Tensor, Tensor] | None:
             hint="(torch.as_tensor(images), torch.as_tensor(labels))",
         )
     images, labels = data[0], torch.as_tensor(data[1])
-    if labels.shape != images.shape[:1]:
+    if not labels.ndim or len(labels) != len(images):
         raise DataError(
             "data",
             got=f"images {tuple(images.shape)} and labels {tuple(labels.shape)}",

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: plain data, written so that a crash never leaves half a file."""
+"""Checkpoints of a run: plain data, whole or not there; which of them a run may go on from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from normswap.errors import TrainingError, in_short
+from normswap.training.options import FineTune
+from normswap.training.records import CURVE, METRICS
 
 FORMAT = 1
 LAST = "last.pt"
@@ -71,6 +73,63 @@ def remove_parts(folder: Path) -> None:
     """Delete what a killed process left half written."""
     for name in (LAST, BEST):
         (folder / (name + _PART)).unlink(missing_ok=True)
+
+
+def earlier_run(folder: Path | None, resume: bool, options: FineTune) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None for a fresh start.
+
+    Raises:
+        TrainingError: it belongs to a run with other options, or nobody asked to continue it.
+    """
+    if folder is None:
+        if resume:
+            raise TrainingError(
+                "resume", got="no output folder", need="the one of the run", hint="out=…"
+            )
+        return None
+    last = folder / LAST
+    if not last.exists():
+        return None
+    if not resume:
+        raise TrainingError(
+            str(folder),
+            got="the checkpoint of an earlier run",
+            need="a folder without one",
+            hint="resume=True, another folder, or removing this one",
+        )
+    found = read_checkpoint(last)
+    check_same(folder, options.differences(found["options"]))
+    return found
+
+
+def discard(folder: Path) -> None:
+    """Remove what an earlier run left in its folder, so that another one can start there."""
+    for name in (LAST, BEST, METRICS, CURVE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def check_same(folder: Path, changes: list[str]) -> None:
+    """Raise if anything has changed since the earlier run."""
+    if changes:
+        raise TrainingError(
+            f"resume from {folder}",
+            got=", ".join(changes),
+            need="the options and data of the earlier run",
+            hint="them, or another folder for a new run",
+        )
+
+
+def check_fit(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise before anything is loaded; ``load_state_dict`` loads what fits and raises then."""
+    other = sorted(mine.keys() ^ theirs.keys())
+    other += [k for k in mine if k in theirs and _shape(mine[k]) != _shape(theirs[k])]
+    if other:
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise ValueError(f"{other[0]}{more}")
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +17,55 @@ from torch import Tensor, nn
 from normswap.drift import device_of, evaluating
 from normswap.errors import TrainingError, in_short
 from normswap.provenance import add_history
-from normswap.training import processes
+from normswap.training import execution
 from normswap.training.batches import (
     Share,
     check_evaluation_data,
-    check_labels,
     evaluation_batches,
+    in_memory,
     training_batches,
 )
-from normswap.training.checkpoints import LAST, remove_parts
-from normswap.training.curves import CURVE, draw_learning_curve
-from normswap.training.diagnosis import explained, first_non_finite
-from normswap.training.interrupts import StopRequest, TrainingInterrupted, stop_on_signals
-from normswap.training.machinery import (
-    borrowed_accelerator,
-    make_average,
-    make_optimizer,
-    make_scheduler,
-)
-from normswap.training.norms import check_norms, notes_on_norms, scale_schedules
-from normswap.training.objective import Objective
-from normswap.training.options import FineTune
-from normswap.training.parameters import start_training, training_mode
-from normswap.training.randomness import rng_kept, seed_everything
-from normswap.training.reading import Batch
-from normswap.training.records import Epoch, History, Progress, ProgressCallback, Recorder
-from normswap.training.resumption import (
-    Meter,
-    Place,
-    check_agreement,
+from normswap.training.checkpoints import (
+    BEST,
+    FORMAT,
+    LAST,
+    check_same,
     earlier_run,
-    load_run,
-    save_best,
-    save_run,
+    read_checkpoint,
+    remove_parts,
+    write_checkpoint,
 )
-from normswap.training.scoring import (
-    Metrics,
-    check_classes,
-    class_scores,
-    count_hits,
-    metrics_from,
+from normswap.training.execution import (
+    StopRequest,
+    TrainingInterrupted,
+    borrowed_accelerator,
+    explained,
+    first_non_finite,
+    stop_on_signals,
 )
+from normswap.training.optimisation import Updates
+from normswap.training.options import FineTune
+from normswap.training.parameters import (
+    check_norms,
+    load_norm_state,
+    norm_state,
+    notes_on_norms,
+    scale_schedules,
+    start_training,
+    training_mode,
+)
+from normswap.training.records import (
+    CURVE,
+    Epoch,
+    History,
+    Progress,
+    ProgressCallback,
+    Recorder,
+    draw_learning_curve,
+)
+from normswap.training.samples import Batch, load_rng_state, rng_kept, rng_state, seed_everything
+from normswap.training.scoring import added_up, metrics_from
+from normswap.training.tasks import LossFunction, MetricFunction, Metrics, Task, task_for
 
 log = logging.getLogger("normswap")
 
@@ -71,8 +79,11 @@ def finetune(
     out: str | Path | None = None,
     resume: bool = False,
     progress: ProgressCallback | None = None,
+    loss: LossFunction | None = None,
+    metric: MetricFunction | None = None,
+    task: str | Task = "classification",
 ) -> History:
-    """Train a classifier further, in place, at a small batch size.
+    """Train a model further, in place, at a small batch size.
 
     Runs on one CPU or GPU, or on many under ``accelerate launch`` or ``torchrun``. The last batch
     of an epoch may be smaller; if it would hold a single sample where ``batch_size`` is larger,
@@ -92,6 +103,11 @@ def finetune(
         resume: continue the run in ``out`` exactly where its last checkpoint is; start afresh if
             there is none; do nothing but load the result if it had finished.
         progress: called after every update, in the main process.
+        loss: ``loss(output, labels)``, a scalar to minimise, in place of cross-entropy. The labels
+            may be anything then.
+        metric: ``metric(output, labels)``, the mean over a batch, higher is better; it says which
+            epoch is best. None takes top-1, or the loss where labels are no classes.
+        task: what is optimised otherwise; a ``training.tasks.Task`` of one's own is taken too.
 
     Returns:
         What was done, epoch by epoch.
@@ -126,8 +142,12 @@ def finetune(
             need="another model, for example the BatchNorm original",
             hint="copy.deepcopy(model) before the conversion",
         )
+    work = task_for(options, task, loss, metric)
     if val_data is not None:
         check_evaluation_data(val_data)
+        pair = in_memory(val_data)
+        if pair is not None:
+            work.check_data(pair[1])
     if folder is not None and folder.exists() and not folder.is_dir():
         raise TrainingError("out", got=f"{folder}, a file", need="a folder", hint="another name")
     found = earlier_run(folder, resume, options)
@@ -143,7 +163,8 @@ def finetune(
         )
         stack.enter_context(_teacher_at_work(options.teacher, accelerator.device))
         stop = stack.enter_context(stop_on_signals())
-        run = Run(model, train_data, val_data, options, accelerator, folder, stop, progress)
+        job = Job(model, train_data, val_data, options, work, folder, progress)
+        run = Run(job, accelerator, stop)
         stack.callback(run.close)
         return run.go(found)
 
@@ -161,72 +182,146 @@ def _teacher_at_work(teacher: nn.Module | None, device: torch.device) -> Iterato
         teacher.to(home)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a caller of ``finetune`` has asked for."""
+
+    model: nn.Module
+    train_data: Any
+    val_data: Any
+    options: FineTune
+    task: Task
+    folder: Path | None
+    progress: ProgressCallback | None
+
+
+@dataclass
+class Place:
+    """Where a run is: epochs done, batches of this epoch done, updates done."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Meter:
+    """Sums over the present epoch, of this process; ``judged`` images can be right or wrong."""
+
+    loss: float = 0.0
+    hits: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    judged: int = 0
+
+    def add(self, loss: float, right: float | None, images: int) -> None:
+        """Count one forward."""
+        self.loss += loss * images
+        self.images += images
+        if right is not None:
+            self.hits += int(right)
+            self.judged += images
+
+
+@dataclass
+class Record:
+    """What a run has found out so far."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    best: Epoch | None = None
+    best_weights: dict[str, Tensor] | None = None
+    broken: set[int] = field(default_factory=set)
+    resumed_from: int | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; the best weights have a file of their own."""
+        return {
+            "epochs": [asdict(row) for row in self.epochs],
+            "best": None if self.best is None else asdict(self.best),
+            "broken": sorted(self.broken),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Record:
+        """The inverse of ``state``."""
+        return cls(
+            epochs=[Epoch(**row) for row in state["epochs"]],
+            best=None if state["best"] is None else Epoch(**state["best"]),
+            broken=set(state["broken"]),
+        )
+
+
+@dataclass
+class Clock:
+    """When this call of ``finetune`` began, where, and when it saved last."""
+
+    step: int = 0
+    began: float = field(default_factory=time.perf_counter)
+    saved: float = field(default_factory=time.monotonic)
+
+
 class Run:
     """One run of ``finetune``, from its parts to its end."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train_data: Any,
-        val_data: Any,
-        options: FineTune,
-        accelerator: Any,
-        folder: Path | None,
-        stop: StopRequest,
-        progress: ProgressCallback | None,
-    ) -> None:
-        self.model, self.val_data, self.options = model, val_data, options
-        self.accelerator, self.folder = accelerator, folder
-        self.stop, self.progress = stop, progress
+    def __init__(self, job: Job, accelerator: Any, stop: StopRequest) -> None:
+        self.job, self.options, self.model, self.task = job, job.options, job.model, job.task
+        self.accelerator, self.stop = accelerator, stop
         self.share = Share(accelerator.process_index, accelerator.num_processes)
         self.device: torch.device = accelerator.device
-        check_norms(model, self.device, self.share.world)
+        check_norms(self.model, self.device, self.share.world)
         self.batches = training_batches(
-            train_data,
-            batch_size=options.batch_size,
-            seed=options.seed,
+            job.train_data,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
             share=self.share,
             accelerator=accelerator,
-            workers=options.workers,
-            on_broken=options.on_broken,
+            workers=self.options.workers,
+            on_broken=self.options.on_broken,
         )
-        self.updates_per_epoch = math.ceil(self.batches.count / options.gradient_accumulation)
-        self.steps = options.epochs * self.updates_per_epoch
-        self._assemble()
-        self.place, self.meter = Place(), Meter()
-        self.epochs: list[Epoch] = []
-        self.best: Epoch | None = None
-        self.best_weights: dict[str, Tensor] | None = None
-        self.broken: set[int] = set()
-        self.objective: Objective | None = None
-        self.recorder = Recorder(None, step=0, tensorboard=False)
-        self.resumed_from: int | None = None
-
-    def _assemble(self) -> None:
-        options = self.options
-        per_update = self.batches.batch_size * options.gradient_accumulation * self.share.world
-        self.learning_rate = options.learning_rate_for(per_update)
-        seed_everything(options.seed + self.share.rank)
+        seed_everything(self.options.seed + self.share.rank)
         self.model.to(self.device)
-        self.average = make_average(self.model, options.ema)
-        self.wrapped = processes.wrap(self.model, self.accelerator)
-        plain = make_optimizer(self.model, options, self.learning_rate)
-        self.scheduler = make_scheduler(plain, options, self.learning_rate, self.updates_per_epoch)
-        scale_schedules(self.model, self.steps * options.gradient_accumulation)
-        # without a gradient scaler accelerate's step and backward only add a search for packages,
-        # 1.3 ms per update
-        scaled = self.accelerator.scaler is not None
-        self.optimizer = self.accelerator.prepare_optimizer(plain) if scaled else plain
-        self._say(per_update)
+        self.updates = Updates(
+            self.model,
+            self.options,
+            accelerator,
+            learning_rate=self.learning_rate,
+            per_epoch=self.updates_per_epoch,
+        )
+        self.wrapped = execution.wrap(self.model, accelerator)
+        scale_schedules(self.model, self.steps * self.options.gradient_accumulation)
+        self.place, self.meter, self.record, self.clock = Place(), Meter(), Record(), Clock()
+        self.recorder = Recorder(None, step=0, tensorboard=False)
+        self._begun = False
+        self._say()
 
-    def _say(self, per_update: int) -> None:
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates in one epoch."""
+        return math.ceil(self.batches.count / self.options.gradient_accumulation)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        return self.options.epochs * self.updates_per_epoch
+
+    @property
+    def images_per_update(self) -> int:
+        """Over all forwards and processes."""
+        return self.batches.batch_size * self.options.gradient_accumulation * self.share.world
+
+    @property
+    def learning_rate(self) -> float:
+        """At the top of the schedule."""
+        return self.options.learning_rate_for(self.images_per_update)
+
+    def _say(self) -> None:
         options = self.options
         log.info(
             "fine-tuning %s images for %d epochs: %d updates of %d images, learning rate %.3g",
             self.batches.samples,
             options.epochs,
             self.steps,
-            per_update,
+            self.images_per_update,
             self.learning_rate,
         )
         if options.gradient_accumulation > 1:
@@ -243,15 +338,14 @@ class Run:
 
     def go(self, found: dict[str, Any] | None) -> History:
         """Train from a checkpoint, or from the start, to the end."""
-        check_agreement(self, found)
+        self._check_agreement(found)
         if found is not None:
-            load_run(self, found)
+            self._resume(found)
         self._open_records()
         if found is not None and found["finished"]:
-            log.info("the run in %s had finished; nothing to do", self.folder)
+            log.info("the run in %s had finished; nothing to do", self.job.folder)
             return self._finish()
-        self.began, self.began_at = time.perf_counter(), self.place.step
-        self.saved = time.monotonic()
+        self.clock = Clock(self.place.step)
         while self.place.epoch < self.options.epochs:
             self._train_epoch()
             self._close_epoch()
@@ -278,38 +372,31 @@ class Run:
             batch = next(batches, None)
             if batch is None:
                 break
-            with processes.synchronised(self.wrapped, self.accelerator, index == count - 1):
+            with execution.synchronised(self.wrapped, self.accelerator, index == count - 1):
                 self._forward_backward(batch, count)
             seen += 1
         if seen:
-            self._step()
+            self.place.step += 1
+            self.updates.update(self.place.step)
         return seen
 
     def _forward_backward(self, batch: Batch, parts: int) -> None:
-        check_labels(batch.labels)
+        self.task.check_data(batch.labels)
         images = batch.images.to(self.device, non_blocking=True)
-        objective = self.objective or self._first_look(images)
-        check_classes(batch.labels, objective.classes)
-        labels = batch.labels.to(self.device, torch.long, non_blocking=True)
-        mixed, targets = objective.mix(images, labels)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        if not self._begun:
+            self._first_look(images)
         with self.accelerator.autocast():
-            loss, scores = objective.loss(self.wrapped(mixed), mixed, targets)
-        hits = (scores.detach().argmax(1) == labels).sum()
-        value, right = torch.stack([loss.detach().double(), hits.double()]).tolist()
+            loss, right, seen = self.task.step(self.wrapped, images, labels)
+        value, hits = _numbers(loss, right)
         if not math.isfinite(value):
-            raise self._diverged(value, mixed)
-        self.meter.loss += value * len(labels)
-        self.meter.hits += int(right)
-        self.meter.images += len(labels)
+            raise self._diverged(value, seen)
+        self.meter.add(value, hits, len(labels))
         self._count_broken(batch.broken)
-        part: Any = loss / parts if parts > 1 else loss
-        if self.accelerator.scaler is None:
-            torch.autograd.backward(part)
-        else:
-            self.accelerator.backward(part)
+        self.updates.backward(loss / parts if parts > 1 else loss)
 
-    def _first_look(self, images: Tensor) -> Objective:
-        """One forward in eval mode, to learn the number of classes."""
+    def _first_look(self, images: Tensor) -> None:
+        """One forward in eval mode, from which the task learns what it must."""
         with rng_kept(), evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
             try:
                 output = self.model(images[:1])
@@ -323,9 +410,8 @@ class Run:
                     need="preprocessed images that it takes",
                     hint="normswap.data.Preprocessing; for half precision FineTune(amp='bf16')",
                 ) from error
-        classes = class_scores(output).shape[1]
-        self.objective = Objective(self.options, classes)
-        return self.objective
+        self.task.begin(output)
+        self._begun = True
 
     def _diverged(self, value: float, images: Tensor) -> TrainingError:
         with self.accelerator.autocast():
@@ -349,34 +435,23 @@ class Run:
                 )
 
     def _kept(self) -> str:
-        last = Path() if self.folder is None else self.folder / LAST
+        last = Path() if self.job.folder is None else self.job.folder / LAST
         return f"; the last good checkpoint is {last}" if last.is_file() else ""
 
     def _count_broken(self, broken: tuple[int, ...]) -> None:
-        new = set(broken) - self.broken
+        new = set(broken) - self.record.broken
         if new:
-            self.broken |= new
+            self.record.broken |= new
             log.warning("samples that cannot be read, replaced: %s", sorted(new))
-
-    def _step(self) -> None:
-        if self.options.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.options.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.place.step += 1
-        if self.scheduler is not None:
-            self.scheduler.step_update(self.place.step)
-        if self.average is not None:
-            self.average.update(self.model, step=self.place.step)
 
     def _after_update(self) -> None:
         if self.place.step % self.options.log_every == 0:
             self._record_step()
-        if self.progress is not None and self.accelerator.is_main_process:
-            self.progress(self._progress())
-        due = time.monotonic() - self.saved >= self.options.checkpoint_every
-        stop, save = processes.any_of(
-            self.accelerator, self.stop.name is not None, due and self.folder is not None
+        if self.job.progress is not None and self.accelerator.is_main_process:
+            self.job.progress(self._progress())
+        due = time.monotonic() - self.clock.saved >= self.options.checkpoint_every
+        stop, save = execution.any_of(
+            self.accelerator, self.stop.name is not None, due and self.job.folder is not None
         )
         if stop or save:
             self._check_weights()
@@ -387,8 +462,8 @@ class Run:
     def _leave(self) -> None:
         name = self.stop.name or "a signal in another process"
         hint = "out=… next time, to be able to resume"
-        if self.folder is not None:
-            hint = f"resume=True: {self.folder / LAST} holds step {self.place.step}"
+        if self.job.folder is not None:
+            hint = f"resume=True: {self.job.folder / LAST} holds step {self.place.step}"
         error = TrainingInterrupted(
             "finetune",
             got=f"{name} at step {self.place.step}",
@@ -399,8 +474,9 @@ class Run:
         raise error
 
     def _close_epoch(self) -> None:
-        totals = [self.meter.loss, self.meter.hits, self.meter.images]
-        loss, hits, images = processes.added_up(self.accelerator, totals)
+        meter = self.meter
+        totals = [meter.loss, meter.hits, meter.images, meter.judged]
+        loss, hits, images, judged = execution.added_up(self.accelerator, totals)
         self._check_weights()
         try:
             score = self._validate()
@@ -411,55 +487,59 @@ class Run:
         row = Epoch(
             epoch=self.place.epoch + 1,
             step=self.place.step,
-            learning_rate=self._learning_rate_now(),
+            learning_rate=self.updates.learning_rate,
             train_loss=loss / max(images, 1),
-            train_top1=hits / max(images, 1),
+            train_top1=hits / judged if judged else None,
             val_loss=score.loss if score else None,
-            val_top1=score.top1 if score else None,
-            val_top5=score.top5 if score else None,
+            val_top1=_or_none(score.top1) if score else None,
+            val_top5=_or_none(score.top5) if score else None,
+            val_metric=score.metric if score else None,
             seconds=self.meter.seconds,
             images_per_second=images / max(self.meter.seconds, 1e-9),
         )
-        self.epochs.append(row)
+        self.record.epochs.append(row)
         self.recorder.write("epoch", asdict(row))
         log.info("%s", _line(row, self.options.epochs))
         if not math.isfinite(row.val_loss or 0.0):
             log.warning("epoch %d: the logits on the validation data are not finite", row.epoch)
-        if _better(row, self.best):
+        if _better(row, self.record.best):
             self._keep_best(row)
         self.place = Place(epoch=row.epoch, batch=0, step=self.place.step)
         self.meter = Meter()
         self._save()
 
     def _validate(self) -> Metrics | None:
-        if self.val_data is None:
+        if self.job.val_data is None:
             return None
-        shown = self.model if self.average is None else self.average.module
-        processes.share_buffers(shown, self.accelerator)
+        shown = self.updates.shown
+        execution.share_buffers(shown, self.accelerator)
         batches, shared = evaluation_batches(
-            self.val_data,
+            self.job.val_data,
             batch_size=self.options.eval_batch_size,
             workers=self.options.workers,
             on_broken=self.options.on_broken,
             share=self.share,
         )
         with explained(self.options.eval_batch_size, self.device):
-            totals = count_hits(shown, batches, self.device, autocast=self.accelerator.autocast)
+            totals = added_up(
+                self.task, shown, batches, self.device, autocast=self.accelerator.autocast
+            )
         if shared:
-            totals = torch.tensor(processes.added_up(self.accelerator, totals.tolist()))
-        return metrics_from(totals)
+            totals = torch.tensor(execution.added_up(self.accelerator, totals.tolist()))
+        return metrics_from(self.task, totals)
 
     def _finish(self) -> History:
-        processes.share_buffers(self.model, self.accelerator)
-        if self.average is not None:
-            self.model.load_state_dict(self.average.module.state_dict())
-        if self.options.keep == "best" and self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
+        execution.share_buffers(self.model, self.accelerator)
+        if self.updates.shown is not self.model:
+            self.model.load_state_dict(self.updates.shown.state_dict())
+        if self.options.keep == "best" and self.record.best_weights is not None:
+            self.model.load_state_dict(self.record.best_weights)
         self._draw()
-        if self.broken:
-            log.warning("%d samples could not be read and were replaced", len(self.broken))
+        if self.record.broken:
+            log.warning("%d samples could not be read and were replaced", len(self.record.broken))
         history = self._history()
-        row = history.best if self.options.keep == "best" and history.best else self.epochs[-1]
+        best = history.best if self.options.keep == "best" else None
+        row = best or history.epochs[-1]
         add_history(
             self.model,
             "fine-tuned",
@@ -470,6 +550,7 @@ class Run:
             learning_rate=self.learning_rate,
             val_top1=row.val_top1,
             val_loss=row.val_loss,
+            **({} if row.val_metric is None else {"val_metric": row.val_metric}),
         )
         return history
 
@@ -477,21 +558,18 @@ class Run:
 
     def _history(self) -> History:
         return History(
-            epochs=tuple(self.epochs),
+            epochs=tuple(self.record.epochs),
             steps=self.place.step,
             learning_rate=self.learning_rate,
-            best=self.best,
+            best=self.record.best,
             kept=self.options.keep,
-            broken=tuple(sorted(self.broken)),
-            resumed_from=self.resumed_from,
+            broken=tuple(sorted(self.record.broken)),
+            resumed_from=self.record.resumed_from,
         )
 
-    def _learning_rate_now(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
     def _progress(self) -> Progress:
-        elapsed = time.perf_counter() - self.began
-        done = self.place.step - self.began_at
+        elapsed = time.perf_counter() - self.clock.began
+        done = self.place.step - self.clock.step
         images = max(self.meter.images, 1)
         return Progress(
             step=self.place.step,
@@ -499,8 +577,8 @@ class Run:
             epoch=self.place.epoch + 1,
             epochs=self.options.epochs,
             loss=self.meter.loss / images,
-            accuracy=self.meter.hits / images,
-            learning_rate=self._learning_rate_now(),
+            accuracy=self.meter.hits / self.meter.judged if self.meter.judged else None,
+            learning_rate=self.updates.learning_rate,
             images_per_second=images * self.share.world / max(self.meter.seconds, 1e-9),
             eta_seconds=elapsed / max(done, 1) * (self.steps - self.place.step),
         )
@@ -511,52 +589,150 @@ class Run:
         self.recorder.write("step", {name: now[name] for name in kept})
 
     def _draw(self) -> None:
-        if self._writes() and self.folder is not None and self.epochs:
-            draw_learning_curve(self.epochs, self.folder / CURVE)
+        if self._writes() and self.job.folder is not None and self.record.epochs:
+            draw_learning_curve(self.record.epochs, self.job.folder / CURVE)
 
     def _writes(self) -> bool:
-        return self.folder is not None and bool(self.accelerator.is_main_process)
+        return self.job.folder is not None and bool(self.accelerator.is_main_process)
 
     def _open_records(self) -> None:
-        if self._writes() and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_parts(self.folder)
+        if self._writes() and self.job.folder is not None:
+            self.job.folder.mkdir(parents=True, exist_ok=True)
+            remove_parts(self.job.folder)
             self.recorder = Recorder(
-                self.folder, step=self.place.step, tensorboard=self.options.tensorboard
+                self.job.folder, step=self.place.step, tensorboard=self.options.tensorboard
             )
 
     def close(self) -> None:
         """Close what is open, whatever has happened."""
         self.recorder.close()
-        processes.unwrap(self.wrapped, self.accelerator)
+        execution.unwrap(self.wrapped, self.accelerator)
 
     # checkpoints
 
     def _keep_best(self, row: Epoch) -> None:
-        self.best = row
-        shown = self.model if self.average is None else self.average.module
+        weights = self.updates.shown.state_dict()
+        self.record.best = row
         if self.options.keep == "best":
-            self.best_weights = {k: v.detach().cpu().clone() for k, v in shown.state_dict().items()}
-        if self._writes():
-            save_best(self, shown.state_dict())
+            self.record.best_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
+        if self._writes() and self.job.folder is not None:
+            state = {"format": FORMAT, "model": weights, "epoch": asdict(row)}
+            write_checkpoint(self.job.folder / BEST, state)
 
     def _save(self) -> None:
-        if self.folder is not None:
-            save_run(self)
-        self.saved = time.monotonic()
+        """Write all of the run, from every process, into one file."""
+        if self.job.folder is not None:
+            everyone = execution.gathered(self.accelerator, self._own_state())
+            if self.accelerator.is_main_process:
+                write_checkpoint(self.job.folder / LAST, self.state() | {"processes": everyone})
+            execution.wait_for_all(self.accelerator)  # who starts again must find this one
+        self.clock.saved = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What all processes have in common, as plain data."""
+        return {
+            "format": FORMAT,
+            "options": self.options.to_json(),
+            "data": self._data(),
+            "finished": self.place.epoch == self.options.epochs,
+            "place": asdict(self.place),
+            **self.record.state(),
+            **self.updates.state(),
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What each process has for itself."""
+        return {
+            "rng": rng_state(),
+            "norms": norm_state(self.model),
+            "data": self.batches.state(),
+            "meter": asdict(self.meter),
+        }
+
+    def _data(self) -> dict[str, int]:
+        return {
+            "samples": self.batches.samples,
+            "batches": self.batches.count,
+            "batch_size": self.batches.batch_size,
+            "processes": self.share.world,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``state`` gave, and what this process had for itself."""
+        self.updates.load_state(state)
+        own = state["processes"][self.share.rank]
+        self.place, self.meter = Place(**state["place"]), Meter(**own["meter"])
+        self.record = Record.from_state(state)
+        self.batches.load_state(own["data"])
+        load_norm_state(self.model, own["norms"])
+        load_rng_state(own["rng"])
+
+    def _resume(self, found: dict[str, Any]) -> None:
+        """Go to where a checkpoint was written.
+
+        Raises:
+            TrainingError: other data or another model than the checkpoint's.
+        """
+        folder = self.job.folder or Path()
+        now, then = self._data(), found["data"]
+        check_same(folder, [f"{k}={now[k]} (was {then[k]})" for k in now if now[k] != then[k]])
+        try:
+            self.load_state(found)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TrainingError(
+                f"resume from {folder}",
+                got=f"a model that differs from the run's: {reason}",
+                need="the model the run was started with",
+                hint="it, or another folder for a new run",
+            ) from error
+        self.record.resumed_from = self.place.step
+        if self.options.keep == "best" and self.record.best is not None:
+            self.record.best_weights = read_checkpoint(folder / BEST)["model"]
+        log.info("resumed at step %d of %d", self.place.step, self.steps)
+
+    def _check_agreement(self, found: dict[str, Any] | None) -> None:
+        """Every process must have found the same checkpoint.
+
+        Raises:
+            TrainingError: they see different files, as on machines without a common file system.
+        """
+        own = None if found is None else found["place"]["step"]
+        steps = execution.gathered(self.accelerator, own)
+        if any(step != own for step in steps):
+            raise TrainingError(
+                str(self.job.folder),
+                got="checkpoints of the steps " + ", ".join(map(str, steps)) + " in the processes",
+                need="the same one in all of them",
+                hint="a folder that all machines see",
+            )
+
+
+def _numbers(loss: Tensor, right: Tensor | None) -> tuple[float, float | None]:
+    """Both as numbers; one wait for the device, not two."""
+    if right is None:
+        return loss.item(), None
+    value, hits = torch.stack([loss.detach().double(), right.double()]).tolist()
+    return value, hits
 
 
 def _better(row: Epoch, best: Epoch | None) -> bool:
-    if row.val_top1 is None or not math.isfinite(row.val_loss or 0.0):
+    if row.score is None or not math.isfinite(row.val_loss or 0.0) or math.isnan(row.score):
         return False
-    return best is None or row.val_top1 > (best.val_top1 or 0.0)
+    return best is None or best.score is None or row.score > best.score
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _line(row: Epoch, epochs: int) -> str:
-    text = (
-        f"epoch {row.epoch}/{epochs}: loss {row.train_loss:.4f}, top-1 {row.train_top1:.2%}, "
-        f"{row.images_per_second:.1f} images/s"
-    )
-    if row.val_top1 is None:
+    def scores(top1: float | None) -> str:
+        return "" if top1 is None else f", top-1 {top1:.2%}"
+
+    text = f"epoch {row.epoch}/{epochs}: loss {row.train_loss:.4f}{scores(row.train_top1)}, "
+    text += f"{row.images_per_second:.1f} images/s"
+    if row.val_loss is None:
         return text
-    return f"{text}; validation loss {row.val_loss:.4f}, top-1 {row.val_top1:.2%}"
+    text += f"; validation loss {row.val_loss:.4f}{scores(row.val_top1)}"
+    return text if row.val_metric is None else f"{text}, metric {row.val_metric:.4g}"

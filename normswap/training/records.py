@@ -1,9 +1,9 @@
-"""What a run leaves on record: its history, ``metrics.jsonl``, TensorBoard's events."""
+"""What a run leaves on record: history, ``metrics.jsonl``, TensorBoard's events, the curve."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Progress:
         epoch: number of the epoch, from 1.
         epochs: how many there are.
         loss: mean training loss of this epoch so far.
-        accuracy: training top-1 of this epoch so far.
+        accuracy: training top-1 of this epoch so far; None where labels are no classes.
         learning_rate: of the next update.
         images_per_second: over this call of ``finetune``, all processes together.
         eta_seconds: time left at this speed, validation included.
@@ -34,7 +34,7 @@ class Progress:
     epoch: int
     epochs: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     learning_rate: float
     images_per_second: float
     eta_seconds: float
@@ -52,24 +52,35 @@ class Epoch:
         step: updates done at its end.
         learning_rate: at its end.
         train_loss: mean over the epoch, as optimised (smoothing and teacher included).
-        train_top1: over the epoch, in training mode.
+        train_top1: over the epoch, in training mode; None where labels are no classes.
         val_loss: after the epoch; None without validation data.
         val_top1: likewise.
         val_top5: likewise.
         seconds: of training, without validation.
         images_per_second: of training, all processes together.
+        val_metric: the mean of the caller's own metric; None without one.
     """
 
     epoch: int
     step: int
     learning_rate: float
     train_loss: float
-    train_top1: float
+    train_top1: float | None
     val_loss: float | None
     val_top1: float | None
     val_top5: float | None
     seconds: float
     images_per_second: float
+    val_metric: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """What epochs are compared by, higher is better: the metric, else top-1, else -loss."""
+        if self.val_metric is not None:
+            return self.val_metric
+        if self.val_top1 is not None:
+            return self.val_top1
+        return None if self.val_loss is None else -self.val_loss
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class History:
         epochs: one entry per finished epoch, those before a resume included.
         steps: updates done.
         learning_rate: at the top of the schedule.
-        best: the epoch with the highest ``val_top1``, or None without validation.
+        best: the epoch with the highest score on the validation data, or None without any.
         kept: ``"last"`` or ``"best"``: which weights the model holds.
         broken: indices of samples that could not be read and were replaced.
         resumed_from: the step at which this call took over, or None.
@@ -169,3 +180,52 @@ def _board(folder: Path, step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+CURVE = "learning_curve.png"
+
+
+def draw_learning_curve(epochs: Sequence[Epoch], path: str | Path) -> Path:
+    """Draw loss and accuracy over the epochs, training and validation.
+
+    Args:
+        epochs: ``History.epochs``.
+        path: of the PNG; it is replaced whole.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    numbers = [item.epoch for item in epochs]
+    left, right = figure.subplots(1, 2)
+    score: tuple[str, list[Any], list[Any]] = (
+        "top-1",
+        [e.train_top1 for e in epochs],
+        [e.val_top1 for e in epochs],
+    )
+    if any(e.val_metric is not None for e in epochs):
+        score = ("metric", [], [e.val_metric for e in epochs])
+    else:
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    losses = ("loss", [e.train_loss for e in epochs], [e.val_loss for e in epochs])
+    for axes, (title, train, val) in ((left, losses), (right, score)):
+        for label, values in (("training", train), ("validation", val)):
+            if any(value is not None for value in values):
+                axes.plot(numbers, values, marker=".", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure as PNG; an earlier one under that name is replaced whole."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)
+    return path

@@ -1,54 +1,20 @@
-"""How good a classifier is: top-1, top-5, loss."""
+"""How good a model is on labelled data, in eval mode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.drift import device_of, evaluating
-from normswap.errors import DataError, TrainingError
-from normswap.training.batches import Share, check_labels, evaluation_batches
-from normswap.training.reading import Batch
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What an evaluation found.
-
-    Attributes:
-        top1: share of images whose highest logit is the right class, 0 to 1.
-        top5: share of images whose class is among the five highest logits.
-        loss: mean cross-entropy in nats.
-        images: how many were seen.
-        broken: how many could not be read and were left out.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    broken: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, ready for ``json.dumps``."""
-        return {
-            "top1": self.top1,
-            "top5": self.top5,
-            "loss": self.loss,
-            "images": self.images,
-            "broken": self.broken,
-        }
-
-    def __str__(self) -> str:
-        return (
-            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, "
-            f"{self.images} images"
-        )
+from normswap.errors import DataError
+from normswap.training.batches import Share, evaluation_batches
+from normswap.training.execution import usable_device
+from normswap.training.options import FineTune
+from normswap.training.samples import Batch
+from normswap.training.tasks import Classification, Metrics, Task
 
 
 def evaluate(
@@ -91,12 +57,14 @@ def evaluate(
     )
     try:
         model.to(where)
-        return metrics_from(count_hits(model, batches, where, progress=progress))
+        task = Classification(FineTune())
+        return metrics_from(task, added_up(task, model, batches, where, progress=progress))
     finally:
         model.to(home)
 
 
-def count_hits(
+def added_up(
+    task: Task,
     model: nn.Module,
     batches: Iterable[Batch],
     device: torch.device,
@@ -104,36 +72,25 @@ def count_hits(
     autocast: Callable[[], Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Sums over the batches: hits, hits among five, loss, images, broken (float64)."""
-    totals = torch.zeros(5, dtype=torch.float64)
+    """What the task measures, images and broken ones, added up over the batches (float64)."""
+    totals = torch.zeros(len(task.sums) + 2, dtype=torch.float64)
     with evaluating(model), torch.no_grad():
         for images, labels, broken in batches:
-            totals[4] += len(broken)
+            totals[-1] += len(broken)
             if len(images):
-                check_labels(labels)
+                task.check_data(labels)
                 with autocast() if autocast else torch.autocast(device.type, enabled=False):
                     output = model(images.to(device, non_blocking=True))
-                totals[:4] += _score(class_scores(output), labels.to(device, torch.long))
+                totals[:-2] += task.measure(output, labels.to(device))
+                totals[-2] += len(images)
             if progress:
-                progress(int(totals[3]))
+                progress(int(totals[-2]))
     return totals
 
 
-def _score(scores: Tensor, labels: Tensor) -> Tensor:
-    check_classes(labels, scores.shape[1])
-    scores = scores.double()
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    finite = scores.isfinite().all(dim=1, keepdim=True)  # topk takes NaN for the highest
-    hits = (best == labels[:, None]) & finite
-    loss = F.cross_entropy(scores, labels, reduction="sum")
-    return torch.stack(
-        [hits[:, 0].sum().double(), hits.sum().double(), loss, loss.new_tensor(len(labels))]
-    ).cpu()
-
-
-def metrics_from(totals: Tensor) -> Metrics:
-    """Means from the sums of ``count_hits``."""
-    top1, top5, loss, images, broken = totals.tolist()
+def metrics_from(task: Task, totals: Tensor) -> Metrics:
+    """Means from the sums of ``added_up``."""
+    *sums, images, broken = totals.tolist()
     if images == 0:
         raise DataError(
             "data",
@@ -141,58 +98,4 @@ def metrics_from(totals: Tensor) -> Metrics:
             need="at least one",
             hint="another folder or split",
         )
-    return Metrics(top1 / images, top5 / images, loss / images, int(images), int(broken))
-
-
-def class_scores(output: Any) -> Tensor:
-    """The logits (N, K) in a model's output.
-
-    Raises:
-        TrainingError: the output holds none.
-    """
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("logits", output.get("out"))
-    elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise TrainingError(
-            "model",
-            got=f"an output {shape}",
-            need="logits of shape (images, classes)",
-            hint="a classifier; for other tasks convert the model inside your own loop",
-        )
-    return found
-
-
-def check_classes(labels: Tensor, classes: int) -> None:
-    """Labels must be classes that the model knows."""
-    low, high = (int(item) for item in torch.aminmax(labels))
-    if low < 0 or high >= classes:
-        raise DataError(
-            "labels",
-            got=f"class {low if low < 0 else high}",
-            need=f"0 to {classes - 1}, the model has {classes} logits",
-            hint=f"a model with num_classes={high + 1}" if low >= 0 else "labels from 0 up",
-        )
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device by that name, if this machine has it.
-
-    Raises:
-        TrainingError: it does not.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        present = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        raise TrainingError(
-            "device",
-            got=repr(str(device)),
-            need="a device of this machine",
-            hint=f"{str(present)!r}",
-        ) from error
-    return found
+    return task.metrics(dict(zip(task.sums, sums, strict=True)), int(images), int(broken))

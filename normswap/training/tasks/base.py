@@ -1,0 +1,104 @@
+"""What the loop asks of a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from normswap.training.options import FineTune
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""``loss(output, labels)``: a scalar to minimise."""
+MetricFunction = Callable[[Any, Any], Any]
+"""``metric(output, labels)``: a number, the mean over the batch; higher is better."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation found.
+
+    Attributes:
+        top1: share of images whose highest logit is the right class, 0 to 1; NaN where labels are
+            no classes.
+        top5: share of images whose class is among the five highest logits; likewise.
+        loss: mean cross-entropy in nats, or the mean of the caller's loss.
+        images: how many were seen.
+        broken: how many could not be read and were left out.
+        metric: the mean of the caller's metric, or None.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    broken: int = 0
+    metric: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        data = asdict(self)
+        return data if self.metric is not None else {k: data[k] for k in data if k != "metric"}
+
+    @property
+    def score(self) -> float:
+        """What models are compared by, higher is better: the metric, else top-1, else -loss."""
+        if self.metric is not None:
+            return self.metric
+        return -self.loss if math.isnan(self.top1) else self.top1
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, "
+            f"{self.images} images"
+        )
+
+
+class Step(NamedTuple):
+    """One forward of a training step.
+
+    Attributes:
+        loss: to be minimised, a scalar.
+        right: how many of the images were right, where that can be said, else None.
+        images: what the model was given.
+    """
+
+    loss: Tensor
+    right: Tensor | None
+    images: Tensor
+
+
+class Task:
+    """What a run optimises and what it is judged by.
+
+    Args:
+        options: the recipe.
+    """
+
+    name: ClassVar[str]
+    sums: ClassVar[tuple[str, ...]]
+    """Names of what ``measure`` adds up."""
+
+    def __init__(self, options: FineTune) -> None:
+        self.options = options
+
+    def check_data(self, labels: Any) -> None:
+        """Refuse labels that the task cannot use, before anything runs."""
+
+    def begin(self, output: Any) -> None:
+        """Look at the output of the first forward, in eval mode."""
+
+    def step(self, forward: Callable[[Tensor], Any], images: Tensor, labels: Tensor) -> Step:
+        """One forward in training mode, and its loss."""
+        raise NotImplementedError
+
+    def measure(self, output: Any, labels: Tensor) -> Tensor:
+        """Sums over a batch in eval mode, float64 on the CPU, in the order of ``sums``."""
+        raise NotImplementedError
+
+    def metrics(self, sums: dict[str, float], images: int, broken: int) -> Metrics:
+        """What the sums over all batches say."""
+        raise NotImplementedError

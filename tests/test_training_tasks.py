@@ -1,0 +1,140 @@
+"""A loss, a metric or a task of the caller's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training_runs import CLASSES, Net, samples, weights
+
+from normswap.errors import DataError, TrainingError
+from normswap.training import FineTune, evaluate, finetune
+from normswap.training.tasks import Step, Task, task_for
+from normswap.training.tasks.base import Metrics
+
+OPTIONS = FineTune(batch_size=4, epochs=2, learning_rate=0.05)
+
+
+def test_the_default_loss_written_by_hand_trains_the_same():
+    first, second = Net("gn"), Net("gn")
+    finetune(first, samples(), samples(8, seed=1), OPTIONS)
+    history = finetune(second, samples(), samples(8, seed=1), OPTIONS, loss=F.cross_entropy)
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
+    assert history.epochs[-1].val_top1 == evaluate(second, samples(8, seed=1)).top1
+
+
+def test_a_loss_may_take_labels_that_are_no_classes(tmp_path):
+    images, labels = samples()
+    shares = F.one_hot(labels, CLASSES).float()
+    net = Net("gn")
+    history = finetune(
+        net,
+        (images, shares),
+        (images, shares),
+        FineTune(batch_size=4, epochs=4, learning_rate=0.1, keep="best"),
+        out=tmp_path,
+        loss=F.binary_cross_entropy_with_logits,
+    )
+    losses = [row.val_loss for row in history.epochs]
+    assert losses[-1] < losses[0]
+    assert history.best.val_loss == min(losses)
+    assert history.best.val_top1 is None
+    assert history.epochs[0].train_top1 is None
+    with torch.no_grad():
+        found = F.binary_cross_entropy_with_logits(net.eval()(images), shares).item()
+    assert found == pytest.approx(min(losses), rel=1e-5)
+    assert (tmp_path / "learning_curve.png").is_file()
+
+
+def test_a_metric_chooses_the_best_epoch():
+    images, labels = samples(10, seed=1)
+    seen = iter([0.2, 0.9, 0.5, 0.1])
+    history = finetune(
+        Net("gn"),
+        samples(),
+        (images, labels),
+        FineTune(batch_size=4, epochs=4, learning_rate=0.05, keep="best", eval_batch_size=10),
+        metric=lambda _output, _labels: next(seen),
+    )
+    assert [row.val_metric for row in history.epochs] == pytest.approx([0.2, 0.9, 0.5, 0.1])
+    assert history.best.epoch == 2
+    assert history.best.val_top1 is not None
+
+
+def test_a_metric_is_the_mean_over_images_whatever_the_batches():
+    images, labels = samples(10, seed=1)
+
+    def right(output, labels):
+        return (output.argmax(1) == labels).double().mean()
+
+    history = finetune(
+        Net("gn"),
+        samples(),
+        (images, labels),
+        FineTune(batch_size=4, epochs=1, learning_rate=0.05, eval_batch_size=4),
+        metric=right,
+    )
+    assert history.epochs[0].val_metric == pytest.approx(history.epochs[0].val_top1)
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing": 0.1}, {"mixup": 0.2}, {"cutmix": 1.0}])
+def test_options_that_a_loss_of_ones_own_would_silently_drop_are_refused(option):
+    with pytest.raises(TrainingError, match=next(iter(option))):
+        finetune(Net("gn"), samples(), options=FineTune(**option), loss=F.cross_entropy)
+
+
+def test_a_loss_must_be_one_number():
+    with pytest.raises(TrainingError, match="one number for the batch"):
+        finetune(
+            Net("gn"),
+            samples(),
+            options=OPTIONS,
+            loss=lambda o, y: F.cross_entropy(o, y, reduction="none"),
+        )
+
+
+def test_a_metric_alone_still_checks_the_labels():
+    images, labels = samples()
+    with pytest.raises(DataError, match="class number"):
+        finetune(Net("gn"), (images, labels.float()), options=OPTIONS, metric=lambda _o, _y: 0)
+
+
+def test_the_teacher_keeps_its_share_of_a_loss_of_ones_own():
+    images, labels = samples()
+    student, taught = Net("gn"), Net("gn")
+    options = FineTune(batch_size=4, epochs=1, learning_rate=0.05, teacher=Net("bn").eval())
+    finetune(student, (images, labels), options=options, loss=F.cross_entropy)
+    finetune(taught, (images, labels), options=options)
+    for name, value in weights(student).items():
+        assert torch.equal(value, weights(taught)[name]), name
+
+
+def test_a_task_of_ones_own():
+    class Autoencode(Task):
+        name, sums = "mean", ("error",)
+
+        def step(self, forward, images, labels):
+            return Step((forward(images).mean() - 1).square(), None, images)
+
+        def measure(self, output, labels):
+            return (output.mean(1) - 1).square().sum().double()[None].cpu()
+
+        def metrics(self, sums, images, broken):
+            return Metrics(math.nan, math.nan, sums["error"] / images, images, broken)
+
+    history = finetune(Net("gn"), samples(), samples(), OPTIONS, task=Autoencode(OPTIONS))
+    assert history.epochs[-1].val_loss < history.epochs[0].val_loss + 1e-6
+    assert history.best is not None
+
+
+def test_an_unknown_task_names_the_known_ones():
+    with pytest.raises(TrainingError, match="need one of classification"):
+        task_for(OPTIONS, "poetry")
+
+
+def test_a_task_and_a_loss_of_ones_own_exclude_each_other():
+    with pytest.raises(TrainingError, match="one or the other"):
+        finetune(Net(), samples(), options=OPTIONS, task="poetry", loss=F.cross_entropy)
