@@ -148,14 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Sweep]:
     make: Callable[[], nn.Module] = network
     if chosen.data == "textured":
         make = functools.partial(network, colours=3, stride=2)
-        count = 192 if chosen.quick else 3000
+        count = 96 if chosen.quick else 3000
         clean, _ = textured(count, plain=1.0)
         train, test = textured(count, plain=chosen.plain)
     else:
         clean, test = digits()
         train, test = another_camera(clean, seed=1), another_camera(test, seed=2)
     if chosen.quick:
-        clean, train, test = ((x[:192], y[:192]) for x, y in (clean, train, test))
+        clean, train, test = ((x[:96], y[:96]) for x, y in (clean, train, test))
     sizes = chosen.batch_sizes or ((2, 16) if chosen.quick else (1, 2, 4, 8, 16, 32))
     epochs = chosen.epochs or (2 if chosen.quick else 8)
     seeds = chosen.seeds or (1 if chosen.quick else 3)
