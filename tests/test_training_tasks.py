@@ -98,7 +98,7 @@ def test_a_loss_must_be_one_number():
 
 def test_a_metric_alone_still_checks_the_labels():
     images, labels = samples()
-    with pytest.raises(DataError, match="class number"):
+    with pytest.raises(DataError, match="integer class number"):
         finetune(Net("gn"), (images, labels.float()), options=OPTIONS, metric=lambda _o, _y: 0)
 
 

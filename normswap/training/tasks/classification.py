@@ -198,7 +198,7 @@ def check_labels(labels: Any) -> None:
         raise DataError(
             "labels",
             got=f"{labels.dtype} of shape {tuple(labels.shape)}" if tensor else repr(labels)[:60],
-            need="one integer class number per image",
+            need="as many labels as images, one integer class number each",
             hint="labels of shape (N,) and dtype torch.int64",
         )
 
