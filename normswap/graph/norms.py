@@ -21,11 +21,6 @@ from normswap import layers
 from normswap.errors import WalkError
 
 _OWN_FROZEN = (layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
-_OWN_TRACKING = tuple(
-    getattr(layers, f"{family}{rank}d")
-    for family in ("BatchRenorm", "CrossIterationBatchNorm")
-    for rank in (1, 2, 3)
-)
 
 _OPTIONAL = {
     "BatchNormAct2d": "timm.layers.norm_act",
@@ -76,7 +71,7 @@ def _known_forwards() -> set[Callable[..., Any]]:
         _BatchNorm,
         nn.SyncBatchNorm,
         *_OWN_FROZEN,
-        *_OWN_TRACKING,
+        layers.TracksBatches,
         *layers.fused_classes.values(),
         *(cls for cls in optional if cls is not None),
     ]

@@ -6,32 +6,32 @@ They know of tensors and of the layer before them, never of models. ``GroupNorm`
 
 from __future__ import annotations
 
-from normswap.layers.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normswap.layers.batch_renorm import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    BatchRenormAct2d,
+)
+from normswap.layers.batch_statistics import TracksBatches
 from normswap.layers.cross_iteration_batch_norm import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
     CrossIterationBatchNorm3d,
+    CrossIterationBatchNormAct2d,
 )
 from normswap.layers.filter_response_norm import (
     FilterResponseNorm1d,
     FilterResponseNorm2d,
     FilterResponseNorm3d,
+    FilterResponseNormAct2d,
 )
 from normswap.layers.frozen_batch_norm import (
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
-)
-from normswap.layers.fused import (
-    BatchRenormAct2d,
-    CrossIterationBatchNormAct2d,
-    FilterResponseNormAct2d,
     FrozenBatchNormAct2d,
-    GroupNormAct,
-    InstanceNormAct2d,
-    fuse,
-    fused_classes,
 )
+from normswap.layers.fused import GroupNormAct, InstanceNormAct2d, fuse, fused_classes
 from normswap.layers.producers import producer_problem
 from normswap.layers.thresholded_linear_unit import ThresholdedLinearUnit
 from normswap.layers.training_state import load_training_state, training_state
@@ -56,6 +56,7 @@ __all__ = [
     "GroupNormAct",
     "InstanceNormAct2d",
     "ThresholdedLinearUnit",
+    "TracksBatches",
     "fuse",
     "fused_classes",
     "load_training_state",

@@ -15,6 +15,7 @@ from normswap.layers.batch_statistics import (
     in_eager,
     is_recomputation,
 )
+from normswap.layers.fused import Fused
 
 _UNBOUNDED = 1e15  # what an infinite bound grows to within a ramp, where infinity times 0 is NaN
 
@@ -265,3 +266,7 @@ class BatchRenorm3d(_BatchRenorm):
     """
 
     _ranks = (5,)
+
+
+class BatchRenormAct2d(Fused, BatchRenorm2d):
+    """``act(drop(BatchRenorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""

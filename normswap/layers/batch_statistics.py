@@ -162,6 +162,7 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
         super().__init__(
             num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype
         )
+        self.iteration = 0
         self._recent = RecentBatches()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
@@ -176,6 +177,14 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def training_state(self) -> dict[str, Tensor | int]:
+        """What a training checkpoint must hold beside the state dict, as plain data."""
+        return {"iteration": self.iteration}
+
+    def load_training_state(self, state: dict[str, Tensor | int]) -> None:
+        """Take over what ``training_state`` returned."""
+        self.iteration = int(state["iteration"])
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

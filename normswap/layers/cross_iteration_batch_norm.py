@@ -25,6 +25,7 @@ from normswap.layers.batch_statistics import (
     is_recomputation,
     per_channel,
 )
+from normswap.layers.fused import Fused
 from normswap.layers.producers import (
     Pad,
     ProducerLink,
@@ -360,6 +361,15 @@ class _CrossIterationBatchNorm(TracksBatches):
         """Forget past iterations; the window fills again."""
         self._history = _History(self.window - 1)
 
+    def training_state(self) -> dict[str, Tensor | int]:
+        """The iteration and the history."""
+        return super().training_state() | self._history.state()
+
+    def load_training_state(self, state: dict[str, Tensor | int]) -> None:
+        """Take over what ``training_state`` returned."""
+        super().load_training_state(state)
+        self._history.load(state)
+
     def _check_input_dim(self, x: Tensor) -> None:
         check_rank(self, x, self._ranks)
 
@@ -642,3 +652,7 @@ class CrossIterationBatchNorm3d(_CrossIterationBatchNorm):
     """
 
     _ranks = (5,)
+
+
+class CrossIterationBatchNormAct2d(Fused, CrossIterationBatchNorm2d):
+    """``act(drop(CrossIterationBatchNorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""

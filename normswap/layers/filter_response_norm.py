@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from normswap.layers.batch_statistics import check_rank, per_channel, statistics_dtype
+from normswap.layers.fused import Fused
 
 _FRESH_LEARNT_EPS = 1e-4
 # below this many elements per row, torch's channel-wise kernel spends its time between rows
@@ -294,3 +295,7 @@ class FilterResponseNorm3d(_FilterResponseNorm):
     """
 
     _ranks = (5,)
+
+
+class FilterResponseNormAct2d(Fused, FilterResponseNorm2d):
+    """``act(drop(FilterResponseNorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.layers.batch_statistics import check_rank
+from normswap.layers.fused import Fused
 
 
 class _FrozenBatchNorm(nn.Module):
@@ -127,3 +128,7 @@ class FrozenBatchNorm3d(_FrozenBatchNorm):
     """
 
     _ranks = (5,)
+
+
+class FrozenBatchNormAct2d(Fused, FrozenBatchNorm2d):
+    """``act(drop(FrozenBatchNorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""

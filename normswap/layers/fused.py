@@ -11,14 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.errors import LayerError
-from normswap.layers.batch_renorm import BatchRenorm2d
-from normswap.layers.cross_iteration_batch_norm import CrossIterationBatchNorm2d
-from normswap.layers.filter_response_norm import FilterResponseNorm2d
-from normswap.layers.frozen_batch_norm import FrozenBatchNorm2d
+
+fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
+"""Which class a normaliser turns into when it takes over a dropout and an activation."""
 
 
-class _Act(nn.Module):
-    """Mixin, left of a normaliser: ``act(drop(norm(x)))``."""
+class Fused(nn.Module):
+    """Mixin, left of a normaliser: ``act(drop(norm(x)))``, keywords ``drop`` and ``act``.
+
+    ``class MyNormAct2d(Fused, MyNorm2d)`` beside a layer is all that it takes: the class registers
+    itself as what ``MyNorm2d`` turns into.
+    """
 
     drop: nn.Module
     act: nn.Module
@@ -39,40 +42,18 @@ class _Act(nn.Module):
         y: Tensor = self.act(self.drop(super().forward(input)))
         return y
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__bases__[0] is Fused:
+            fused_classes[cls.__bases__[1]] = cls
 
-class GroupNormAct(_Act, nn.GroupNorm):
+
+class GroupNormAct(Fused, nn.GroupNorm):
     """``act(drop(GroupNorm(x)))``; keywords ``drop`` and ``act``, identity if absent."""
 
 
-class InstanceNormAct2d(_Act, nn.InstanceNorm2d):
+class InstanceNormAct2d(Fused, nn.InstanceNorm2d):
     """``act(drop(InstanceNorm2d(x)))``; see :class:`GroupNormAct`."""
-
-
-class FilterResponseNormAct2d(_Act, FilterResponseNorm2d):
-    """``act(drop(FilterResponseNorm2d(x)))``; see :class:`GroupNormAct`."""
-
-
-class BatchRenormAct2d(_Act, BatchRenorm2d):
-    """``act(drop(BatchRenorm2d(x)))``; see :class:`GroupNormAct`."""
-
-
-class CrossIterationBatchNormAct2d(_Act, CrossIterationBatchNorm2d):
-    """``act(drop(CrossIterationBatchNorm2d(x)))``; see :class:`GroupNormAct`."""
-
-
-class FrozenBatchNormAct2d(_Act, FrozenBatchNorm2d):
-    """``act(drop(FrozenBatchNorm2d(x)))``; see :class:`GroupNormAct`."""
-
-
-fused_classes: dict[type[nn.Module], type[nn.Module]] = {
-    nn.GroupNorm: GroupNormAct,
-    nn.InstanceNorm2d: InstanceNormAct2d,
-    FilterResponseNorm2d: FilterResponseNormAct2d,
-    BatchRenorm2d: BatchRenormAct2d,
-    CrossIterationBatchNorm2d: CrossIterationBatchNormAct2d,
-    FrozenBatchNorm2d: FrozenBatchNormAct2d,
-}
-"""Which class a normaliser turns into when it takes over a dropout and an activation."""
 
 
 def fuse(norm: nn.Module, drop: nn.Module, act: nn.Module) -> nn.Module:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from normswap.errors import LayerError
-from normswap.layers.batch_renorm import _BatchRenorm
-from normswap.layers.cross_iteration_batch_norm import _CrossIterationBatchNorm
+from normswap.layers.batch_statistics import TracksBatches
 
 State = dict[str, dict[str, Tensor | int]]
 
 
 def training_state(model: nn.Module) -> State:
-    """Collect counters and history of every BatchRenorm and CrossIterationBatchNorm in ``model``.
+    """Collect counters and history of every layer in ``model`` that keeps any: BRN and CBN.
 
     Args:
         model: any module.
@@ -29,7 +28,7 @@ def training_state(model: nn.Module) -> State:
         >>> training_state(nn.Sequential(BatchRenorm1d(2)))
         {'0': {'iteration': 0}}
     """
-    return {name: _state_of(layer) for name, layer in _stateful(model).items()}
+    return {name: layer.training_state() for name, layer in _stateful(model).items()}
 
 
 def load_training_state(model: nn.Module, state: State) -> None:
@@ -52,21 +51,8 @@ def load_training_state(model: nn.Module, state: State) -> None:
             hint="the model as it was when the checkpoint was written",
         )
     for name, layer in layers.items():
-        layer.iteration = int(state[name]["iteration"])
-        if isinstance(layer, _CrossIterationBatchNorm):
-            layer._history.load(state[name])
+        layer.load_training_state(state[name])
 
 
-def _stateful(model: nn.Module) -> dict[str, _BatchRenorm | _CrossIterationBatchNorm]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchRenorm | _CrossIterationBatchNorm)
-    }
-
-
-def _state_of(layer: _BatchRenorm | _CrossIterationBatchNorm) -> dict[str, Tensor | int]:
-    state: dict[str, Tensor | int] = {"iteration": layer.iteration}
-    if isinstance(layer, _CrossIterationBatchNorm):
-        state.update(layer._history.state())
-    return state
+def _stateful(model: nn.Module) -> dict[str, TracksBatches]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, TracksBatches)}
