@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -23,7 +24,7 @@ from normswap.errors import CalibrationError
 from normswap.graph import call
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
 from normswap.plain import plain
-from normswap.recipes.matching import predicted_filter_response_drift, predicted_group_drift
+from normswap.recipes import recipe_of
 
 TRUST = 0.9
 """Top-1 agreement below which a conversion should not be used without fine-tuning."""
@@ -54,14 +55,18 @@ class Pair:
         return type(self.module) is not type(self.original)
 
     @property
-    def rectified(self) -> bool:
-        """Whether the converted layer took a ReLU in that its BatchNorm does not hold."""
-        clips = isinstance(getattr(self.module, "tau", None), Tensor)
-        return clips and fused_parts(self.original) is None
+    def taken(self) -> str | None:
+        """The activation that the converted layer took in and its BatchNorm does not hold."""
+        recipe = recipe_of(self.module)
+        if recipe is None or fused_parts(self.original) is not None:
+            return None
+        return recipe.taken(self.module)
 
     def reference(self, output: Tensor) -> Tensor:
         """A copy of the original's output, in the form the converted layer's output takes."""
-        return output.detach().clamp_min(0) if self.rectified else output.detach().clone()
+        copy = output.detach().clone()
+        activated: Tensor = getattr(F, self.taken)(copy) if self.taken else copy
+        return activated
 
 
 def paired_sites(model: nn.Module, teacher: nn.Module) -> tuple[Pair, ...]:
@@ -543,10 +548,5 @@ def predicted_drift(module: nn.Module, original: nn.Module) -> float | None:
     state = state_of(original)
     if state.mean is None or state.var is None:
         return None
-    if isinstance(module, nn.GroupNorm):
-        return predicted_group_drift(state, module.num_groups)
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        return predicted_group_drift(state, state.channels)
-    if "FilterResponseNorm" in type(module).__name__:
-        return predicted_filter_response_drift(state)
-    return 0.0 if is_batchnorm(module) else None
+    recipe = recipe_of(module)
+    return None if recipe is None else recipe.drift(state)

@@ -15,9 +15,6 @@ TARGETS: dict[str, str] = {
     "bn": "back to plain BN from brn, cbn, frozen or syncbn, exactly",
 }
 
-PER_SAMPLE: frozenset[str] = frozenset({"gn", "ln", "in", "frn"})
-"""Targets that normalise each sample by itself and keep no running statistics."""
-
 FALLBACKS: tuple[str, ...] = ("frozen", "keep", "brn", "gn", "error")
 """What may happen at a site that the target cannot take."""
 

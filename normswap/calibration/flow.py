@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from normswap.drift import Pair, hooked, input_of
 from normswap.graph import call
-from normswap.graph.norms import is_batchnorm, state_of
+from normswap.graph.norms import state_of
+from normswap.recipes import recipe_of
 
 _PER_CHANNEL = ("weight", "bias", "tau")
 
@@ -25,31 +26,6 @@ def _linear_output(bn: nn.Module, x: Tensor) -> Tensor:
     """What BatchNorm computes in eval mode, without a fused activation."""
     s = state_of(bn)
     return F.batch_norm(x, s.mean, s.var, s.weight, s.bias, s.mean is None, 0.0, s.eps)
-
-
-def _standardised(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The layer's output before γ and β; None for a layer of unknown formula."""
-    if isinstance(module, nn.GroupNorm):
-        return F.group_norm(x, module.num_groups, None, None, module.eps)
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        return F.instance_norm(x, eps=module.eps)
-    if "FilterResponseNorm" in type(module).__name__:
-        axes = list(range(2, x.dim()))
-        square = x.square().mean(axes, keepdim=True) if axes else x.square()
-        learnt = getattr(module, "eps_l", None)
-        eps = torch.as_tensor(module.eps, device=x.device).abs()
-        if learnt is not None:
-            eps = eps + _column(learnt.abs(), x)
-        return x * torch.rsqrt(square + eps)
-    if is_batchnorm(module):
-        s = state_of(module)
-        if s.mean is not None:
-            return F.batch_norm(x, s.mean, s.var, None, None, False, 0.0, s.eps)
-    return None
-
-
-def _column(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.dim() - 2))
 
 
 def _by_channel(x: Tensor) -> Tensor:
@@ -84,7 +60,9 @@ def _targets(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if pair.name in found:  # one (γ, β) cannot serve each of several calls alone
                 repeated.add(pair.name)
-            found[pair.name] = _moments(_linear_output(pair.original, input_of(args, kwargs)))
+            aim = _linear_output(pair.original, input_of(args, kwargs))
+            recipe = recipe_of(pair.module)
+            found[pair.name] = _moments(aim if recipe is None else recipe.aim(pair.module, aim))
 
         return hook
 
@@ -107,8 +85,11 @@ def match_in_flow(
 
     def hook_for(pair: Pair) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            normal = _standardised(module, input_of(args, kwargs))
-            if pair.name not in targets or normal is None:
+            recipe = recipe_of(module)
+            if recipe is None or pair.name not in targets:
+                return
+            normal = recipe.standardise(module, input_of(args, kwargs))
+            if normal is None:
                 return
             (mean, std), (centre, spread) = _moments(normal), targets[pair.name]
             std = std.clamp_min(1e-4 * std.max().clamp_min(1e-6))

@@ -23,7 +23,7 @@ from normswap.cli.options import (
     model_options,
 )
 from normswap.errors import PlanError
-from normswap.targets import FALLBACKS, INITS, PER_SAMPLE, TARGETS
+from normswap.targets import FALLBACKS, INITS, TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -222,7 +222,7 @@ def _calibrate(
 
 def _print_trust(plan: Plan, report: Calibration | None, drift: Drift) -> None:
     """How far the result may be trusted as it is."""
-    per_sample = [entry for entry in plan.entries if entry.becomes in PER_SAMPLE]
+    per_sample = [e for e in plan.swapped if e.recipe is not None and e.recipe.per_sample]
     if report is not None:
         say(str(report))
     elif not per_sample:
@@ -309,15 +309,19 @@ def print_plan(plan: Plan) -> None:
 
 
 def _settings(entry: PlanEntry) -> str:
-    """What a user would want to know of the recipe, the wiring and the ReLU."""
-    shown = {key: value for key, value in (entry.recipe or {}).items() if key in _SHOWN}
+    """What a user would want to know of the recipe, the wiring and the activation."""
+    from normswap.graph.vocabulary import REPLACEABLE
+
+    recipe = entry.recipe
+    settings = {} if recipe is None else recipe.to_json()
+    shown = {key: value for key, value in settings.items() if key in _SHOWN}
     parts = [f"{key}={value}" for key, value in shown.items() if value not in (None, False)]
-    if entry.becomes in PER_SAMPLE:
+    if recipe is not None and recipe.per_sample:
         parts.append(f"init={entry.init}")
     if entry.producer:
         parts.append(f"wired to {entry.producer}")
     if entry.removal:
-        parts.append("takes the ReLU's place")
+        parts.append(f"takes the {REPLACEABLE[entry.removal.op]}'s place")
     return ", ".join(parts)
 
 

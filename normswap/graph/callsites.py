@@ -1,4 +1,4 @@
-"""Where a ReLU is called: the caller's method, the place in it, and whether it can be taken out.
+"""Where an activation is called: which method, where in it, and whether it can be taken out.
 
 The interpreter knows the exact columns of the call that is running. A call found this way can be
 removed from a copy of the method's source with its control flow untouched, which tracing cannot
@@ -23,10 +23,12 @@ from torch import nn
 from torch.utils import _device
 
 from normswap.graph.sites import CallSite
+from normswap.graph.vocabulary import REPLACEABLE, replaceable_op
 
 Position = tuple[int, int, int, int]
 
-_RELUS = (torch.relu, torch.relu_, F.relu, F.relu_)
+_FUNCTIONS = {"relu": (torch.relu, torch.relu_, F.relu, F.relu_), "silu": (F.silu,)}
+_MODULES = tuple(getattr(nn, name) for name in REPLACEABLE.values())
 
 _SKIPPED = (
     torch.overrides.__file__,
@@ -92,7 +94,7 @@ def method_source(function: FunctionType) -> MethodSource | None:
 
 
 def argument_of(call: ast.Call) -> ast.expr | None:
-    """What ``call`` applies a ReLU to: its first argument, or ``x`` of ``x.relu()``."""
+    """What ``call`` applies an activation to: its first argument, or ``x`` of ``x.relu()``."""
     if call.args:
         return None if isinstance(call.args[0], ast.Starred) else call.args[0]
     named = next((k.value for k in call.keywords if k.arg == "input"), None)
@@ -101,11 +103,12 @@ def argument_of(call: ast.Call) -> ast.expr | None:
     return named
 
 
-def find_call_site(owners: Mapping[nn.Module, str]) -> CallSite | None:
+def find_call_site(owners: Mapping[nn.Module, str], op: str) -> CallSite | None:
     """Describe the call that is running now, as seen from torch's function or module machinery.
 
     Args:
         owners: qualified name of each module of the model.
+        op: the activation that is called.
     """
     frame = _calling_frame()
     if frame is None:
@@ -117,7 +120,7 @@ def find_call_site(owners: Mapping[nn.Module, str]) -> CallSite | None:
     position = _running_position(frame, code)
     if position is None:
         return None
-    obstacle = _obstacle(owner, code, position)
+    obstacle = _obstacle(owner, code, position, op)
     function = method_of(owner, code.co_name)
     source = method_source(function) if function is not None else None
     moody = source is not None and source.moody
@@ -150,10 +153,10 @@ def _running_position(frame: FrameType, code: CodeType) -> Position | None:
     return line - first + 1, column, end_line - first + 1, end_column
 
 
-def _obstacle(owner: nn.Module, code: CodeType, position: Position) -> str | None:
+def _obstacle(owner: nn.Module, code: CodeType, position: Position, op: str) -> str | None:
     function = method_of(owner, code.co_name)
-    if isinstance(owner, nn.ReLU):
-        return "a ReLU module's forward is called directly"
+    if isinstance(owner, _MODULES):
+        return f"a {REPLACEABLE[op]} module's forward is called directly"
     if isinstance(owner, torch.fx.GraphModule):
         return "its block is generated from a graph (torch.fx)"
     if function is None or function.__code__ is not code:
@@ -163,26 +166,26 @@ def _obstacle(owner: nn.Module, code: CodeType, position: Position) -> str | Non
     source = method_source(function)
     if source is None:
         return f"the source of {code.co_qualname} cannot be read"
-    return _obstacle_in_source(source, owner, code, position)
+    return _obstacle_in_source(source, owner, code, position, op)
 
 
 def _obstacle_in_source(
-    source: MethodSource, owner: nn.Module, code: CodeType, position: Position
+    source: MethodSource, owner: nn.Module, code: CodeType, position: Position, op: str
 ) -> str | None:
     if source.definition.decorator_list:
         return f"{code.co_qualname} is decorated"
     call = source.calls.get(position)
     if call is None or argument_of(call) is None:
         return f"the call cannot be told apart in the source of {code.co_qualname}"
-    if not _is_always_relu(call, owner, source.function):
+    if not _is_always(op, call, owner, source.function):
         return f"the call in {code.co_qualname} may run something else another time"
     if source.mangled:
         return f"{code.co_qualname} uses private names"
     return None
 
 
-def _is_always_relu(call: ast.Call, owner: nn.Module, function: FunctionType) -> bool:
-    """Whether the called expression can mean nothing but a ReLU, whenever it runs."""
+def _is_always(op: str, call: ast.Call, owner: nn.Module, function: FunctionType) -> bool:
+    """Whether the called expression can mean nothing but one activation, whenever it runs."""
     path: list[str] = []
     node = call.func
     while isinstance(node, ast.Attribute):
@@ -192,13 +195,11 @@ def _is_always_relu(call: ast.Call, owner: nn.Module, function: FunctionType) ->
     known = {this, *function.__globals__} - set(others)
     if not isinstance(node, ast.Name) or node.id not in known:
         # x.relu(): a method of whatever tensor x is
-        return path[-1:] in (["relu"], ["relu_"]) and not call.args
+        return path[-1:] in ([op], [f"{op}_"]) and not call.args
     found: Any = owner if node.id == this else function.__globals__[node.id]
     for attribute in path:
         found = getattr(found, attribute, None)
-    return found in _RELUS or (
-        isinstance(found, nn.ReLU) and type(found).forward is nn.ReLU.forward
-    )
+    return found in _FUNCTIONS[op] or (isinstance(found, nn.Module) and replaceable_op(found) == op)
 
 
 def _is_mangled(node: ast.AST) -> bool:

@@ -1,4 +1,4 @@
-"""Turn the traces of a model's runs into sites: producers, activations, ways to remove a ReLU."""
+"""Turn the traces of a model's runs into sites: producers, activations, ways to take them out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from normswap.graph import norms
 from normswap.graph.modes import any_depends_on_mode, class_depends_on_mode
 from normswap.graph.recorder import Call, Trace
 from normswap.graph.sites import Activation, CallSite, Producer, Removal, Site
-from normswap.graph.vocabulary import ACTIVATION_FUNCTIONS, PRODUCER_OPS, activation_module_op
+from normswap.graph.vocabulary import (
+    ACTIVATION_FUNCTIONS,
+    PRODUCER_OPS,
+    REPLACEABLE,
+    activation_module_op,
+    replaceable_op,
+)
 
 Names = dict[nn.Module, tuple[str, ...]]
 """Every name of every module."""
@@ -63,7 +69,7 @@ class _Reader:
         self._runs = runs
         self._names = {module: found_names[0] for module, found_names in names.items()}
         complete = len(runs) > 1 or not any_depends_on_mode(names)
-        self._relus = _ReluCalls(model, runs, names, complete)
+        self._taken = _ActivationCalls(model, runs, names, complete)
 
     def sites(self) -> list[Site]:
         sites: dict[nn.Module, Site] = {}
@@ -168,8 +174,8 @@ class _Reader:
             return None
         act = parts[1]
         op = activation_module_op(act) or type(act).__name__.lower()
-        removals = (Removal("absorb"),) if op == "relu" else ()
-        return Activation(op, self._names.get(act), fused=True, removals=removals)
+        ways = (Removal("absorb", op=op),) if replaceable_op(act) == op else ()
+        return Activation(op, self._names.get(act), fused=True, ways=ways)
 
     def _activation(self, module: nn.Module, run: Run, calls: list[Call]) -> Activation | None:
         fused = self._fused(module)
@@ -185,24 +191,24 @@ class _Reader:
         ):
             return None
         if len(found) > 1:
-            apart = Removal("call", obstacle="it is called in several places")
-            return replace(first, removals=(apart,) if first.op == "relu" else ())
+            apart = Removal("call", obstacle="it is called in several places", op=first.op)
+            return replace(first, ways=(apart,) if first.op in REPLACEABLE else ())
         return first
 
     def _activation_of(self, user: Call, trace: Trace) -> Activation | None:
         if user.module is None:
             op = user.op if user.op in ACTIVATION_FUNCTIONS else None
-            return Activation(op, None, removals=self._relus.removals(user)) if op else None
+            return Activation(op, None, ways=self._taken.ways(user)) if op else None
         op = activation_module_op(user.module)
         if op is None:
             return None
         uses = len(trace.by_module[user.module])
         name = user.slot or self._names[user.module]
-        return Activation(op, name, uses=uses, removals=self._relus.removals(user))
+        return Activation(op, name, uses=uses, ways=self._taken.ways(user))
 
 
-class _ReluCalls:
-    """Every ReLU that ran, in all runs, by the ways in which it could be taken out."""
+class _ActivationCalls:
+    """Every replaceable activation that ran, in all runs, by the ways to take it out."""
 
     def __init__(
         self,
@@ -217,37 +223,40 @@ class _ReluCalls:
         self._sources: dict[Any, dict[str, None]] = defaultdict(dict)
         for run in runs:
             for call in run.trace.calls:
-                if call.op == "relu":
+                if call.op in REPLACEABLE:
                     source = self._source(call, run.trace)
                     for key in (call.module, call.slot, _place(call.site)):
                         self._sources[key].setdefault(source)
 
-    def _source(self, relu: Call, trace: Trace) -> str:
-        """Name of the BN that alone feeds ``relu``, else ``?`` and what does."""
-        maker = trace.made.get(relu.inputs[0]) if relu.inputs else None
+    def _source(self, call: Call, trace: Trace) -> str:
+        """Name of the BN that alone feeds ``call``, else ``?`` and what does."""
+        maker = trace.made.get(call.inputs[0]) if call.inputs else None
         if maker is None or maker.op != "batch_norm" or maker.module is None:
             return "?" + (maker.op if maker else "an input")
-        alone = len(trace.used[relu.inputs[0]]) == 1 and maker.module not in trace.stray_norms
+        alone = len(trace.used[call.inputs[0]]) == 1 and maker.module not in trace.stray_norms
         return self._names[maker.module][0] if alone else "?a BN output that has other uses"
 
-    def removals(self, relu: Call) -> tuple[Removal, ...]:
-        if relu.op != "relu":
+    def ways(self, call: Call) -> tuple[Removal, ...]:
+        if call.op not in REPLACEABLE:
+            return ()
+        if call.module is not None and replaceable_op(call.module) != call.op:
             return ()
         found = []
-        if relu.module is not None:
-            names = self._names[relu.module]
-            found.append(self._removal("module", relu.module, names))
-            if relu.slot is not None and len(names) > 1:
-                found.append(self._removal("slot", relu.slot, (relu.slot,)))
-        if relu.site is not None:
-            removal = self._removal("call", _place(relu.site), ())
-            obstacle = relu.site.obstacle or removal.obstacle
-            if obstacle is None and relu.site.moody and not self._complete:
-                obstacle = f"{relu.site.method} depends on the mode and did not run in training"
-            found.append(replace(removal, call=relu.site, obstacle=obstacle))
-        if relu.module is not None and _has_hooks(relu.module):
-            return tuple(replace(r, obstacle="the ReLU carries hooks") for r in found)
-        return tuple(found)
+        if call.module is not None:
+            names = self._names[call.module]
+            found.append(self._removal("module", call.module, names))
+            if call.slot is not None and len(names) > 1:
+                found.append(self._removal("slot", call.slot, (call.slot,)))
+        if call.site is not None:
+            removal = self._removal("call", _place(call.site), ())
+            obstacle = call.site.obstacle or removal.obstacle
+            if obstacle is None and call.site.moody and not self._complete:
+                obstacle = f"{call.site.method} depends on the mode and did not run in training"
+            found.append(replace(removal, call=call.site, obstacle=obstacle))
+        if call.module is not None and _has_hooks(call.module):
+            obstacle = f"the {REPLACEABLE[call.op]} carries hooks"
+            found = [replace(r, obstacle=obstacle) for r in found]
+        return tuple(replace(r, op=call.op) for r in found)
 
     def _removal(self, how: str, key: Any, names: tuple[str, ...]) -> Removal:
         sources = tuple(self._sources[key])

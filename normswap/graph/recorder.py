@@ -274,8 +274,9 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        if vocabulary.activation_op(func) == "relu":
-            call.site = find_call_site(self._names)
+        op = vocabulary.activation_op(func)
+        if op in vocabulary.REPLACEABLE:
+            call.site = find_call_site(self._names, op)
         elif call.op in vocabulary.VIEWS and isinstance(output, Tensor):
             call.view = _view_of(call.op, args, kwargs, tuple(output.shape))
         elif call.op in vocabulary.PRODUCER_OPS and self._stack:
@@ -313,8 +314,8 @@ class Recorder(TorchFunctionMode):
         before = [(t, _version(t)) for t in _tensors(args)]
         call = Call(op, tuple(self.value(t) for t, _ in before), module=module, slot=slot)
         call.shape = tuple(before[0][0].shape) if before else ()
-        if op == "relu":
-            call.site = find_call_site(self._names)
+        if op in vocabulary.REPLACEABLE:
+            call.site = find_call_site(self._names, op)
         self._opaque.append((module, call, before))
 
     def leave(self, module: nn.Module, output: Any) -> None:

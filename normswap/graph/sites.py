@@ -51,17 +51,18 @@ class CallSite:
 
 @dataclass(frozen=True)
 class Removal:
-    """One way to take a ReLU out of a model, for a TLU to take its place.
+    """One way to take an activation out of a model, for a normaliser to take its place.
 
     Attributes:
         how: ``absorb`` (it lives in the BN), ``module`` (it becomes an identity under all its
             names), ``slot`` (one name in an ``nn.Sequential`` becomes an identity) or ``call``
             (one call leaves the method of its block).
         names: the names that become identities.
-        feeders: the BN modules whose outputs the ReLU is applied to by this route; all of them
-            have to get a TLU for the removal to be right.
+        feeders: the BN modules whose outputs the activation is applied to by this route; all of
+            them have to get a layer that replaces it for the removal to be right.
         obstacle: None, or why this way is closed.
         call: for ``call``, where it is.
+        op: which activation it is, by canonical name.
     """
 
     how: str
@@ -69,6 +70,7 @@ class Removal:
     feeders: tuple[str, ...] = ()
     obstacle: str | None = None
     call: CallSite | None = None
+    op: str = "relu"
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,19 @@ class Activation:
         name: qualified name of its module; None if it is functional.
         fused: it lives inside the BN module (timm's ``BatchNormAct2d``).
         uses: how many calls the activation's module has in one forward (1 if functional).
-        removals: for a ReLU, the ways to take it out, the least invasive first.
+        ways: to take it out, the least invasive first; none for most kinds.
     """
 
     op: str
     name: str | None
     fused: bool = False
     uses: int = 1
-    removals: tuple[Removal, ...] = ()
+    ways: tuple[Removal, ...] = ()
+
+    @property
+    def removals(self) -> tuple[Removal, ...]:
+        """For a ReLU, the ways to take it out."""
+        return self.ways if self.op == "relu" else ()
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ _ACTIVATION_CLASSES = {
     "SquaredReLU": "squared_relu",
 }
 
+REPLACEABLE = {"relu": "ReLU", "silu": "SiLU"}
+"""Activations whose calls are known for certain, so that a layer may take their place."""
+
 ACTIVATION_FUNCTIONS = frozenset(_ACTIVATION_CLASSES.values()) - {
     "quick_gelu",
     "hard_mish",
@@ -102,10 +105,18 @@ def activation_module_op(module: nn.Module) -> str | None:
     """
     cls = type(module)
     if isinstance(module, nn.ReLU):
-        genuine = cls.forward is nn.ReLU.forward and "forward" not in vars(module)
-        return "relu" if genuine else cls.__name__.lower()
+        return "relu" if replaceable_op(module) else cls.__name__.lower()
     op = _ACTIVATION_CLASSES.get(cls.__name__)
     return cls.__name__.lower() if op == "relu" else op
+
+
+def replaceable_op(module: nn.Module) -> str | None:
+    """The name in ``REPLACEABLE`` of a module that runs torch's own forward of it, or None."""
+    for op, name in REPLACEABLE.items():
+        if isinstance(module, cls := getattr(nn, name)):
+            genuine = type(module).forward is cls.forward and "forward" not in vars(module)
+            return op if genuine else None
+    return None
 
 
 def producer_module_op(module: nn.Module) -> str | None:

@@ -24,6 +24,7 @@ from normswap.layers.filter_response_norm import (
     FilterResponseNorm2d,
     FilterResponseNorm3d,
     FilterResponseNormAct2d,
+    plain_filter_response_norm,
 )
 from normswap.layers.frozen_batch_norm import (
     FrozenBatchNorm1d,
@@ -60,6 +61,7 @@ __all__ = [
     "fuse",
     "fused_classes",
     "load_training_state",
+    "plain_filter_response_norm",
     "producer_problem",
     "training_state",
 ]

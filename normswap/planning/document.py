@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from normswap.errors import PlanError
 from normswap.graph import CallSite, Removal
+from normswap.graph.vocabulary import REPLACEABLE
+from normswap.recipes import Recipe, recipe_from_json
 from normswap.targets import INITS
 
 PLAN_FORMAT = 1
@@ -25,12 +27,12 @@ class PlanEntry:
         channels: number of features C.
         rank: number of spatial dimensions of its input.
         becomes: name of the target, or ``keep``.
-        recipe: the target's hyper-parameters, settled for this site; None if kept.
+        recipe: what makes the new layer, settled for this site; None if kept.
         init: ``match``, ``copy`` or ``reset``.
         reason: why the site does not get the target that was asked for; None if it does.
         notes: what else a user should know.
-        producer: name of the module that makes its input; wired to CBN.
-        removal: how the ReLU behind it is taken out, for a TLU to take its place.
+        producer: name of the module that makes its input, for a layer that has to know it.
+        removal: how the activation behind it is taken out, for the new layer to take its place.
     """
 
     names: tuple[str, ...]
@@ -38,7 +40,7 @@ class PlanEntry:
     channels: int
     rank: int
     becomes: str
-    recipe: dict[str, Any] | None = None
+    recipe: Recipe | None = None
     init: str = "match"
     reason: str | None = None
     notes: tuple[str, ...] = ()
@@ -90,7 +92,7 @@ class Plan:
         return {
             "plan_format": PLAN_FORMAT,
             "target": self.target,
-            "entries": [asdict(entry) for entry in self.entries],
+            "entries": [_entry_to_json(entry) for entry in self.entries],
             "notes": list(self.notes),
         }
 
@@ -121,14 +123,12 @@ class Plan:
 
 
 def _line(entry: PlanEntry, width: int) -> str:
-    arguments = {k: v for k, v in (entry.recipe or {}).items() if k != "target"}
-    settings = ", ".join(f"{k}={v}" for k, v in arguments.items())
-    becomes = f"{entry.becomes}({settings})" if settings else entry.becomes
+    becomes = entry.becomes if entry.recipe is None else str(entry.recipe)
     parts = [f"{entry.name or '(root)':{width}}  {entry.kind}({entry.channels}) → {becomes}"]
     if entry.producer:
         parts.append(f"wired to {entry.producer}")
     if entry.removal:
-        parts.append("takes the ReLU's place")
+        parts.append(f"takes the {REPLACEABLE[entry.removal.op]}'s place")
     parts += [text for text in (entry.reason, *entry.notes) if text]
     return "; ".join(parts)
 
@@ -140,6 +140,10 @@ def _unreadable(got: str) -> PlanError:
         need=f"a plan of format {PLAN_FORMAT}",
         hint="normswap convert --dry-run --json",
     )
+
+
+def _entry_to_json(entry: PlanEntry) -> dict[str, Any]:
+    return asdict(entry) | {"recipe": entry.recipe and entry.recipe.to_json()}
 
 
 def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
@@ -154,21 +158,29 @@ def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
         lists = {key: tuple(removal[key]) for key in ("names", "feeders")}
         removal = Removal(**{**removal, **lists, "call": call})
     lists = {key: tuple(map(str, data[key])) for key in ("names", "notes")}
-    entry = PlanEntry(**{**data, **lists, "removal": removal})
+    entry = PlanEntry(**{**data, **lists, "recipe": None, "removal": removal})
     if not entry.names or not isinstance(entry.becomes, str):
         raise TypeError(f"no names in {data!r:.80}")
+    entry = replace(entry, recipe=_recipe_of(entry, data.get("recipe") or {}))
     _check_entry(entry)
     return entry
 
 
-def _check_entry(entry: PlanEntry) -> None:
-    """What was edited by hand must still be one thing."""
-    recipe = entry.recipe or {}
+def _recipe_of(entry: PlanEntry, recipe: Any) -> Recipe | None:
     if not isinstance(recipe, dict) or recipe.get("target", KEEP) != entry.becomes:
         raise ValueError(f"{entry.name} becomes {entry.becomes!r} by a recipe {recipe!r:.60}")
+    return None if entry.becomes == KEEP else recipe_from_json(recipe)
+
+
+def _check_entry(entry: PlanEntry) -> None:
+    """What was edited by hand must still be one thing."""
     if entry.rank not in range(4) or isinstance(entry.rank, bool):
         raise ValueError(f"{entry.name}: rank {entry.rank!r}, not 0, 1, 2 or 3")
-    if entry.removal is not None and entry.becomes != "frn":
-        raise ValueError(f"{entry.name}: a ReLU is to go, and {entry.becomes} does not replace it")
+    gone = None if entry.removal is None else entry.removal.op
+    if gone is not None and (entry.recipe is None or gone not in entry.recipe.takes):
+        name = REPLACEABLE.get(gone, gone)
+        raise ValueError(
+            f"{entry.name}: a {name} is to go, and {entry.becomes} does not replace it"
+        )
     if entry.init not in INITS:
         raise ValueError(f"init {entry.init!r}, not one of {', '.join(INITS)}")

@@ -19,6 +19,7 @@ from normswap.graph import (
     qualified_names,
     walk,
 )
+from normswap.graph.vocabulary import REPLACEABLE
 from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
 from normswap.recipes import Recipe, recipe_for
@@ -92,7 +93,7 @@ def plan(
     choice.check_patterns(names)
     modules = {n: m for m, found in every.items() for n in found}
     planner = _Planner(model, modules, choice, include, init)
-    entries = _settle_removals(graph, [planner.entry(site) for site in graph])
+    entries = _settle_removals(graph, planner)
     return Plan(choice.label, (*entries, *left_alone), graph.notes)
 
 
@@ -180,19 +181,32 @@ class _Planner:
 
     def _entry_for(self, site: Site, recipe: Recipe, reason: str | None) -> PlanEntry:
         settled = recipe.settle(site, self._modules[site.name])
-        wired = settled.target == "cbn" and site.producer is not None
         return PlanEntry(
             names=site.names,
             kind=site.kind,
             channels=site.channels,
             rank=site.rank,
             becomes=settled.target,
-            recipe=settled.to_json(),
+            recipe=settled,
             init=self._init,
             reason=reason,
             notes=(*site.notes, *settled.warnings(site, init=self._init)),
-            producer=site.producer.name if wired and site.producer else None,
+            producer=site.producer.name if settled.wired and site.producer else None,
         )
+
+    def with_removal(self, entry: PlanEntry, site: Site, removal: Removal | None) -> PlanEntry:
+        """The entry with the activation that its layer takes, or why it takes none."""
+        recipe = entry.recipe
+        if recipe is None or not recipe.takes:
+            return entry
+        if removal is not None:
+            return replace(entry, removal=removal)
+        why = _without_removal(recipe, site)
+        if not recipe.insists:
+            return replace(entry, notes=(*entry.notes, why))
+        instead = self._fall_back(site, recipe, why)
+        again = instead.recipe is not None and instead.recipe.insists
+        return _kept(site, why) if again else instead
 
 
 def _kept(site: Site, reason: str) -> PlanEntry:
@@ -207,52 +221,48 @@ def _kept(site: Site, reason: str) -> PlanEntry:
     )
 
 
-def _settle_removals(graph: Graph, entries: list[PlanEntry]) -> list[PlanEntry]:
-    """Decide which ReLUs a TLU replaces.
+def _settle_removals(graph: Graph, planner: _Planner) -> list[PlanEntry]:
+    """Decide which activations the new layers replace.
 
-    A ReLU may be fed by several BNs (a module or a line of code used in a loop); it can go only if
-    all of them get a TLU. So start from every BN that might, and drop those that cannot until
-    nothing changes.
+    An activation may be fed by several BNs (a module or a line of code used in a loop); it can go
+    only if all of them get a layer that takes it. So start from every BN that might, and drop those
+    that cannot until nothing changes.
     """
-    sites = dict(zip((e.name for e in entries), graph.sites, strict=True))
-    willing = {e.name for e in entries if _wants_tlu(e) and _has_relu(sites[e.name])}
+    entries = {site.name: planner.entry(site) for site in graph}
+    sites = {site.name: site for site in graph}
+    willing = {name for name, entry in entries.items() if _may_take(entry, sites[name])}
     while True:
         chosen = {name: _removal(sites[name], willing) for name in willing}
         closed = {name for name, removal in chosen.items() if removal is None}
         if not closed:
             break
         willing -= closed
-    return [_with_removal(e, sites[e.name], chosen.get(e.name)) for e in entries]
+    return [
+        planner.with_removal(entry, sites[name], chosen.get(name))
+        for name, entry in entries.items()
+    ]
 
 
-def _wants_tlu(entry: PlanEntry) -> bool:
-    return entry.becomes == "frn" and (entry.recipe or {}).get("tlu") is not False
-
-
-def _has_relu(site: Site) -> bool:
-    return site.activation is not None and site.activation.op == "relu"
+def _may_take(entry: PlanEntry, site: Site) -> bool:
+    taken = site.activation is not None and site.activation.op
+    return entry.recipe is not None and taken in entry.recipe.takes
 
 
 def _removal(site: Site, willing: set[str]) -> Removal | None:
     assert site.activation is not None
-    open_ways = (r for r in site.activation.removals if r.obstacle is None)
+    open_ways = (r for r in site.activation.ways if r.obstacle is None)
     return next((r for r in open_ways if willing.issuperset(r.feeders)), None)
 
 
-def _with_removal(entry: PlanEntry, site: Site, removal: Removal | None) -> PlanEntry:
-    if not _wants_tlu(entry):
-        return entry
-    if removal is not None:
-        return replace(entry, removal=removal)
-    if not _has_relu(site):
-        why = "no TLU: no ReLU alone consumes its output"
-    else:
-        assert site.activation is not None
-        obstacles = [r.obstacle for r in site.activation.removals if r.obstacle]
-        why = "no TLU: the ReLU stays, " + (obstacles[-1] if obstacles else "it serves others too")
-    if (entry.recipe or {}).get("tlu") is True:
-        return _kept(site, why)
-    return replace(entry, notes=(*entry.notes, why))
+def _without_removal(recipe: Recipe, site: Site) -> str:
+    """Why an activation stays that ``recipe`` would take."""
+    found = site.activation
+    if found is None or found.op not in recipe.takes:
+        wanted = " or ".join(REPLACEABLE[op] for op in sorted(recipe.takes))
+        return f"no {recipe.takes_as}: no {wanted} alone consumes its output"
+    obstacles = [r.obstacle for r in found.ways if r.obstacle]
+    why = obstacles[-1] if obstacles else "it serves others too"
+    return f"no {recipe.takes_as}: the {REPLACEABLE[found.op]} stays, {why}"
 
 
 def _check_init(init: str) -> None:

@@ -6,8 +6,11 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
 from normswap.errors import PlanError
-from normswap.recipes.base import Recipe
+from normswap.graph.norms import is_batchnorm
+from normswap.recipes.base import RECIPES, Recipe
 from normswap.recipes.batch_norm import BatchNorm, FrozenBatchNorm, SyncBatchNorm
 from normswap.recipes.batch_renorm import BatchRenorm
 from normswap.recipes.cross_iteration_batch_norm import (
@@ -17,22 +20,6 @@ from normswap.recipes.cross_iteration_batch_norm import (
 from normswap.recipes.filter_response_norm import FilterResponseNorm
 from normswap.recipes.group_norm import GroupNorm, InstanceNorm, LayerNorm
 from normswap.targets import TARGETS
-
-RECIPES: dict[str, type[Recipe]] = {
-    recipe.target: recipe
-    for recipe in (
-        GroupNorm,
-        LayerNorm,
-        InstanceNorm,
-        FilterResponseNorm,
-        BatchRenorm,
-        CrossIterationBatchNorm,
-        NaiveCrossIterationBatchNorm,
-        SyncBatchNorm,
-        FrozenBatchNorm,
-        BatchNorm,
-    )
-}
 
 
 def recipe_for(target: str | Recipe) -> Recipe:
@@ -52,6 +39,20 @@ def recipe_for(target: str | Recipe) -> Recipe:
         need="one of " + ", ".join(TARGETS),
         hint=" or ".join(close),
     )
+
+
+def recipe_of(layer: nn.Module) -> Recipe | None:
+    """The recipe that makes layers like ``layer``; None for a module that no recipe makes.
+
+    Example:
+        >>> recipe_of(nn.GroupNorm(2, 8)).target, recipe_of(nn.ReLU())
+        ('gn', None)
+    """
+    makers = {made: recipe for recipe in RECIPES.values() for made in recipe.layers}
+    found = next((makers[cls] for cls in type(layer).__mro__ if cls in makers), None)
+    if found is not None:
+        return found.read(layer)
+    return BatchNorm() if is_batchnorm(layer) else None
 
 
 def recipe_from_json(data: dict[str, Any]) -> Recipe:
@@ -90,4 +91,5 @@ __all__ = [
     "SyncBatchNorm",
     "recipe_for",
     "recipe_from_json",
+    "recipe_of",
 ]

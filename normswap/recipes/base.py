@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap import layers
@@ -19,6 +20,9 @@ from normswap.recipes.matching import Affine
 
 SMALLEST_MAP = 4
 """Per-sample statistics of fewer elements than this say nothing: such sites take the fallback."""
+
+LONGEST_SCHEDULE = 0.3
+"""Share of a training run that the schedule of a layer may take."""
 
 _TRANSFERRED_HOOKS = (
     "_forward_hooks",
@@ -33,18 +37,43 @@ _TRANSFERRED_HOOKS = (
 
 _ORIGIN = "_normswap_origin"
 
+RECIPES: dict[str, type[Recipe]] = {}
+"""Every recipe by the name of its target; a recipe enters itself when its class is made."""
+
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """How one family of targets takes a BatchNorm's place.
+    """How one family of targets takes a BatchNorm's place, and all that is true of that family.
 
     A recipe says whether it can take a site (``refusal``), settles what depends on the site
-    (``settle``) and builds the new module from the old one (``build``). It changes nothing.
+    (``settle``) and builds the new module from the old one (``build``). It changes nothing but the
+    layer that it built. Whoever wants to know something of a target asks its recipe: by
+    :func:`normswap.recipes.recipe_for` from a name, by :func:`normswap.recipes.recipe_of` from a
+    layer.
+
+    Attributes:
+        target: its name.
+        fallback: what a site becomes that it cannot take, unless the user says otherwise.
+        per_sample: its layer normalises each sample by itself and keeps no running statistics.
+            Of all others eval mode is the BatchNorm that was replaced, exactly.
+        wired: its layer has to know the module that makes its input.
+        takes_as: what a layer with an activation inside is called in a report.
+        layers: the classes that it builds.
+        apart: what several processes do not share of its layer, in words.
     """
 
     target: ClassVar[str] = ""
     fallback: ClassVar[str] = "keep"
-    takes_relu: ClassVar[bool] = False
+    per_sample: ClassVar[bool] = False
+    wired: ClassVar[bool] = False
+    takes_as: ClassVar[str] = ""
+    layers: ClassVar[tuple[type[nn.Module], ...]] = ()
+    apart: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "target" in vars(cls):
+            RECIPES[cls.target] = cls
 
     def __post_init__(self) -> None:
         for name, fine, need in self.limits():
@@ -70,14 +99,16 @@ class Recipe(ABC):
         return self
 
     @abstractmethod
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
         """The module that takes the place of ``norm``.
 
         Args:
             norm: the BatchNorm; it is not changed, but parameters may be shared with it.
             rank: number of spatial dimensions of its input.
             init: ``match``, ``copy`` or ``reset``.
-            relu: whether the new module also takes the place of a ReLU.
+            activation: which activation behind ``norm`` it takes the place of too, or None.
         """
 
     def warnings(self, site: Site, *, init: str) -> tuple[str, ...]:
@@ -85,9 +116,83 @@ class Recipe(ABC):
         del site, init
         return ()
 
+    @property
+    def takes(self) -> frozenset[str]:
+        """The activations, by canonical name, whose place its layer can take besides BN's."""
+        return frozenset()
+
+    @property
+    def insists(self) -> bool:
+        """Whether it takes no site without an activation to take."""
+        return False
+
+    # what is true of a layer that it built; of BatchNorm in eval mode, unless a recipe says more
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> Recipe:
+        """The recipe behind ``layer``, an instance of one of ``layers``."""
+        del layer
+        return cls()
+
+    def drift(self, state: BatchNormState) -> float:
+        """Relative output error to expect of a matched layer, from the statistics of its BN."""
+        del state
+        return 0.0
+
+    def standardise(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """What ``layer`` multiplies by γ and adds β to; None if it needs statistics it lacks."""
+        state = state_of(layer)
+        if state.mean is None:
+            return None
+        return F.batch_norm(x, state.mean, state.var, None, None, False, 0.0, state.eps)
+
+    def aim(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """What γ·x̂ + β of ``layer`` is to equal where the BatchNorm gave ``y``."""
+        del layer
+        return y
+
+    def taken(self, layer: nn.Module) -> str | None:
+        """Which activation's place ``layer`` took."""
+        found: str | None = vars(layer).get(_ORIGIN, {}).get("taken")
+        return found
+
+    # training
+
+    def wire(self, layer: nn.Module, producer: nn.Module) -> None:
+        """Tell a ``wired`` layer which module makes its input."""
+        del layer, producer
+
+    def unwire(self, layer: nn.Module) -> None:
+        """Undo ``wire``, where there was one."""
+        del layer
+
+    def schedule(self, layer: nn.Module) -> dict[str, int]:
+        """The iterations that ``layer`` counts in, by the name of its attribute."""
+        del layer
+        return {}
+
+    def set_schedule(self, layer: nn.Module, schedule: dict[str, int]) -> None:
+        """Give ``layer`` what ``schedule`` returned."""
+        del layer, schedule
+
+    def fitted_schedule(self, layer: nn.Module, iterations: int) -> dict[str, int]:
+        """The schedule that ``layer`` should have in a run of so many training forwards."""
+        del iterations
+        return self.schedule(layer)
+
+    # as data
+
     def to_json(self) -> dict[str, Any]:
         """Target name and hyper-parameters as plain data."""
         return {"target": self.target, **asdict(self)}
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        return f"{self.target}({settings})" if settings else self.target
+
+    def __getitem__(self, name: str) -> Any:
+        # version 0.1 had a dict in the place of the recipe in a plan
+        return self.to_json()[name]
 
 
 def whole(value: Any, least: int) -> bool:
@@ -105,6 +210,11 @@ def ranked(family: str, rank: int) -> type[nn.Module]:
     """The class of ``family`` in :mod:`normswap.layers` for ``rank`` spatial dimensions."""
     found: type[nn.Module] = getattr(layers, f"{family}{max(rank, 1)}d")
     return found
+
+
+def ranks(family: str) -> tuple[type[nn.Module], ...]:
+    """The classes of ``family`` for 1, 2 and 3 spatial dimensions."""
+    return tuple(ranked(family, rank) for rank in (1, 2, 3))
 
 
 def needs_running_statistics(site: Site) -> str | None:
@@ -184,13 +294,16 @@ def set_affine(norm: nn.Module, new: nn.Module, matched: Affine | None, init: st
     return new
 
 
-def take_over(norm: nn.Module, new: nn.Module, *, act: nn.Module | None = None) -> nn.Module:
+def take_over(
+    norm: nn.Module, new: nn.Module, *, act: nn.Module | None = None, taken: str | None = None
+) -> nn.Module:
     """Carry mode, hooks, origin and fused children from ``norm`` to ``new``.
 
     Args:
         norm: the BatchNorm that is replaced.
         new: its replacement.
         act: what stands in the place of a fused activation; None keeps the activation itself.
+        taken: the activation whose place ``new`` takes too.
     """
     parts = fused_parts(norm)
     if parts is not None and fused_parts(new) is None:
@@ -200,8 +313,20 @@ def take_over(norm: nn.Module, new: nn.Module, *, act: nn.Module | None = None) 
         hooks = vars(norm).get(name)
         if hooks:
             vars(new)[name] = hooks
-    vars(new)[_ORIGIN] = origin_of(norm)
+    origin = {"momentum": origin_of(norm)["momentum"]}
+    vars(new)[_ORIGIN] = origin if taken is None else {**origin, "taken": taken}
     return new
+
+
+def looks_fresh(state: BatchNormState) -> bool:
+    """Whether no batch has touched the running statistics."""
+    # not num_batches_tracked: weights that came from another framework leave it at 0
+    return (
+        state.mean is not None
+        and state.var is not None
+        and not state.mean.any()
+        and bool((state.var == 1).all())
+    )
 
 
 def origin_of(norm: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class SyncBatchNorm(base.Recipe):
     """
 
     target: ClassVar[str] = "syncbn"
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.SyncBatchNorm,)
 
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         del model
@@ -31,8 +32,10 @@ class SyncBatchNorm(base.Recipe):
             return base.NEVER_RAN
         return "it is SyncBatchNorm already" if site.kind in _SYNCHRONISED else None
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
-        del rank, init, relu
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del rank, init, activation
         return _standard(norm, nn.SyncBatchNorm, "SyncBatchNormAct")
 
 
@@ -45,6 +48,7 @@ class FrozenBatchNorm(base.Recipe):
     """
 
     target: ClassVar[str] = "frozen"
+    layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("FrozenBatchNorm")
 
     trainable: bool = True
 
@@ -52,8 +56,10 @@ class FrozenBatchNorm(base.Recipe):
         del model
         return base.needs_running_statistics(site)
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
-        del init, relu
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del init, activation
         state = state_of(norm)
         new = base.ranked("FrozenBatchNorm", rank)(
             state.channels, eps=state.eps, affine=state.weight is not None, **base.factory(norm)
@@ -79,8 +85,10 @@ class BatchNorm(base.Recipe):
             return base.NEVER_RAN  # which of BatchNorm1d, 2d and 3d it would be is not known
         return "it is BatchNorm already" if site.kind in _PLAIN else None
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
-        del init, relu
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del init, activation
         cls = getattr(nn, f"BatchNorm{max(rank, 1)}d")
         return _standard(norm, cls, "BatchNormAct2d")
 

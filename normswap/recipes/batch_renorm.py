@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from normswap.graph.norms import state_of
 from normswap.graph.sites import Site
 from normswap.recipes import base
+
+_PAPER_RUN = 130_000  # steps of the paper's run, section 4
+_PAPER_SCHEDULE = {"warmup": 5_000, "r_ramp": 35_000, "d_ramp": 20_000}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class BatchRenorm(base.Recipe):
     """
 
     target: ClassVar[str] = "brn"
+    layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("BatchRenorm")
+    apart: ClassVar[str | None] = "BRN: the correction r, d comes from each process's own batch"
 
     r_max: float = 3.0
     d_max: float = 5.0
@@ -49,8 +54,10 @@ class BatchRenorm(base.Recipe):
         del model
         return base.needs_running_statistics(site)
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
-        del init, relu
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del init, activation
         state = state_of(norm)
         new = base.ranked("BatchRenorm", rank)(
             state.channels,
@@ -65,3 +72,19 @@ class BatchRenorm(base.Recipe):
             **base.factory(norm),
         )
         return base.take_over(norm, base.share_tensors(norm, new))
+
+    def schedule(self, layer: nn.Module) -> dict[str, int]:
+        return {name: int(getattr(layer, name)) for name in _PAPER_SCHEDULE}
+
+    def set_schedule(self, layer: Any, schedule: dict[str, int]) -> None:
+        layer.set_schedule(**schedule)
+
+    def fitted_schedule(self, layer: Any, iterations: int) -> dict[str, int]:
+        own = self.schedule(layer)
+        length = own["warmup"] + max(own["r_ramp"], own["d_ramp"])
+        if length == 0 and base.looks_fresh(state_of(layer)):
+            return {k: round(v * iterations / _PAPER_RUN) for k, v in _PAPER_SCHEDULE.items()}
+        longest = base.LONGEST_SCHEDULE * iterations
+        if length <= longest or int(layer.iteration) >= length:  # it fits, or is over
+            return own
+        return {name: int(value * longest / length) for name, value in own.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -31,6 +31,11 @@ class CrossIterationBatchNorm(base.Recipe):
 
     target: ClassVar[str] = "cbn"
     fallback: ClassVar[str] = "brn"
+    wired: ClassVar[bool] = True
+    layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("CrossIterationBatchNorm")
+    apart: ClassVar[str | None] = (
+        "CBN: the window of past batches is each process's own and is not shared"
+    )
     compensate: ClassVar[bool] = True
 
     window: int = 8
@@ -60,8 +65,10 @@ class CrossIterationBatchNorm(base.Recipe):
             problem = f"{producer.kind} does not run on its stored weight"
         return problem
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
-        del init, relu
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del init, activation
         state = state_of(norm)
         new = base.ranked("CrossIterationBatchNorm", rank)(
             state.channels,
@@ -77,6 +84,25 @@ class CrossIterationBatchNorm(base.Recipe):
         )
         return base.take_over(norm, base.share_tensors(norm, new))
 
+    def wire(self, layer: Any, producer: nn.Module) -> None:
+        layer.attach(producer)
+
+    def unwire(self, layer: Any) -> None:
+        layer.detach()
+
+    def schedule(self, layer: Any) -> dict[str, int]:
+        return {"burn_in": int(layer.burn_in)}
+
+    def set_schedule(self, layer: Any, schedule: dict[str, int]) -> None:
+        layer.burn_in = schedule["burn_in"]
+
+    def fitted_schedule(self, layer: Any, iterations: int) -> dict[str, int]:
+        longest = int(base.LONGEST_SCHEDULE * iterations)
+        # at first weights move farther than the first-order prediction reaches
+        if layer.burn_in > longest or (layer.burn_in == 0 and base.looks_fresh(state_of(layer))):
+            return {"burn_in": longest}
+        return self.schedule(layer)
+
 
 @dataclass(frozen=True)
 class NaiveCrossIterationBatchNorm(CrossIterationBatchNorm):
@@ -84,4 +110,6 @@ class NaiveCrossIterationBatchNorm(CrossIterationBatchNorm):
 
     target: ClassVar[str] = "naive-cbn"
     fallback: ClassVar[str] = "keep"
+    wired: ClassVar[bool] = False
+    layers: ClassVar[tuple[type[nn.Module], ...]] = ()  # they are CBN's
     compensate: ClassVar[bool] = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from normswap import layers
 from normswap.graph.norms import BatchNormState, fused_parts, state_of
 from normswap.graph.sites import Site
 from normswap.recipes import base
-from normswap.recipes.matching import match_filter_response
+from normswap.recipes.matching import match_filter_response, predicted_filter_response_drift
 
 _LINEAR = 1e3
 """ε over E[x²] that makes FRN on a tiny map nearly linear, as BN in eval mode is."""
@@ -41,12 +41,22 @@ class FilterResponseNorm(base.Recipe):
 
     target: ClassVar[str] = "frn"
     fallback: ClassVar[str] = "frozen"
-    takes_relu: ClassVar[bool] = True
+    per_sample: ClassVar[bool] = True
+    takes_as: ClassVar[str] = "TLU"
+    layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("FilterResponseNorm")
 
     eps: float = 1e-6
     tlu: Literal["auto"] | bool = "auto"
     learnable_eps: Literal["auto"] | bool = False
     eps_share: float = _HARMLESS
+
+    @property
+    def takes(self) -> frozenset[str]:
+        return frozenset() if self.tlu is False else frozenset({"relu"})
+
+    @property
+    def insists(self) -> bool:
+        return self.tlu is True
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
         yield "eps", base.number(self.eps, 0) and self.eps > 0, "a number above 0"
@@ -72,16 +82,19 @@ class FilterResponseNorm(base.Recipe):
         note = ("a map this small: FRN relies on its learnable ε",) if tiny else ()
         return (*base.affine_warnings(site, init), *note)
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
         state = state_of(norm)
         parts = fused_parts(norm)
         # A dropout between norm and ReLU stays between them; the TLU then stands after it.
-        apart = relu and parts is not None and not isinstance(parts[0], nn.Identity)
+        tlu = activation is not None
+        apart = tlu and parts is not None and not isinstance(parts[0], nn.Identity)
         new = base.ranked("FilterResponseNorm", rank)(
             state.channels,
             eps=self.eps,
             learnable_eps=bool(self.learnable_eps),
-            tlu=relu and not apart,
+            tlu=tlu and not apart,
             **base.factory(norm),
         )
         eps = self._start_eps(new, state)
@@ -90,7 +103,7 @@ class FilterResponseNorm(base.Recipe):
         frozen = [p for p in (state.weight, state.bias) if p is not None]
         if frozen and not any(p.requires_grad for p in frozen):
             new.requires_grad_(False)  # τ and ε too
-        act: nn.Module | None = nn.Identity() if relu else None
+        act: nn.Module | None = nn.Identity() if tlu else None
         if apart:
             act = layers.ThresholdedLinearUnit(state.channels, **base.factory(norm))
         return base.take_over(norm, new, act=act)
@@ -105,3 +118,12 @@ class FilterResponseNorm(base.Recipe):
             with torch.no_grad():
                 new.eps_l.copy_(learnt)
         return self.eps + learnt
+
+    def drift(self, state: BatchNormState) -> float:
+        return predicted_filter_response_drift(state)
+
+    def standardise(self, layer: Any, x: Tensor) -> Tensor:
+        return layers.plain_filter_response_norm(x, None, None, None, layer.eps_l, layer.eps)
+
+    def taken(self, layer: Any) -> str | None:
+        return None if layer.tau is None else "relu"

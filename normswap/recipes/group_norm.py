@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from normswap.errors import PlanError
 from normswap.graph.norms import BatchNormState, state_of
@@ -40,6 +41,7 @@ def _eps_limit(eps: float | None) -> tuple[str, bool, str]:
 @dataclass(frozen=True)
 class _Grouped(base.Recipe):
     fallback: ClassVar[str] = "frozen"
+    per_sample: ClassVar[bool] = True
 
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         del model
@@ -66,6 +68,7 @@ class GroupNorm(_Grouped):
     """
 
     target: ClassVar[str] = "gn"
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.GroupNorm,)
 
     groups: int | Literal["auto"] | None = "auto"
     max_groups: int = PAPER_GROUPS
@@ -77,26 +80,39 @@ class GroupNorm(_Grouped):
         yield "max_groups", base.whole(self.max_groups, 1), "a positive integer"
         yield _eps_limit(self.eps)
 
-    def settle(self, site: Site, norm: nn.Module) -> GroupNorm:
-        eps = state_of(norm).eps if self.eps is None else self.eps
-        return replace(self, groups=self._choose(site, norm), eps=eps)
+    @classmethod
+    def read(cls, layer: Any) -> GroupNorm:
+        return cls(groups=layer.num_groups)
 
-    def _choose(self, site: Site, norm: nn.Module) -> int:
-        if self.groups is None:
-            return nearest_groups(site.channels, self.max_groups)
-        if self.groups == "auto":
-            return automatic_groups(norm, self.max_groups)
-        return _dividing(self.groups, site.channels, site.name)
-
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
-        del rank, relu
+    def settle(self, site: Site, norm: nn.Module) -> Self:
         state = state_of(norm)
-        assert isinstance(self.groups, int)
-        groups = _dividing(self.groups, state.channels, "the plan")
+        eps = state.eps if self.eps is None else self.eps
+        return replace(self, groups=self.groups_for(state, site.name), eps=eps)
+
+    def groups_for(self, state: BatchNormState, where: str = "the plan") -> int:
+        """The number of groups in the place of a BatchNorm."""
+        if self.groups is None:
+            return nearest_groups(state.channels, self.max_groups)
+        if self.groups == "auto":
+            return automatic_groups(state, self.max_groups)
+        return _dividing(self.groups, state.channels, where)
+
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del rank, activation
+        state = state_of(norm)
+        groups = self.groups_for(state)
         eps = state.eps if self.eps is None else self.eps
         new = nn.GroupNorm(groups, state.channels, eps=eps, **base.factory(norm))
         matched = match_groups(state, groups, eps) if base.has_statistics(state) else None
         return base.take_over(norm, base.set_affine(norm, new, matched, init))
+
+    def drift(self, state: BatchNormState) -> float:
+        return predicted_group_drift(state, self.groups_for(state))
+
+    def standardise(self, layer: Any, x: Tensor) -> Tensor:
+        return F.group_norm(x, layer.num_groups, None, None, layer.eps)
 
 
 def _dividing(groups: int, channels: int, where: str) -> int:
@@ -111,26 +127,19 @@ def _dividing(groups: int, channels: int, where: str) -> int:
     return groups
 
 
-def automatic_groups(norm: nn.Module, most: int = PAPER_GROUPS) -> int:
+def automatic_groups(state: BatchNormState, most: int = PAPER_GROUPS) -> int:
     """The number of groups with the smallest predicted drift, among the divisors of C.
 
     Statistics that no batch has touched say nothing: such a BN gets the paper's number.
 
     Args:
-        norm: the BatchNorm.
+        state: of the BatchNorm.
         most: the largest number to consider.
     """
-    state = state_of(norm)
-    if not base.has_statistics(state) or _is_fresh(state):
+    if not base.has_statistics(state) or base.looks_fresh(state):
         return nearest_groups(state.channels, most)
     choices = [n for n in divisors(state.channels) if n <= most and state.channels // n >= 2] or [1]
     return min(choices, key=lambda n: (round(predicted_group_drift(state, n), 6), n))
-
-
-def _is_fresh(state: BatchNormState) -> bool:
-    assert state.mean is not None
-    assert state.var is not None
-    return not state.mean.any() and bool((state.var == 1).all())
 
 
 @dataclass(frozen=True)
@@ -157,9 +166,14 @@ class LayerNorm(_Grouped):
         del site
         return replace(self, eps=state_of(norm).eps if self.eps is None else self.eps)
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
         one_group = GroupNorm(groups=1, eps=self.eps)
-        return one_group.build(norm, rank=rank, init=init, relu=relu)
+        return one_group.build(norm, rank=rank, init=init, activation=activation)
+
+    def drift(self, state: BatchNormState) -> float:
+        return predicted_group_drift(state, 1)
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,11 @@ class InstanceNorm(_Grouped):
     """
 
     target: ClassVar[str] = "in"
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (
+        nn.InstanceNorm1d,
+        nn.InstanceNorm2d,
+        nn.InstanceNorm3d,
+    )
 
     eps: float | None = None
 
@@ -190,8 +209,10 @@ class InstanceNorm(_Grouped):
         erased = "instance norm erases each sample's channel means: fine-tune before use"
         return (erased, *super().warnings(site, init=init))
 
-    def build(self, norm: nn.Module, *, rank: int, init: str, relu: bool = False) -> nn.Module:
-        del relu
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del activation
         state = state_of(norm)
         eps = state.eps if self.eps is None else self.eps
         cls = getattr(nn, f"InstanceNorm{max(rank, 1)}d")
@@ -199,3 +220,9 @@ class InstanceNorm(_Grouped):
         known = base.has_statistics(state)
         matched = match_groups(state, state.channels, eps) if known else None
         return base.take_over(norm, base.set_affine(norm, new, matched, init))
+
+    def drift(self, state: BatchNormState) -> float:
+        return predicted_group_drift(state, state.channels)
+
+    def standardise(self, layer: Any, x: Tensor) -> Tensor:
+        return F.instance_norm(x, eps=layer.eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap import layers
 from normswap.errors import PlanError, SwapError
 from normswap.graph import CallSite, norms, qualified_names
+from normswap.graph.vocabulary import REPLACEABLE, replaceable_op
 from normswap.graph.walker import refuse_wrapped
 from normswap.planning import Patterns, Plan, PlanEntry, Target, plan
 from normswap.provenance import Provenance, provenance_of
-from normswap.recipes import Recipe, recipe_from_json
+from normswap.recipes import Recipe, recipe_of
 from normswap.swap.check import check_run
 from normswap.swap.journal import Journal
 from normswap.swap.optimizer import check_optimizer, move_optimizer
@@ -24,12 +25,6 @@ from normswap.swap.references import put_at, replace_everywhere
 from normswap.swap.relu_removal import edited_class
 
 _log = logging.getLogger("normswap")
-
-_CBN = (
-    layers.CrossIterationBatchNorm1d,
-    layers.CrossIterationBatchNorm2d,
-    layers.CrossIterationBatchNorm3d,
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) 
     replacements = {old[name]: new[name] for name in new}
     record = provenance_of(model)
     with Journal() as journal:
-        _remove_relus(model, plan, journal)
+        _remove_activations(model, plan, journal)
         converted = replace_everywhere(model, replacements, journal)
         _wire(converted, plan, new, journal)
         if optimizer is not None:
@@ -153,10 +148,11 @@ def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) 
         _record(converted, record, plan, journal)
         if example_inputs is not None and replacements:
             check_run(converted, example_inputs, replacements)
-    # Nothing can fail any more: CBN layers that are gone let go of their convolutions.
+    # Nothing can fail any more: layers that are gone let go of what they were wired to.
     for module in replacements:
-        if isinstance(module, _CBN):
-            module.detach()
+        recipe = recipe_of(module)
+        if recipe is not None:
+            recipe.unwire(module)
     return Conversion(converted, plan, new, plan.kept)
 
 
@@ -205,20 +201,20 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 
 def _build(norm: nn.Module, entry: PlanEntry) -> nn.Module:
-    recipe = recipe_from_json(entry.recipe or {})
-    relu = entry.removal is not None
-    return recipe.build(norm, rank=entry.rank, init=entry.init, relu=relu)
+    assert entry.recipe is not None  # it is not kept
+    taken = None if entry.removal is None else entry.removal.op
+    return entry.recipe.build(norm, rank=entry.rank, init=entry.init, activation=taken)
 
 
-def _remove_relus(model: nn.Module, plan: Plan, journal: Journal) -> None:
+def _remove_activations(model: nn.Module, plan: Plan, journal: Journal) -> None:
     calls: dict[str, dict[CallSite, None]] = defaultdict(dict)
-    gone: dict[str, None] = {}
+    gone: dict[str, str] = {}
     for entry in plan.swapped:
         removal = entry.removal
         if removal is not None and removal.how == "call" and removal.call is not None:
             calls[removal.call.owner].setdefault(removal.call)
         elif removal is not None:
-            gone.update(dict.fromkeys(removal.names))
+            gone.update(dict.fromkeys(removal.names, removal.op))
     for owner, found in calls.items():
         module = _named(model, owner)
         try:
@@ -227,31 +223,32 @@ def _remove_relus(model: nn.Module, plan: Plan, journal: Journal) -> None:
             raise SwapError(
                 owner or "the model",
                 got=f"no call at {error}",
-                need="the place of the ReLU that the plan was made for",
+                need="the place of the activation that the plan was made for",
                 hint="a new plan for this model",
             ) from error
     identities: dict[nn.Module, nn.Identity] = {}
     modules = {n: m for m, names in qualified_names(model).items() for n in names}
-    for name in gone:
-        relu = modules.get(name)
-        if not isinstance(relu, nn.ReLU):
+    for name, op in gone.items():
+        activation = modules.get(name)
+        if activation is None or replaceable_op(activation) != op:
             raise SwapError(
                 name,
-                got="no such module" if relu is None else type(relu).__name__,
-                need="the ReLU that the plan was made for",
+                got="no such module" if activation is None else type(activation).__name__,
+                need=f"the {REPLACEABLE[op]} that the plan was made for",
                 hint="a new plan for this model",
             )
-        identity = identities.setdefault(relu, nn.Identity())
-        identity.training = relu.training
+        identity = identities.setdefault(activation, nn.Identity())
+        identity.training = activation.training
         put_at(model, name, identity, journal)
 
 
 def _wire(model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Journal) -> None:
     for entry in plan.swapped:
         layer = new[entry.name]
-        if entry.producer is not None and isinstance(layer, _CBN):
-            layer.attach(_named(model, entry.producer))
-            journal.on_undo(layer.detach)
+        recipe = entry.recipe
+        if entry.producer is not None and recipe is not None and recipe.wired:
+            recipe.wire(layer, _named(model, entry.producer))
+            journal.on_undo(functools.partial(recipe.unwire, layer))
 
 
 def _record(model: nn.Module, record: Provenance, plan: Plan, journal: Journal) -> None:

@@ -1,4 +1,4 @@
-"""Take single ReLU calls out of a block's methods, for the TLU in front of them to take over.
+"""Take single activation calls out of a block's methods: the norm in front takes them over.
 
 The block's class is replaced by a subclass whose method was compiled from the original source
 without those calls. Nothing is traced: control flow, training flag, checkpointing switches and
@@ -25,7 +25,7 @@ Edit = tuple[str, tuple[int, int, int, int], str]
 """Method, position of the call in it, digest of the method's source."""
 
 
-class _WithoutReLU:
+class _WithoutCalls:
     """Mixin of the generated classes: how to copy and pickle an instance of one."""
 
     _normswap_base: type[nn.Module]
@@ -105,12 +105,12 @@ def _generate(base: type[nn.Module], edits: frozenset[Edit]) -> type[nn.Module]:
         "_normswap_edits": edits,
     }
     try:
-        return type(base.__name__, (_WithoutReLU, base), namespace)
+        return type(base.__name__, (_WithoutCalls, base), namespace)
     except Exception as error:
         raise SwapError(
             f"{base.__module__}.{base.__qualname__}",
             got=f"a class that refuses to be derived from ({error})",
-            need="a block whose ReLU can be taken out",
+            need="a block whose activation can be taken out",
             hint="normswap.FilterResponseNorm(tlu=False)",
         ) from error
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normswap import layers
 from normswap.errors import TrainingError
+from normswap.recipes import Recipe, recipe_of
 
 log = logging.getLogger("normswap")
 
@@ -150,27 +151,19 @@ def _trains(model: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-_PAPER_RUN = 130_000  # steps of BRN's paper, arXiv 1702.03275, section 4
-_PAPER_SCHEDULE = {"warmup": 5_000, "r_ramp": 35_000, "d_ramp": 20_000}
-_LONGEST = 0.3  # share of a run that a schedule may take
-
-
 def norm_state(model: nn.Module) -> dict[str, Any]:
     """Iteration counters, schedules and histories, which are no part of the state dict."""
-    schedules = {
-        name: {key: getattr(module, key) for key in _PAPER_SCHEDULE}
-        for name, module in _renorms(model)
-    }
-    burn_ins = {name: module.burn_in for name, module in _cross_iteration(model)}
-    return {"schedules": schedules, "burn_ins": burn_ins, "layers": layers.training_state(model)}
+    schedules = {name: recipe.schedule(layer) for name, layer, recipe in _scheduled(model)}
+    return {"schedules": schedules, "layers": layers.training_state(model)}
 
 
 def load_norm_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Put back what ``norm_state`` gave."""
-    for name, module in _renorms(model):
-        module.set_schedule(**state["schedules"][name])
-    for name, module in _cross_iteration(model):
-        module.burn_in = state["burn_ins"][name]
+    # version 0.1 kept CBN's apart
+    apart = {name: {"burn_in": length} for name, length in state.get("burn_ins", {}).items()}
+    schedules = {**state["schedules"], **apart}
+    for name, layer, recipe in _scheduled(model):
+        recipe.set_schedule(layer, schedules[name])
     layers.load_training_state(model, state["layers"])
 
 
@@ -188,44 +181,18 @@ def scale_schedules(model: nn.Module, iterations: int) -> None:
         model: changed in place.
         iterations: training forwards of the run.
     """
-    for name, module in _renorms(model):
-        wanted = _schedule(module, iterations)
-        if wanted != {key: getattr(module, key) for key in wanted}:
-            module.set_schedule(**wanted)
-            log.info("%s: BRN schedule %s of %d iterations", name, wanted, iterations)
-    longest = int(_LONGEST * iterations)
-    for name, module in _cross_iteration(model):
-        if module.burn_in > longest or (module.burn_in == 0 and _is_fresh(module)):
-            log.info("%s: burn-in of %d iterations, not %d", name, longest, module.burn_in)
-            module.burn_in = longest
+    for name, layer, recipe in _scheduled(model):
+        own, wanted = recipe.schedule(layer), recipe.fitted_schedule(layer, iterations)
+        if wanted != own:
+            recipe.set_schedule(layer, wanted)
+            log.info("%s: schedule %s of %d iterations, not %s", name, wanted, iterations, own)
 
 
-def _schedule(module: Any, iterations: int) -> dict[str, int]:
-    own = {key: int(getattr(module, key)) for key in _PAPER_SCHEDULE}
-    length = own["warmup"] + max(own["r_ramp"], own["d_ramp"])
-    if length == 0 and _is_fresh(module):
-        return {k: round(v * iterations / _PAPER_RUN) for k, v in _PAPER_SCHEDULE.items()}
-    longest = _LONGEST * iterations
-    if length <= longest or int(module.iteration) >= length:  # it fits, or is over
-        return own
-    return {key: int(value * longest / length) for key, value in own.items()}
-
-
-def _is_fresh(module: Any) -> bool:
-    # not num_batches_tracked: weights that came from another framework leave it at 0
-    return not module.running_mean.any() and bool((module.running_var == 1).all())
-
-
-def _renorms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _scheduled(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe]]:
     for name, module in model.named_modules():
-        if hasattr(module, "set_schedule") and hasattr(module, "r_ramp"):
-            yield name, module
-
-
-def _cross_iteration(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "burn_in", None), int):
-            yield name, module
+        recipe = recipe_of(module)
+        if recipe is not None and recipe.schedule(module):
+            yield name, module, recipe
 
 
 def check_norms(model: nn.Module, device: torch.device, world: int) -> None:
@@ -251,14 +218,10 @@ def notes_on_norms(model: nn.Module, world: int) -> list[str]:
     """What several processes share of the normalisation layers, in words."""
     if world == 1:
         return []
-    kinds = {type(module).__name__ for module in model.modules()}
+    found = [recipe for module in model.modules() if (recipe := recipe_of(module)) is not None]
     notes = ["each process normalises its own batch; gradients are averaged over all of them"]
-    if any("BatchNorm" in kind or "BatchRenorm" in kind for kind in kinds):
+    if not all(recipe.per_sample for recipe in found):
         notes.append(
             "running statistics are those of the first process, handed to all before each forward"
         )
-    if any("BatchRenorm" in kind for kind in kinds):
-        notes.append("BRN: the correction r, d comes from each process's own batch")
-    if any("CrossIteration" in kind for kind in kinds):
-        notes.append("CBN: the window of past batches is each process's own and is not shared")
-    return notes
+    return notes + list(dict.fromkeys(recipe.apart for recipe in found if recipe.apart))
