@@ -307,8 +307,9 @@ def list_models(pattern: str | None = None) -> list[str]:
     """Names of timm's and torchvision's models, without building or downloading anything.
 
     Args:
-        pattern: shell pattern over the whole name (``"timm/resnet*"``), or a part of it
-            (``"resnet"``). With a dot in it, timm's weight tags are listed too.
+        pattern: shell pattern over the whole name (``"timm/resnet*"``) or over what follows the
+            slash (``"resnet50.*"``), or a part of it (``"resnet"``). With a dot in it, timm's
+            weight tags are listed too.
 
     Example:
         >>> list_models("torchvision/resnet5*")
@@ -323,6 +324,8 @@ def list_models(pattern: str | None = None) -> list[str]:
         return names
     if not any(sign in pattern for sign in "*?["):
         pattern = f"*{pattern}*"
+    elif "/" not in pattern:
+        pattern = f"*/{pattern}"
     return fnmatch.filter(names, pattern)
 
 

@@ -139,6 +139,7 @@ def _print(spec: str, batch_size: int, found: Comparison) -> None:
         title=f"{spec}, batch {batch_size}, {found.device}: ratio to BatchNorm, quartiles of "
         f"{found.rounds} rounds",
         numeric=columns,
+        droppable=("extra state", "kept for backward", "onnxruntime", "note"),
     )
     say(
         f"BatchNorm itself: {found.training_seconds * 1e3:.0f} ms a training step, "

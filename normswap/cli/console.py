@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -16,6 +17,7 @@ from normswap.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
 _PIPE_WIDTH = 200  # rich takes 80 columns where there is no terminal, and cuts module names there
@@ -85,26 +87,71 @@ def print_table(
     *,
     title: str | None = None,
     numeric: Sequence[str] = (),
+    droppable: Sequence[str] = (),
 ) -> None:
-    """Print a table; the columns named in ``numeric`` are set flush right."""
+    """Print a table that fits the width without breaking a name.
+
+    Args:
+        columns: their headings; the first column and the numbers never wrap, the others wrap
+            between words.
+        rows: one sequence of cells per row.
+        title: a line above.
+        numeric: columns that are set flush right.
+        droppable: columns to leave out, the least important first, until the rest fits; a line
+            below says which. Those that are empty are left out anyway.
+    """
+    table_rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    console = stdout()
+    empty = [c for c in droppable if not any(row[columns.index(c)] for row in table_rows)]
+    left_out: list[str] = []
+    table = _table(columns, table_rows, title, numeric, empty)
+    for column in droppable:
+        if _least_width(table, console) <= console.width:
+            break
+        if column not in empty:
+            left_out.append(column)
+            table = _table(columns, table_rows, title, numeric, [*empty, *left_out])
+    console.width = max(console.width, _least_width(table, console))
+    console.print(table)
+    if left_out:
+        say(f"left out for want of width: {', '.join(left_out)} (a wider terminal or --json)")
+
+
+def _least_width(table: Table, console: Console) -> int:
+    return table.__rich_measure__(console, console.options.update(width=10_000)).minimum
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None,
+    numeric: Sequence[str],
+    left_out: Sequence[str],
+) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in columns:
-        right = column in numeric
+    shown = [index for index, column in enumerate(columns) if column not in left_out]
+    for index in shown:
+        right = columns[index] in numeric
         table.add_column(
-            column, justify="right" if right else "left", no_wrap=right, overflow="fold"
+            columns[index], justify="right" if right else "left", no_wrap=right or index == 0
         )
     for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    stdout().print(table)
+        table.add_row(*(Text(row[index]) for index in shown))
+    return table
 
 
 def say(text: str) -> None:
     """One line of result text."""
     stdout().print(text, markup=False, soft_wrap=True)
+
+
+def say_next(*words: object) -> None:
+    """The command that a user would give next, as a line to copy."""
+    say(f"next: normswap {shlex.join(map(str, words))}")
 
 
 class Show(Protocol):

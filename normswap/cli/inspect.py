@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.cli.console import print_json, print_table, say
+from normswap.cli.console import print_json, print_table, say, say_next
 from normswap.cli.options import ModelChoice, cli_command, json_option, model_options
 from normswap.targets import TARGETS
 
@@ -49,6 +49,7 @@ def command(*, chosen: ModelChoice, exclude: tuple[str, ...], as_json: bool) -> 
     _print_targets(plans)
     for note in graph.notes:
         say(f"note: {note}")
+    say_next("convert", *chosen.words(), "--to", "gn", "-o", "converted")
 
 
 def _print_sites(graph: Graph, plans: Mapping[str, Plan]) -> None:
@@ -57,6 +58,7 @@ def _print_sites(graph: Graph, plans: Mapping[str, Plan]) -> None:
         [_site_row(site, plans) for site in graph],
         title=f"{len(graph)} BatchNorm layers",
         numeric=("C", "map"),
+        droppable=("kind", "activation", "producer", "cannot take"),
     )
 
 

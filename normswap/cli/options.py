@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -82,6 +82,18 @@ class ModelChoice:
     device: str | None
     seed: int
     image_size: int | None
+
+    def words(self) -> Iterator[str]:
+        """MODEL and the options that make it this one, for a command to copy."""
+        yield self.spec
+        if self.checkpoint is not None:
+            yield from ("--checkpoint", str(self.checkpoint))
+        if not self.pretrained:
+            yield "--no-pretrained"
+        if self.num_classes is not None:
+            yield from ("--num-classes", str(self.num_classes))
+        if self.image_size is not None:
+            yield from ("--image-size", str(self.image_size))
 
     def load(self) -> Source:
         """Seed torch and build the model, in eval mode and on the device asked for."""
