@@ -1,20 +1,41 @@
-"""What makes an ONNX file this one: a hash over its graph, and one over its metadata.
+"""What makes an ONNX file this one: a hash over all that a runtime reads, and one over its metadata.
 
-The graph's hash covers opsets, inputs, outputs, declared shapes, nodes, attributes, subgraphs,
-functions and initializers (external ones by their bytes). It leaves out what changes no output:
-names of nodes, documentation, and the metadata, which have a hash of their own. A hash finds
-edits; it is no signature, since whoever edits a file can also write a new hash.
+The graph's hash walks the protobuf schema: every field that is set counts, whatever it is called
+and whichever release of ONNX adds it; so do fields that this release does not know, and the bytes
+of external data. Three things are left out because they change no output: the documentation, the
+names of nodes, and the metadata, which have a hash of their own. A hash finds edits; it is no
+signature, since whoever edits a file can also write a new hash.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import onnx
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import Message  # type: ignore[import-untyped]
+from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
-from normswap.onnx.file.parsing import OnnxFile, external_bytes, is_external
+from normswap.onnx.file.parsing import External, OnnxFile, external, is_external, values_of
+
+_LEFT_OUT = {
+    (onnx.NodeProto, "name"),
+    (onnx.ModelProto, "metadata_props"),
+    # where the bytes of a tensor lie; the bytes themselves count, wherever that is
+    (onnx.TensorProto, "data_location"),
+    (onnx.TensorProto, "external_data"),
+}
+_CHUNK = 1 << 20
+
+_DTYPES = {
+    FieldDescriptor.TYPE_FLOAT: "<f4",
+    FieldDescriptor.TYPE_DOUBLE: "<f8",
+    FieldDescriptor.TYPE_UINT64: "<u8",
+}
+"""Numbers are hashed as these; all other kinds, whole ones, as 64 bits with a sign."""
 
 
 class _Digest:
@@ -24,98 +45,79 @@ class _Digest:
         self.file = file
         self.sha = hashlib.sha256()
 
-    def field(self, tag: str, *values: Any) -> None:
-        for value in (tag, *values):
-            data = value if isinstance(value, bytes) else str(value).encode()
-            self.sha.update(len(data).to_bytes(8, "little"))
-            self.sha.update(data)
+    def number(self, value: int) -> None:
+        self.sha.update(value.to_bytes(8, "little", signed=True))
 
-    def model(self, proto: onnx.ModelProto) -> None:
-        opsets = sorted((opset.domain, opset.version) for opset in proto.opset_import)
-        self.field("opsets", opsets)
-        self.graph(proto.graph)
-        for function in proto.functions:
-            self.field("function", function.domain, function.name, function.overload)
-            self.field("io", list(function.input), list(function.output))
-            self.field("attributes", list(function.attribute))
-            for attribute in _by_name(function.attribute_proto):
-                self.attribute(attribute)
-            for node in function.node:
-                self.node(node)
-        for training in proto.training_info:
-            self.graph(training.initialization)
-            self.graph(training.algorithm)
+    def bytes(self, data: bytes) -> None:
+        self.number(len(data))
+        self.sha.update(data)
 
-    def graph(self, graph: onnx.GraphProto) -> None:
-        self.field("graph", len(graph.node), len(graph.initializer))
-        for kind, values in (
-            ("input", graph.input),
-            ("output", graph.output),
-            ("value", graph.value_info),
-        ):
-            for value in values:
-                self.field(kind, value.name, value.type.SerializeToString(deterministic=True))
-        for node in graph.node:
-            self.node(node)
-        for tensor in sorted(graph.initializer, key=lambda item: item.name):
-            self.tensor(tensor)
-        for sparse in graph.sparse_initializer:
-            self.field("sparse", list(sparse.dims))
-            self.tensor(sparse.values)
-            self.tensor(sparse.indices)
+    def message(self, message: Message) -> None:
+        """Every field that is set, in the order of their numbers, then an end mark."""
+        for field, value in message.ListFields():
+            if field.name != "doc_string" and (type(message), field.name) not in _LEFT_OUT:
+                self.number(field.number)
+                self.values(field, values_of(value))
+        if isinstance(message, onnx.TensorProto) and is_external(message):
+            self.number(onnx.TensorProto.RAW_DATA_FIELD_NUMBER)
+            self.number(1)  # one value, as if it lay in the file
+            self.elsewhere(external(self.file, message))
+        self.unknown(UnknownFieldSet(message))
+        self.number(0)
 
-    def node(self, node: onnx.NodeProto) -> None:
-        self.field("node", node.domain, node.op_type, node.overload)
-        self.field("io", list(node.input), list(node.output))
-        for attribute in _by_name(node.attribute):
-            self.attribute(attribute)
-
-    def attribute(self, attribute: onnx.AttributeProto) -> None:
-        self.field("attribute", attribute.name, attribute.type, attribute.ref_attr_name)
-        self.field("float", attribute.f.hex(), [value.hex() for value in attribute.floats])
-        self.field("int", attribute.i, list(attribute.ints))
-        self.field("string", attribute.s, *attribute.strings)
-        if attribute.HasField("t"):
-            self.tensor(attribute.t)
-        for tensor in attribute.tensors:
-            self.tensor(tensor)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            self.field("sparse", sparse.SerializeToString(deterministic=True))
-        if attribute.HasField("g"):
-            self.graph(attribute.g)
-        for graph in attribute.graphs:
-            self.graph(graph)
-
-    def tensor(self, tensor: onnx.TensorProto) -> None:
-        self.field("tensor", tensor.name, tensor.data_type, list(tensor.dims))
-        if is_external(tensor):
-            self.field("data", external_bytes(self.file, tensor))
-        elif tensor.HasField("raw_data"):
-            self.field("data", tensor.raw_data)
+    def values(self, field: FieldDescriptor, values: Any) -> None:
+        self.number(len(values))
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for item in values:
+                self.message(item)
+        elif field.type == FieldDescriptor.TYPE_BYTES:
+            for item in values:
+                self.bytes(item)
+        elif field.type == FieldDescriptor.TYPE_STRING:
+            for item in values:
+                self.bytes(item.encode())
         else:
-            bare = onnx.TensorProto()
-            bare.CopyFrom(tensor)
-            for noise in ("name", "doc_string"):
-                bare.ClearField(noise)
-            self.field("typed", bare.SerializeToString(deterministic=True))
+            self.sha.update(np.array(values, _DTYPES.get(field.type, "<i8")).tobytes())
 
+    def elsewhere(self, place: External) -> None:
+        """The bytes of an external tensor, read piece by piece."""
+        self.number(place.length)
+        with place.path.open("rb") as stream:
+            stream.seek(place.offset)
+            left = place.length
+            while left:
+                piece = stream.read(min(left, _CHUNK))
+                if not piece:
+                    break
+                self.sha.update(piece)
+                left -= len(piece)
 
-def _by_name(attributes: Iterable[onnx.AttributeProto]) -> list[onnx.AttributeProto]:
-    return sorted(attributes, key=lambda attribute: attribute.name)
+    def unknown(self, fields: UnknownFieldSet) -> None:
+        """Fields that this release of ONNX has no name for; the runtime may know them."""
+        for field in fields:
+            self.number(-field.field_number)
+            self.number(field.wire_type)
+            if isinstance(field.data, bytes):
+                self.bytes(field.data)
+            elif isinstance(field.data, int):
+                self.bytes(str(field.data).encode())
+            else:
+                self.unknown(field.data)
+                self.number(0)
 
 
 def graph_hash(file: OnnxFile) -> str:
-    """SHA-256 over nodes, attributes, initializers, inputs, outputs and opsets, in hex."""
+    """SHA-256 over everything in a file that a runtime reads, in hex."""
     digest = _Digest(file)
-    digest.model(file.proto)
+    digest.message(file.proto)
     return digest.sha.hexdigest()
 
 
-def metadata_hash(metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the file's metadata but for this hash itself, in hex."""
+def metadata_hash(entries: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over metadata, sorted by key, in hex."""
     sha = hashlib.sha256()
-    for key in sorted(metadata):
-        for text in (key, metadata[key]):
+    for pair in sorted(entries):
+        for text in pair:
             data = text.encode()
             sha.update(len(data).to_bytes(8, "little"))
             sha.update(data)

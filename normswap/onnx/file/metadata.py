@@ -10,11 +10,13 @@ from typing import Any
 import onnx
 
 from normswap.onnx.file.identity import graph_hash, metadata_hash
+from normswap.onnx.file.identity_v1 import graph_hash_v1, uncovered
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.selftest import SelfTest
 from normswap.plain import plain
 
-FORMAT = 1
+FORMAT = 2
+"""Files of format 1 have the hash of version 0.1, and are still read."""
 PREFIX = "normswap."
 
 _JSON_KEYS = (
@@ -65,41 +67,54 @@ def write_metadata(file: OnnxFile, fields: Mapping[str, Any]) -> None:
         for key, value in {"format_version": FORMAT, **fields}.items()
     }
     entries[PREFIX + "graph_sha256"] = graph_hash(file)
-    entries[PREFIX + "metadata_sha256"] = metadata_hash(entries)
+    entries[PREFIX + "metadata_sha256"] = metadata_hash(entries.items())
     onnx.helper.set_model_props(file.proto, entries)
 
 
 def read_metadata(file: OnnxFile) -> Metadata | None:
     """The record of a file; None if normswap did not make it."""
-    entries = {entry.key: entry.value for entry in file.proto.metadata_props}
-    ours = {key: value for key, value in entries.items() if key.startswith(PREFIX)}
-    if not ours:
+    entries = [(entry.key, entry.value) for entry in file.proto.metadata_props]
+    if not any(key.startswith(PREFIX) for key, _ in entries):
         return None
-    return Metadata(*_decode(file, ours))
+    fields, problem = _decode(dict(entries))
+    return Metadata(fields, problem or _broken(file, entries, fields))
 
 
-def _decode(file: OnnxFile, entries: dict[str, str]) -> tuple[dict[str, Any], str | None]:
+def _decode(entries: dict[str, str]) -> tuple[dict[str, Any], str | None]:
     fields: dict[str, Any] = {}
-    problem = _broken_hash(file, entries)
+    problem = None
     for key in _JSON_KEYS:
         try:
             fields[key] = json.loads(entries.get(PREFIX + key, "null"))
         except (ValueError, RecursionError):
             problem = problem or f"identity: its metadata field {key!r} is no JSON"
-    if problem is None and fields["format_version"] != FORMAT:
-        problem = f"identity: its metadata have format {fields['format_version']}, not {FORMAT}"
     return fields, problem
 
 
-def _broken_hash(file: OnnxFile, entries: dict[str, str]) -> str | None:
-    recorded = entries.get(PREFIX + "graph_sha256", "missing")
-    found = graph_hash(file)
+def _broken(
+    file: OnnxFile, entries: list[tuple[str, str]], fields: Mapping[str, Any]
+) -> str | None:
+    """Why a file is not the one that its metadata describe; None if it is."""
+    known = dict(entries)
+    if len(known) < len(entries):
+        return "identity: a key stands twice in its metadata"
+    version = fields["format_version"]
+    if version not in (1, FORMAT) or isinstance(version, bool):
+        return f"identity: its metadata have format {version}, not {FORMAT}"
+    if version == 1 and (gap := uncovered(file)) is not None:
+        return f"identity: its hash, of version 0.1, does not cover {gap}: export the model again"
+    recorded = known.get(PREFIX + "graph_sha256", "missing")
+    found = graph_hash_v1(file) if version == 1 else graph_hash(file)
     if found != recorded:
         return (
             f"identity: SHA-256 of nodes, attributes and initializers is {found[:12]}…, the "
             f"recorded one is {recorded[:12]}…: the file was edited after its proof"
         )
-    rest = {key: value for key, value in entries.items() if key != PREFIX + "metadata_sha256"}
-    if metadata_hash(rest) != entries.get(PREFIX + "metadata_sha256"):
+    rest = [
+        (key, value)
+        for key, value in entries
+        if key != PREFIX + "metadata_sha256" and (version != 1 or key.startswith(PREFIX))
+    ]
+    if metadata_hash(rest) != known.get(PREFIX + "metadata_sha256"):
         return "identity: the SHA-256 of its metadata is not the recorded one: they were edited"
     return None

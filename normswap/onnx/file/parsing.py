@@ -7,9 +7,10 @@ folder, in a plain file, within its bounds; sizes that tensors claim must match 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import onnx
 from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
@@ -18,7 +19,12 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from normswap.errors import ExportError, in_short
 from normswap.onnx.file.parity import Array
 
-_MAX_DEPTH = 32
+_MAX_DEPTH = 128
+"""Messages in messages; a subgraph takes three."""
+
+_DATA = {"raw_data", "float_data", "int32_data", "string_data"} | {
+    *("int64_data", "double_data", "uint64_data")
+}
 
 _BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32,
@@ -71,7 +77,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
         proto.ParseFromString(where.read_bytes())
     except (DecodeError, ValueError, RecursionError, MemoryError) as error:
         raise _not_onnx(where, f"bytes that are no ONNX protobuf ({in_short(error)})") from error
-    if not _is_text(proto):
+    if not all(map(_is_text, messages(proto))):
         raise _not_onnx(where, "an ONNX protobuf whose names are no text")
     file = OnnxFile(where, proto)
     if not proto.graph.node or not proto.opset_import or not proto.graph.output:
@@ -81,69 +87,44 @@ def read_onnx(path: str | Path) -> OnnxFile:
     return file
 
 
-def _is_text(message: Message) -> bool:
-    """Whether every string is one: protobuf hands out bytes where it is not valid UTF-8."""
-    for field, value in message.ListFields():
-        if field.type == FieldDescriptor.TYPE_STRING:
-            texts = (value,) if isinstance(value, str | bytes) else value
-            if not all(isinstance(text, str) for text in texts):
-                return False
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
-            inner = (value,) if isinstance(value, Message) else value
-            if not all(map(_is_text, inner)):
-                return False
-    return True
+def values_of(value: Any) -> Sequence[Any]:
+    """The values of a protobuf field, whether it holds one or many."""
+    return (value,) if isinstance(value, str | bytes | int | float | Message) else value
 
 
-def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor that a model holds: initializers, attributes, subgraphs, functions.
+def messages(message: Message, depth: int = 0) -> Iterator[Message]:
+    """A message and every one inside it, whatever field it lies in.
 
     Raises:
-        ExportError: graphs nested deeper than any exporter makes.
+        ExportError: nested deeper than any exporter makes.
     """
-    yield from _graph_tensors(proto.graph, 0)
-    for function in proto.functions:
-        for node in function.node:
-            yield from _node_tensors(node, 0)
-        for attribute in function.attribute_proto:
-            yield from _attribute_tensors(attribute, 0)
-    for training in proto.training_info:
-        yield from _graph_tensors(training.initialization, 0)
-        yield from _graph_tensors(training.algorithm, 0)
-
-
-def _graph_tensors(graph: onnx.GraphProto, depth: int) -> Iterator[onnx.TensorProto]:
     if depth > _MAX_DEPTH:
         raise ExportError(
             "ONNX graph",
-            got=f"subgraphs nested deeper than {_MAX_DEPTH}",
+            got=f"messages nested deeper than {_MAX_DEPTH}",
             need="a model made by an exporter",
             hint="exporting it again",
         )
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    for node in graph.node:
-        yield from _node_tensors(node, depth)
+    yield message
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for item in values_of(value):
+                yield from messages(item, depth + 1)
 
 
-def _node_tensors(node: onnx.NodeProto, depth: int) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        yield from _attribute_tensors(attribute, depth)
+def _is_text(message: Message) -> bool:
+    """Whether every string is one: protobuf hands out bytes where it is not valid UTF-8."""
+    return all(
+        isinstance(text, str)
+        for field, value in message.ListFields()
+        if field.type == FieldDescriptor.TYPE_STRING
+        for text in values_of(value)
+    )
 
 
-def _attribute_tensors(attribute: onnx.AttributeProto, depth: int) -> Iterator[onnx.TensorProto]:
-    if attribute.HasField("t"):
-        yield attribute.t
-    yield from attribute.tensors
-    for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-        yield sparse.values
-        yield sparse.indices
-    if attribute.HasField("g"):
-        yield from _graph_tensors(attribute.g, depth + 1)
-    for graph in attribute.graphs:
-        yield from _graph_tensors(graph, depth + 1)
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model holds: initializers, attributes, subgraphs, functions."""
+    return (message for message in messages(proto) if isinstance(message, onnx.TensorProto))
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
@@ -167,6 +148,8 @@ def external(file: OnnxFile, tensor: onnx.TensorProto) -> External:
         ExportError: an absolute path, one that climbs out, a link, a missing or short file.
     """
     facts = {entry.key: entry.value for entry in tensor.external_data}
+    if len(facts) < len(tensor.external_data):
+        raise _unsafe(file, tensor.name, "external data with the same key twice")
     path = _inside(file, tensor.name, facts.get("location", ""))
     need = _bytes_of(file, tensor)
     offset, length = (_number(file, tensor, facts.get(k)) for k in ("offset", "length"))
@@ -229,6 +212,8 @@ def _check_tensor(file: OnnxFile, tensor: onnx.TensorProto) -> None:
     if is_external(tensor):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             raise _unsafe(file, tensor.name, "external data that is not flagged as such")
+        if any(field.name in _DATA for field, _ in tensor.ListFields()):
+            raise _unsafe(file, tensor.name, "external data beside data of its own")
         external(file, tensor)
         return
     if not tensor.HasField("raw_data"):
