@@ -264,7 +264,7 @@ def _onnx(
         for variant, model in models.items():
             path = Path(folder) / f"{variant.target}.onnx"
             export_onnx(model.cpu().eval(), path, example_inputs=inputs)
-            session = load_onnx(path)
+            session = load_onnx(path, timeout=None)  # made here, and timed
             steps[variant] = lambda session=session: call(session, inputs)  # type: ignore[misc]
         return _interleave(steps, 3, rounds)
 

@@ -16,9 +16,9 @@ import torch
 from click.testing import CliRunner
 from onnx_support import Net, live
 
+from normswap import children
 from normswap.cli.app import app
 from normswap.onnx import export_onnx
-from normswap.onnx.file import session
 from normswap.onnx.file.metadata import read_metadata
 from normswap.onnx.file.parsing import read_onnx
 
@@ -112,13 +112,13 @@ def data(tmp_path_factory):
 def test_mutated_files_end_in_a_verdict_or_one_clear_line(kind, data, tmp_path, monkeypatch):
     rng = np.random.default_rng(KINDS.index(kind))
     opened = []
-    original = session.open_session
+    original = children.Child.ask
 
-    def watched(path, level, provider):
-        opened.append(path)
-        return original(path, level, provider)
+    def watched(child, request, *arguments, **options):
+        opened.append(request["path"])
+        return original(child, request, *arguments, **options)
 
-    monkeypatch.setattr(session, "open_session", watched)
+    monkeypatch.setattr(children.Child, "ask", watched)
     codes = set()
     path = tmp_path / "mutated.onnx"
     for _ in range(-(-COUNT // len(KINDS))):

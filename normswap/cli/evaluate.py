@@ -14,6 +14,7 @@ from normswap.cli.options import (
     cli_command,
     json_option,
     model_options,
+    timeout_option,
 )
 from normswap.errors import DataError
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
 )
 @click.option("--skip-broken", is_flag=True, help="Count broken images instead of stopping.")
+@timeout_option
 @json_option
 @model_options
 def command(
@@ -47,6 +49,7 @@ def command(
     batch_size: int,
     workers: int,
     skip_broken: bool,
+    timeout: float | None,
     as_json: bool,
 ) -> None:
     """Measure top-1, top-5 and loss on labelled images.
@@ -56,7 +59,7 @@ def command(
     import normswap
     from normswap.data import labelled_dataset
 
-    model, preprocessing, names = _open(chosen)
+    model, preprocessing, names = _open(chosen, timeout)
     on_broken = "skip" if skip_broken else "error"
     dataset: Any = labelled_dataset(
         data, preprocessing.resized(chosen.image_size), split, class_names=names
@@ -89,7 +92,9 @@ def command(
     )
 
 
-def _open(chosen: ModelChoice) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
+def _open(
+    chosen: ModelChoice, timeout: float | None
+) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
     """The model, what it wants of its input, and its class names."""
     if not chosen.spec.endswith(".onnx"):
         source = chosen.load()
@@ -103,7 +108,7 @@ def _open(chosen: ModelChoice) -> tuple[nn.Module, Preprocessing, tuple[str, ...
             "and --no-pretrained."
         )
 
-    file = load_onnx(Path(chosen.spec))
+    file = load_onnx(Path(chosen.spec), timeout=timeout)
     if file.preprocessing is None:
         raise DataError(
             chosen.spec,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from normswap.children import safe_path
+from normswap.children import FOREVER, SECONDS, safe_path
 from normswap.cli.console import quiet_libraries, results_alone
 from normswap.errors import NormSwapError, in_short
 from normswap.targets import TARGETS
@@ -56,6 +56,16 @@ def debug_option() -> click.Option:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
 
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, max=FOREVER),
+    default=SECONDS,
+    show_default=True,
+    callback=lambda _ctx, _parameter, value: value or None,
+    help="Seconds that an ONNX file may run, in a process of its own that may take 8 GiB; "
+    "0: here, without limits.",
+)
 
 
 def cli_command(

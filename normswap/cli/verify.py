@@ -9,7 +9,7 @@ import click
 
 from normswap.cli.boundary import PARITY
 from normswap.cli.console import print_json, print_table, say
-from normswap.cli.options import cli_command, json_option
+from normswap.cli.options import cli_command, json_option, timeout_option
 
 if TYPE_CHECKING:
     from normswap.onnx import Parity
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", help="Repeat the full proof against this MODEL; needs torch.")
 @click.option("--provider", help="onnxruntime execution provider: cpu, cuda … [default: cpu]")
+@timeout_option
 @click.option("--all", "every", is_flag=True, help="Show every case, not only a summary.")
 @json_option
 @click.pass_context
@@ -28,6 +29,7 @@ def command(
     file: Path,
     model: str | None,
     provider: str | None,
+    timeout: float | None,
     every: bool,
     as_json: bool,
 ) -> None:
@@ -38,7 +40,7 @@ def command(
     """
     from normswap.onnx import verify_onnx
 
-    parity = verify_onnx(file, **_model(model, file), provider=provider)
+    parity = verify_onnx(file, **_model(model, file), provider=provider, timeout=timeout)
     if as_json:
         print_json({"file": file, **parity.to_json()})
     else:

@@ -18,7 +18,7 @@ from normswap.errors import ExportError, ParityError
 from normswap.onnx.file.metadata import write_metadata
 from normswap.onnx.file.parity import Parity, check_tolerance
 from normswap.onnx.file.parsing import read_onnx
-from normswap.onnx.file.selftest import MAX_STORED, Expected, SelfTest, TestInput
+from normswap.onnx.file.selftest import MAX_STORED, MAX_TOLERANCE, Expected, SelfTest, TestInput
 from normswap.onnx.proving.proof import prove_draft
 from normswap.onnx.proving.trials import GroundTruth, Trial
 from normswap.onnx.writing.program import MAX_OPSET, MIN_OPSET, Draft, Options, save, write_program
@@ -62,7 +62,8 @@ def export_onnx(
         dynamic_size: let height and width vary as well.
         half: weights and activations in float16, norms, inputs and outputs in float32; the
             tolerance is then ``max(1e-2, 3·error(torch))``, never above 5e-2.
-        tolerance: largest error that passes, in place of the rule.
+        tolerance: largest error that passes, in place of the rule; the file's self-test allows it
+            too, up to 5e-2.
         allow_mismatch: write the file even if the proof fails, marked so in its metadata.
         images: preprocessed images for the proof, beside random inputs.
 
@@ -266,7 +267,7 @@ def _self_test(
             hint="example_inputs of the shape and range that the model is made for",
         )
     outputs = tuple(
-        Expected.of(name, array, max(limit, proven.get(name, 0.0)), error)
+        Expected.of(name, array, min(MAX_TOLERANCE, max(limit, proven.get(name, 0.0))), error)
         for name, array, limit, error in zip(
             subject.outputs,
             reference.outputs,

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from normswap.errors import ExportError, ParityError, in_short
+from normswap.children import SECONDS
+from normswap.errors import ExportError, ParityError
 from normswap.onnx.file.metadata import read_metadata
 from normswap.onnx.file.parsing import read_onnx
-from normswap.onnx.file.session import open_session, resolve_provider
+from normswap.onnx.file.session import (
+    Failed,
+    Session,
+    check_timeout,
+    open_apart,
+    open_here,
+    resolve_provider,
+)
 from normswap.onnx.writing.subject import as_array
 
 
@@ -20,7 +29,7 @@ class OnnxModel(nn.Module):
 
     Args:
         path: the file.
-        provider: onnxruntime execution provider.
+        session: the opened file.
         preprocessing: as recorded in the file (JSON form of ``data.Preprocessing``), or None.
         class_names: as recorded in the file, or None.
 
@@ -32,7 +41,7 @@ class OnnxModel(nn.Module):
     def __init__(
         self,
         path: Path,
-        provider: str,
+        session: Session,
         *,
         preprocessing: dict[str, Any] | None = None,
         class_names: tuple[str, ...] | None = None,
@@ -41,11 +50,11 @@ class OnnxModel(nn.Module):
         self.path = path
         self.preprocessing = preprocessing
         self.class_names = class_names
-        self._session = open_session(path, "all", provider)
-        self._dtypes = [_numpy_dtype(item.type) for item in self._session.get_inputs()]
-        self.input_names = tuple(item.name for item in self._session.get_inputs())
-        self.output_names = tuple(item.name for item in self._session.get_outputs())
-        self.batch_size = _fixed(self._session.get_inputs()[0].shape)
+        self._session = session
+        self._dtypes = [_numpy_dtype(value.type) for value in session.inputs]
+        self.input_names = tuple(value.name for value in session.inputs)
+        self.output_names = tuple(value.name for value in session.outputs)
+        self.batch_size = _fixed(session.inputs[0].shape)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Run the file."""
@@ -57,32 +66,36 @@ class OnnxModel(nn.Module):
                 hint="as many tensors",
             )
         arrays = [as_array(x).astype(t) for x, t in zip(inputs, self._dtypes, strict=True)]
-        try:
-            found = self._session.run(None, dict(zip(self.input_names, arrays, strict=True)))
-        except Exception as error:
+        found = self._session.run(arrays)
+        if isinstance(found, Failed):
             raise ExportError(
                 str(self.path),
-                got=in_short(error),
+                got=found.message,
                 need="inputs that the file takes",
                 hint=f"a batch of {self.batch_size}" if self.batch_size else "another image size",
-            ) from error
+            )
         tensors = [torch.from_numpy(array.copy()).to(inputs[0].device) for array in found]
         if len(tensors) == 1:
             return tensors[0]
         return dict(zip(self.output_names, tensors, strict=True))
 
 
-def load_onnx(path: str | Path, *, provider: str | None = None) -> OnnxModel:
+def load_onnx(
+    path: str | Path, *, provider: str | None = None, timeout: float | None = SECONDS
+) -> OnnxModel:
     """Open an ONNX file as a torch module, for ``evaluate`` and the like.
 
     Args:
         path: the file; one that normswap did not make is fine, an edited one is not.
         provider: onnxruntime execution provider, for example ``"cuda"``; CPU by default.
+        timeout: seconds that opening the file, and each batch, may take in a process of its own
+            that may take 8 GiB; None runs it in this process, without limits.
 
     Raises:
         ParityError: the file was edited after its proof.
         ExportError: a file that is no ONNX model, or that onnxruntime cannot open.
     """
+    check_timeout(timeout)
     file = read_onnx(path)
     metadata = read_metadata(file)
     if metadata is not None and metadata.problem is not None:
@@ -92,20 +105,24 @@ def load_onnx(path: str | Path, *, provider: str | None = None) -> OnnxModel:
     fields = metadata.fields if metadata is not None else {}
     names, preprocessing = fields.get("class_names"), fields.get("preprocessing")
     device = resolve_provider(provider)
-    try:
-        return OnnxModel(
-            file.path,
-            device,
-            preprocessing=preprocessing if isinstance(preprocessing, dict) else None,
-            class_names=tuple(str(name) for name in names) if isinstance(names, list) else None,
-        )
-    except Exception as error:
+    session: Session | Failed = (
+        open_here(file.path, "all", device)
+        if timeout is None
+        else open_apart(file.path, "all", device, timeout)
+    )
+    if isinstance(session, Failed) or not session.inputs:
         raise ExportError(
             str(path),
-            got=f"an error from onnxruntime: {in_short(error)}",
+            got=session.message if isinstance(session, Failed) else "a graph without inputs",
             need="a model that onnxruntime can run",
             hint="exporting it again",
-        ) from error
+        )
+    return OnnxModel(
+        file.path,
+        session,
+        preprocessing=preprocessing if isinstance(preprocessing, dict) else None,
+        class_names=tuple(str(name) for name in names) if isinstance(names, list) else None,
+    )
 
 
 def _numpy_dtype(kind: str) -> str:
@@ -113,5 +130,5 @@ def _numpy_dtype(kind: str) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def _fixed(shape: list[Any]) -> int | None:
+def _fixed(shape: Sequence[Any]) -> int | None:
     return shape[0] if shape and isinstance(shape[0], int) else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normswap.children import SECONDS
 from normswap.errors import ExportError
 from normswap.onnx.file.metadata import read_metadata
 from normswap.onnx.file.parity import Parity, check_tolerance
 from normswap.onnx.file.parsing import read_onnx
-from normswap.onnx.file.session import Apart, Here, resolve_provider
+from normswap.onnx.file.session import Apart, Here, check_timeout, resolve_provider
 from normswap.onnx.file.verifying import verify_alone
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def verify_onnx(
     provider: str | None = None,
     images: Any = None,
     tolerance: float | None = None,
+    timeout: float | None = SECONDS,
 ) -> Parity:
     """Check that an ONNX file is the one that was proven, and that it computes what it should.
 
@@ -39,6 +41,8 @@ def verify_onnx(
         provider: onnxruntime execution provider, for example ``"cuda"``; CPU by default.
         images: preprocessed images for the proof, beside random inputs.
         tolerance: largest error that passes, in place of the rule's.
+        timeout: seconds that the file may run in all, in a process of its own that may take 8 GiB;
+            None runs it in this process, without limits.
 
     Returns:
         The verdict; a mismatch is ``passed=False`` with ``failure`` in words, never an exception.
@@ -48,6 +52,7 @@ def verify_onnx(
             nothing to check it by while no model is given.
     """
     check_tolerance(tolerance)
+    check_timeout(timeout)
     if model is None and any(given is not None for given in (tolerance, images, example_inputs)):
         raise ExportError(
             "tolerance, images or example_inputs",
@@ -59,16 +64,15 @@ def verify_onnx(
     metadata = read_metadata(file)
     device = resolve_provider(provider)
     if model is None:
-        return verify_alone(file, metadata, Here(device))
+        return verify_alone(file, metadata, device, timeout)
     from normswap.onnx.proving.proof import prove_file
 
-    trusted = metadata is not None and metadata.intact
     return prove_file(
         file,
         model,
         example_inputs,
         metadata,
-        runner=Here(device) if trusted else Apart(device),
+        runner=Here(device) if timeout is None else Apart(device, timeout),
         images=images,
         tolerance=tolerance,
     )

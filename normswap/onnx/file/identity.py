@@ -1,4 +1,4 @@
-"""What makes an ONNX file this one: a hash over all that a runtime reads, and one over its metadata.
+"""What makes an ONNX file this one: a hash over all that a runtime reads, and one of its metadata.
 
 The graph's hash walks the protobuf schema: every field that is set counts, whatever it is called
 and whichever release of ONNX adds it; so do fields that this release does not know, and the bytes

@@ -22,6 +22,9 @@ from normswap.onnx.file.parity import Array
 _MAX_DEPTH = 128
 """Messages in messages; a subgraph takes three."""
 
+MAX_NODES = 1_000_000
+"""A hundred times those of the largest networks that people export."""
+
 _DATA = {"raw_data", "float_data", "int32_data", "string_data"} | {
     *("int64_data", "double_data", "uint64_data")
 }
@@ -84,7 +87,35 @@ def read_onnx(path: str | Path) -> OnnxFile:
         raise _not_onnx(where, "a protobuf without an ONNX graph in it")
     for tensor in tensors(proto):
         _check_tensor(file, tensor)
+    if any(isinstance(m, onnx.NodeProto) and m.op_type == "EPContext" for m in messages(proto)):
+        raise _not_onnx(where, "a graph compiled for one machine (EPContext)")
+    if unfolded(proto) > MAX_NODES:
+        raise _not_onnx(where, f"functions that unfold to more than {MAX_NODES:,} nodes")
     return file
+
+
+def unfolded(proto: onnx.ModelProto) -> float:
+    """How many nodes a graph has once its functions are put in; infinite where they never end."""
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    sizes: dict[tuple[str, str, str], float] = {}
+
+    def size_of(message: Message, depth: int) -> float:
+        total = 0.0
+        for node in messages(message):
+            if isinstance(node, onnx.NodeProto):
+                total += 1 + called((node.domain, node.op_type, node.overload), depth)
+        return total
+
+    def called(key: tuple[str, str, str], depth: int) -> float:
+        if key not in functions:
+            return 0.0
+        if depth > _MAX_DEPTH:
+            return math.inf
+        if key not in sizes:
+            sizes[key] = size_of(functions[key], depth + 1)
+        return sizes[key]
+
+    return size_of(proto.graph, 0)
 
 
 def values_of(value: Any) -> Sequence[Any]:

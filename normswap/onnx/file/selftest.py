@@ -9,24 +9,31 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from normswap.onnx.file.parity import Array
+from normswap.onnx.file.parity import HALF_CEILING, Array
 
 MAX_INPUT_ELEMENTS = 1 << 28
 MAX_STORED = 4096
 """Outputs above this size keep an evenly spaced sample of their values."""
 
+MAX_TOLERANCE = HALF_CEILING
+"""The largest error that a file may ask to be allowed: what float16 may cost."""
+ROUNDING = 1e-6
+"""The scale is kept in float64, the values in float32."""
+CHUNK = 1 << 20
+"""Numbers that are made at once, so that a large input takes little more memory than itself."""
+
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def splitmix64(seed: int, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The first ``count`` numbers of the splitmix64 generator.
+def splitmix64(seed: int, count: int, start: int = 0) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The first ``count`` numbers of the splitmix64 generator, or those from ``start`` on.
 
     Example:
         >>> [int(z) for z in splitmix64(1234567, 3)]
@@ -36,16 +43,32 @@ def splitmix64(seed: int, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     OOPSLA 2014; the constants are those of Vigna's public-domain implementation.
     """
     with np.errstate(over="ignore"):
-        z = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+        z = np.uint64(seed) + np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(
+            _GAMMA
+        )
         z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
         return z ^ (z >> np.uint64(31))
 
 
-def uniform(seed: int, shape: Sequence[int]) -> Array:
-    """Float64 numbers in [−2, 2) on a grid of 2⁻²², variance 4/3, the same everywhere."""
-    bits = splitmix64(seed, math.prod(shape)) >> np.uint64(40)
-    return (bits.astype(np.float64) * 2.0**-22 - 2.0).reshape(tuple(shape))
+def uniform(seed: int, shape: Sequence[int], dtype: str = "float64") -> Array:
+    """Numbers in [−2, 2) on a grid of 2⁻²², variance 4/3, the same everywhere."""
+    return _filled(
+        shape, dtype, lambda start, count: _grid(splitmix64(seed, count, start) >> np.uint64(40))
+    )
+
+
+def _grid(bits: Array) -> Array:
+    return bits.astype(np.float64) * 2.0**-22 - 2.0
+
+
+def _filled(shape: Sequence[int], dtype: str, make: Callable[[int, int], Array]) -> Array:
+    """An array made chunk by chunk."""
+    flat = np.empty(math.prod(shape), dtype)
+    for start in range(0, flat.size, CHUNK):
+        count = min(CHUNK, flat.size - start)
+        flat[start : start + count] = make(start, count).astype(dtype)
+    return flat.reshape(tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -76,11 +99,13 @@ class TestInput:
         if self.values is not None:
             return np.array(self.values).astype(self.dtype).reshape(self.shape)
         if np.dtype(self.dtype).kind == "f":
-            return uniform(self.seed, self.shape).astype(self.dtype)
-        draws = splitmix64(self.seed, math.prod(self.shape))
+            return uniform(self.seed, self.shape, self.dtype)
         span = np.uint64(self.high - self.low + 1)
-        values = (draws % span).astype(np.int64) + self.low
-        return values.astype(self.dtype).reshape(self.shape)
+
+        def draw(start: int, count: int) -> Array:
+            return (splitmix64(self.seed, count, start) % span).astype(np.int64) + self.low
+
+        return _filled(self.shape, self.dtype, draw)
 
 
 @dataclass(frozen=True)
@@ -123,8 +148,8 @@ class Expected:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Expected:
-        """The inverse of ``to_json``.
+    def from_json(cls, data: dict[str, Any], *, most: float = math.inf) -> Expected:
+        """The inverse of ``to_json``; a larger tolerance than ``most`` becomes that.
 
         Raises:
             ValueError: if ``data`` is not what ``to_json`` makes.
@@ -135,15 +160,37 @@ class Expected:
                 str(data["name"]),
                 tuple(int(size) for size in data["shape"]),
                 float(data["scale"]),
-                float(data["tolerance"]),
+                min(float(data["tolerance"]), most),
                 float(data["torch_error"]),
                 values,
             )
-        except (KeyError, TypeError, binascii.Error) as error:
+        except (KeyError, TypeError, OverflowError, binascii.Error) as error:
             raise ValueError(f"expected output: {error}") from error
-        if not (math.isfinite(found.scale) and 0 < found.tolerance < 1):
-            raise ValueError("expected output: scale or tolerance out of range")
+        found.check()
         return found
+
+    def check(self) -> None:
+        """Raise for a claim that proves nothing.
+
+        Raises:
+            ValueError: a tolerance beyond any proof's, a scale that is not the values', or not as
+                many values as belong to the shape.
+        """
+        if not 0 < self.tolerance <= MAX_TOLERANCE:
+            raise ValueError(
+                f"self-test: a tolerance of {self.tolerance:g} for output {self.name[:80]!r}; "
+                f"need one up to {MAX_TOLERANCE:g}"
+            )
+        count = math.prod(self.shape)
+        if any(size < 0 for size in self.shape) or self.values.size != min(count, MAX_STORED):
+            raise ValueError("self-test: expected values that do not fill their shape")
+        most = float(np.max(np.abs(self.values), initial=0.0))
+        whole = count == self.values.size
+        known = most <= self.scale * (1 + ROUNDING) and (
+            not whole or self.scale <= most * (1 + ROUNDING)
+        )
+        if not (math.isfinite(self.scale) and known):
+            raise ValueError("self-test: a scale that is not the one of its expected values")
 
 
 def sample(array: Array) -> Array:
@@ -181,19 +228,21 @@ class SelfTest:
         }
 
     @classmethod
-    def from_json(cls, data: Any) -> SelfTest:
-        """The inverse of ``to_json``.
+    def from_json(cls, data: Any, *, most: float = math.inf) -> SelfTest:
+        """The inverse of ``to_json``; a larger tolerance than ``most`` becomes that.
 
         Raises:
             ValueError: if ``data`` is not what ``to_json`` makes, or asks for too much memory.
         """
         try:
             inputs = tuple(_input_from_json(item) for item in data["inputs"])
-            outputs = tuple(Expected.from_json(item) for item in data["outputs"])
-        except (KeyError, TypeError) as error:
+            outputs = tuple(Expected.from_json(item, most=most) for item in data["outputs"])
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"self-test: {error}") from error
         if sum(math.prod(item.shape) for item in inputs) > MAX_INPUT_ELEMENTS:
             raise ValueError("self-test: inputs too large")
+        if not any(output.values.size for output in outputs):
+            raise ValueError("self-test: no output to compare")
         return cls(inputs, outputs)
 
 
