@@ -31,7 +31,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class _Population:
+class Population:
     """BN in float64: y = slope·(x − mean) + bias, with x of variance var."""
 
     mean: Tensor
@@ -40,7 +40,8 @@ class _Population:
     bias: Tensor
 
 
-def _population(state: BatchNormState) -> _Population:
+def population(state: BatchNormState) -> Population:
+    """What BN's running statistics say, with the average in the place of what is not finite."""
     assert state.mean is not None
     assert state.var is not None
     mean, var = state.mean.detach().double(), state.var.detach().double()
@@ -51,7 +52,7 @@ def _population(state: BatchNormState) -> _Population:
     if not sound.all():  # BN's output there is β or NaN; the channel's group must not suffer
         slope = torch.where(sound, slope, torch.zeros_like(slope))
         mean, var = _filled(mean, sound, 0.0), _filled(var, sound, 1.0)
-    return _Population(mean, var, slope, bias)
+    return Population(mean, var, slope, bias)
 
 
 def _filled(values: Tensor, sound: Tensor, default: float) -> Tensor:
@@ -79,7 +80,7 @@ def match_groups(state: BatchNormState, groups: int, eps: float) -> Affine:
     of its group's statistics. A channel whose variance is a thousandth of its group's keeps the
     share of its slope that errs least.
     """
-    bn = _population(state)
+    bn = population(state)
     centre, spread = group_moments(bn.mean, bn.var, groups)
     alive = bn.var > DEAD * spread
     slope = bn.slope * _trust(bn, _group_noise(bn, groups, centre, spread))
@@ -95,7 +96,7 @@ def match_filter_response(state: BatchNormState, eps: float | Tensor) -> Affine:
 
     ``γ′_c = γ_c·s_c·√(σ²_c + μ²_c + ε_f)``, ``β′_c = β_c − γ_c·s_c·μ_c``.
     """
-    bn = _population(state)
+    bn = population(state)
     power = bn.var + bn.mean**2
     alive = bn.var > DEAD * power
     weight = bn.slope * (power + eps).sqrt()
@@ -132,7 +133,7 @@ def predicted_group_drift(state: BatchNormState, groups: int) -> float:
     networks do, Var δ and E r² follow from σ² and μ: they fall with the size of the group, and the
     error grows with ``√v_g / σ_c``, a channel much quieter than its group.
     """
-    bn = _population(state)
+    bn = population(state)
     centre, spread = group_moments(bn.mean, bn.var, groups)
     noise = _group_noise(bn, groups, centre, spread)
     kept = _trust(bn, noise)
@@ -140,7 +141,7 @@ def predicted_group_drift(state: BatchNormState, groups: int) -> float:
     return _relative(bn, error, bn.var > DEAD * spread)
 
 
-def _group_noise(bn: _Population, groups: int, centre: Tensor, spread: Tensor) -> Tensor:
+def _group_noise(bn: Population, groups: int, centre: Tensor, spread: Tensor) -> Tensor:
     """Variance, in units of x, of what a sample's group statistics add to each channel."""
     offset = (bn.mean - centre) ** 2
     shift = _pooled(MEAN_SHARE * bn.var, groups, MEANS_TOGETHER)
@@ -149,7 +150,7 @@ def _group_noise(bn: _Population, groups: int, centre: Tensor, spread: Tensor) -
     return stretch * (bn.var + offset) + shift
 
 
-def _trust(bn: _Population, noise: Tensor) -> Tensor:
+def _trust(bn: Population, noise: Tensor) -> Tensor:
     """Share of its slope that a channel keeps: all, unless its group drowns it.
 
     A channel a thousand times quieter than its group would pass on the group's fluctuations many
@@ -163,14 +164,14 @@ def predicted_filter_response_drift(state: BatchNormState) -> float:
 
     The root mean square of a sample's channel is off by a share r, the output by ``γ_c·s_c·r·x_c``.
     """
-    bn = _population(state)
+    bn = population(state)
     total = bn.var + bn.mean**2
     power = POWER_SPREAD * bn.var**2 + 4 * bn.mean**2 * MEAN_SHARE * bn.var
     stretch = power / (4 * total.clamp_min(1e-300) ** 2)
     return _relative(bn, stretch * total, bn.var > DEAD * total)
 
 
-def _relative(bn: _Population, error: Tensor, alive: Tensor) -> float:
+def _relative(bn: Population, error: Tensor, alive: Tensor) -> float:
     """Root mean square error over the channels' spread, each weighted by what it puts out."""
     share = torch.where(alive, bn.slope**2 * error, torch.zeros_like(error))
     total = (bn.slope**2 * bn.var).sum().clamp_min(1e-300)
