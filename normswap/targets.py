@@ -7,6 +7,7 @@ TARGETS: dict[str, str] = {
     "ln": "Layer Normalization in the GN paper's sense: one group over C, H and W",
     "in": "Instance Normalization; erases channel means, so it cannot keep a function",
     "frn": "Filter Response Normalization, with a TLU wherever a ReLU followed the BN",
+    "evonorm": "EvoNorm-S0; per sample, in the place of a BN and the SiLU or ReLU behind it",
     "brn": "Batch Renormalization; exactly BN in eval mode, for batch 4-16",
     "cbn": "Cross-Iteration BN; exactly BN in eval mode, for batch 2-8",
     "naive-cbn": "Cross-Iteration BN without its Taylor compensation, for comparison",

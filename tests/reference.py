@@ -51,6 +51,20 @@ def filter_response_norm(x, weight, bias, tau, eps_l, eps):
     return torch.stack(samples)
 
 
+def evo_norm(x, weight, bias, v, groups, eps):
+    size = x.shape[1] // groups
+    samples = []
+    for n in range(x.shape[0]):
+        rows = []
+        for c in range(x.shape[1]):
+            first = c // size * size
+            group = torch.cat([x[n, i].reshape(-1) for i in range(first, first + size)])
+            std = torch.sqrt(mean((group - mean(group)) ** 2) + eps)
+            rows.append(affine(x[n, c] / (1 + torch.exp(-v[c] * x[n, c])) / std, c, weight, bias))
+        samples.append(torch.stack(rows))
+    return torch.stack(samples)
+
+
 def batch_norm(x, weight, bias, eps):
     means = [mean(channel(x, c)) for c in range(x.shape[1])]
     variances = [mean((channel(x, c) - means[c]) ** 2) for c in range(x.shape[1])]

@@ -19,6 +19,7 @@ from normswap.layers.cross_iteration_batch_norm import (
     CrossIterationBatchNorm3d,
     CrossIterationBatchNormAct2d,
 )
+from normswap.layers.evo_norm import EvoNorm1d, EvoNorm2d, EvoNorm3d, EvoNormAct2d
 from normswap.layers.filter_response_norm import (
     FilterResponseNorm1d,
     FilterResponseNorm2d,
@@ -46,6 +47,10 @@ __all__ = [
     "CrossIterationBatchNorm2d",
     "CrossIterationBatchNorm3d",
     "CrossIterationBatchNormAct2d",
+    "EvoNorm1d",
+    "EvoNorm2d",
+    "EvoNorm3d",
+    "EvoNormAct2d",
     "FilterResponseNorm1d",
     "FilterResponseNorm2d",
     "FilterResponseNorm3d",

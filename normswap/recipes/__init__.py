@@ -17,6 +17,7 @@ from normswap.recipes.cross_iteration_batch_norm import (
     CrossIterationBatchNorm,
     NaiveCrossIterationBatchNorm,
 )
+from normswap.recipes.evo_norm import EvoNorm
 from normswap.recipes.filter_response_norm import FilterResponseNorm
 from normswap.recipes.group_norm import GroupNorm, InstanceNorm, LayerNorm
 from normswap.targets import TARGETS
@@ -81,6 +82,7 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "CrossIterationBatchNorm",
+    "EvoNorm",
     "FilterResponseNorm",
     "FrozenBatchNorm",
     "GroupNorm",
