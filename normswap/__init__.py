@@ -42,6 +42,7 @@ _HOME = {
     "WalkError": "errors",
     "Graph": "graph",
     "Site": "graph",
+    "register_batchnorm": "graph",
     "walk": "graph",
     "Case": "onnx",
     "OnnxModel": "onnx",
@@ -126,6 +127,7 @@ __all__ = [
     "measure_drift",
     "plan",
     "recipes",
+    "register_batchnorm",
     "save",
     "sweep",
     "verify_onnx",
@@ -159,6 +161,7 @@ if TYPE_CHECKING:
     from normswap.errors import WalkError as WalkError
     from normswap.graph import Graph as Graph
     from normswap.graph import Site as Site
+    from normswap.graph import register_batchnorm as register_batchnorm
     from normswap.graph import walk as walk
     from normswap.onnx import Case as Case
     from normswap.onnx import OnnxModel as OnnxModel

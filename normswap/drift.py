@@ -240,7 +240,7 @@ class Drift:
     def trusted(self) -> bool:
         """Whether the converted model may be used as it is."""
         if not self.images:
-            return not any(self._predicted)
+            return bool(self.sites) and all(site.predicted == 0 for site in self.sites)
         if self.output_error is None:
             return False
         if self.agreement is None:
@@ -256,7 +256,8 @@ class Drift:
         """What to tell a user whose model should be calibrated or fine-tuned first; else None."""
         if self.trusted:
             return None
-        worst = max(self.sites, key=lambda s: s.alone or s.predicted or 0.0, default=None)
+        known = [site for site in self.sites if site.alone or site.predicted]
+        worst = max(known, key=lambda s: s.alone or s.predicted or 0.0, default=None)
         place = f"; the worst layer is {worst.name}" if worst is not None else ""
         return f"{self.summary}: do not use it without calibration or fine-tuning{place}"
 
@@ -267,6 +268,9 @@ class Drift:
         if not self.images and self._predicted:
             middle, most = statistics.median(self._predicted), max(self._predicted)
             parts.append(f"predicted error of a layer by itself {middle:.0%}, at most {most:.0%}")
+        unknown = sum(site.predicted is None for site in self.sites)
+        if not self.images and unknown:
+            parts.append(f"nothing can be predicted of {unknown} layers (no running statistics)")
         if self.agreement is not None:
             parts.append(f"top-1 agreement {self.agreement:.1%}")
         if self.output_error is not None:
@@ -545,6 +549,8 @@ def predicted_drift(module: nn.Module, original: nn.Module) -> float | None:
 
     0 for layers that keep running statistics; None where BatchNorm has none.
     """
+    if is_batchnorm(module):
+        return 0.0
     state = state_of(original)
     if state.mean is None or state.var is None:
         return None

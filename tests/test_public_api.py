@@ -61,6 +61,7 @@ PUBLIC = [
     "measure_drift",
     "plan",
     "recipes",
+    "register_batchnorm",
     "save",
     "sweep",
     "verify_onnx",

@@ -332,6 +332,102 @@ class Nested(nn.Module):
         return x
 
 
+class NormInConv(nn.Conv2d):
+    """detectron2's habit: a convolution that carries its norm."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class NormInLinear(nn.Linear):
+    def __init__(self):
+        super().__init__(5, 7)
+        self.norm = nn.BatchNorm1d(7)
+
+    def forward(self, x):
+        return F.silu(self.norm(F.linear(x, self.weight, self.bias)))
+
+
+class NormAfterReLU(nn.ReLU):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class NormBeforePReLU(nn.PReLU):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+class GLU(nn.Module):
+    """Named like an activation, and holds a convolution and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return x * self.norm(self.conv(x)).sigmoid()
+
+
+class ReLU(nn.Module):
+    """Named like torch's, and is none."""
+
+    def forward(self, x):
+        return F.leaky_relu(x, 0.3)
+
+
+class TwoInOne(nn.Conv2d):
+    """A convolution in a convolution: the inner one makes what comes out."""
+
+    def __init__(self):
+        super().__init__(3, 4, 1)
+        self.second = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.second(super().forward(x).tanh())
+
+
+class ConvThenReLU(nn.Conv2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class ScaledOutside(nn.Conv2d):
+    """The norm sees twice what the convolution makes: CBN cannot follow."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(super().forward(x) * 2)
+
+
+class NormInPreHook(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
+        self[1].register_forward_pre_hook(self.first)
+
+    def first(self, conv, inputs):
+        return (self[0](*inputs),)
+
+    def forward(self, x):
+        return self[1](x)
+
+
 def hooked_relu():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     model[2].register_forward_hook(doubled)
@@ -475,6 +571,37 @@ TRAPS: dict[str, Trap] = {
     ),
     "nested containers": Trap(Nested, {"bn": Answer("conv", "relu", None, "call")}),
     "hooked relu": Trap(hooked_relu, {"1": Answer("0", "relu", "2")}),
+    "norm in conv": Trap(
+        lambda: nn.Sequential(NormInConv(), nn.ReLU()),
+        {"0.norm": Answer("0", "relu", "1", "module")},
+    ),
+    "norm in linear": Trap(
+        sequential(NormInLinear, nn.ReLU), {"0.norm": Answer("0", "silu")}, torch.randn(3, 5)
+    ),
+    "norm after relu": Trap(
+        sequential(NormAfterReLU, nn.Tanh),
+        {"0.norm": Answer(None, "tanh", "1", no_producer="relu")},
+    ),
+    "norm before prelu": Trap(
+        sequential(lambda: nn.Conv2d(3, 4, 3), NormBeforePReLU),
+        {"1.norm": Answer("0", "prelu")},
+    ),
+    "named GLU": Trap(
+        sequential(lambda: nn.Conv2d(3, 4, 3), GLU), {"1.norm": Answer("1.conv", "sigmoid")}
+    ),
+    "named ReLU": Trap(
+        sequential(lambda: nn.Conv2d(3, 4, 3), lambda: nn.BatchNorm2d(4), ReLU),
+        {"1": Answer("0", "leaky_relu")},
+    ),
+    "conv in conv": Trap(
+        sequential(TwoInOne, lambda: nn.BatchNorm2d(4)), {"1": Answer("0.second")}
+    ),
+    "conv then relu": Trap(
+        sequential(lambda: ConvThenReLU(3, 4, 3), lambda: nn.BatchNorm2d(4)),
+        {"1": Answer(None, no_producer="relu")},
+    ),
+    "scaled outside": Trap(ScaledOutside, {"norm": Answer(None, no_producer="mul")}),
+    "norm in a pre-hook": Trap(NormInPreHook, {"0": Answer(None, no_producer="input")}),
     "no affine": Trap(
         sequential(lambda: nn.Conv2d(3, 4, 3), lambda: nn.BatchNorm2d(4, affine=False)),
         {"1": Answer("0")},

@@ -168,16 +168,16 @@ def command(
         "fallback": fallback,
         "init": init,
     }
+    plan = _planned(source.model, recipe, options)
     if dry_run or output is None:  # the one excuse for having no output
-        plan = _planned(source.model, recipe, options)
         print_json(plan.to_json()) if as_json else print_plan(plan)
         return
+    if plan.idle is not None:
+        raise plan.idle
     batch = chosen.images(source, images) if images else None
     teacher = copy.deepcopy(source.model) if images else None
     originals = {n: m for n, m in source.model.named_modules() if is_batchnorm(m)}
-    if plan_file:  # it has settled the rest
-        options = {"example_inputs": options["example_inputs"]}
-    result = normswap.convert(source.model, recipe, **options)
+    result = normswap.convert(source.model, plan, example_inputs=options["example_inputs"])
     report = None
     if teacher is not None:
         scope = "all" if calibrate_all else "norms"

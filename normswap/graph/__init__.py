@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from normswap.graph.sites import Activation, CallSite, Graph, Producer, Removal, Site
+from normswap.graph.foreign import register_batchnorm
+from normswap.graph.sites import Activation, CallSite, Graph, Other, Producer, Removal, Site
 from normswap.graph.walker import batchnorms, call, matches, qualified_names, walk
 
 __all__ = [
     "Activation",
     "CallSite",
     "Graph",
+    "Other",
     "Producer",
     "Removal",
     "Site",
@@ -16,5 +18,6 @@ __all__ = [
     "call",
     "matches",
     "qualified_names",
+    "register_batchnorm",
     "walk",
 ]

@@ -128,6 +128,12 @@ def find_call_site(owners: Mapping[nn.Module, str], op: str) -> CallSite | None:
     return CallSite(owners[owner], code.co_name, position, digest, obstacle, moody)
 
 
+def running_place() -> tuple[object, int]:
+    """The code outside of torch's machinery that is running now, and the place in it."""
+    frame = _calling_frame()
+    return (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
+
+
 def method_of(owner: nn.Module, name: str) -> FunctionType | None:
     """The plain function behind ``owner.name``, or None if it is anything else."""
     found = inspect.getattr_static(type(owner), name, None)

@@ -19,6 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from normswap import layers
 from normswap.errors import WalkError
+from normswap.graph.foreign import STANDARD, Foreign, Roles, declared_roles, foreign
 
 _OWN_FROZEN = (layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
 
@@ -87,7 +88,7 @@ def _fused_forwards() -> set[Callable[..., Any]]:
 def is_batchnorm(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm of any kind, known or not."""
     cls: Any = type(module)
-    return _is_batchnorm_class(cls)
+    return _is_batchnorm_class(cls) or foreign(module) is not None
 
 
 @functools.cache  # for good: what a class descends from was there before it
@@ -95,16 +96,34 @@ def _is_batchnorm_class(cls: type[nn.Module]) -> bool:
     return issubclass(cls, (_BatchNorm, *_frozen_classes()))
 
 
+def _runs_known_forward(module: nn.Module) -> bool:
+    if declared_roles(module) is not None or "forward" in vars(module):
+        return False
+    cls: Any = type(module)
+    return _is_batchnorm_class(cls) and cls.forward in _known_forwards()
+
+
+def _other(module: nn.Module) -> Foreign | None:
+    """What is known of a BatchNorm that does not run a known class's forward."""
+    return None if _runs_known_forward(module) else foreign(module)
+
+
+def _roles(module: nn.Module) -> Roles:
+    found = _other(module)
+    return STANDARD if found is None else found.roles
+
+
 def check_known(module: nn.Module, name: str) -> None:
     """Raise unless the walker knows what the BatchNorm ``module`` computes.
 
     Raises:
-        WalkError: for a subclass with a ``forward`` of its own, a patched instance, or a lazy
-            module that has no parameters yet.
+        WalkError: for a subclass with a ``forward`` of its own that does not compute BatchNorm's
+            formula, an instance patched like that, or a lazy module that has no parameters yet.
     """
     check_initialised(module, name)
     own = {*module._parameters, *module._buffers}
-    apart = (n for n in ("weight", "bias") if n not in own)
+    roles = _roles(module)
+    apart = (n for n in (roles.weight, roles.bias) if n not in own)
     computed = [n for n in apart if getattr(module, n, None) is not None]
     if computed:
         raise WalkError(
@@ -113,10 +132,11 @@ def check_known(module: nn.Module, name: str) -> None:
             need="a BatchNorm that holds its own parameters",
             hint="torch.nn.utils.prune.remove or parametrize.remove_parametrizations before",
         )
-    if "forward" in vars(module) or type(module).forward not in _known_forwards():
+    if not _runs_known_forward(module) and foreign(module) is None:
+        kind = type(module).__name__
         raise WalkError(
             name or "the model",
-            got=f"{type(module).__name__}, a BatchNorm with a forward of its own",
+            got=f"{kind}, a BatchNorm with a forward of its own that computes something else",
             need="a BatchNorm whose computation is known",
             hint=f"exclude={name!r} (--exclude '{name}') to leave it as it is",
         )
@@ -138,9 +158,11 @@ def check_initialised(module: nn.Module, name: str) -> None:
 
 
 def fused_parts(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The ``(drop, act)`` that a timm ``…Act`` norm carries inside, or None."""
+    """The ``(drop, act)`` that a norm carries inside, as timm's ``…Act`` classes do, or None."""
     if type(module).forward not in _fused_forwards():
-        return None
+        found = _other(module)
+        apart = found is not None and not isinstance(found.act, nn.Identity)
+        return (found.drop, found.act) if found is not None and apart else None
     drop, act = getattr(module, "drop", None), getattr(module, "act", None)
     if isinstance(drop, nn.Module) and isinstance(act, nn.Module):
         return drop, act
@@ -148,12 +170,11 @@ def fused_parts(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 def channels_of(module: nn.Module) -> int:
-    """Number of features C of a BatchNorm, from whichever of its tensors exists."""
-    declared = getattr(module, "num_features", None)
-    if isinstance(declared, int):
-        return declared
-    tensors = (getattr(module, name, None) for name in ("running_mean", "weight"))
-    return int(next(t.numel() for t in tensors if t is not None))
+    """Number of features C of a BatchNorm: what its tensors say, for they may have been cut."""
+    roles = _roles(module)
+    held = (getattr(module, name, None) for name in (roles.mean, roles.weight, roles.bias))
+    found = next((len(t) for t in held if isinstance(t, Tensor)), None)
+    return int(module.num_features) if found is None else found  # type: ignore[arg-type]
 
 
 def spatial_rank_of(module: nn.Module) -> int:
@@ -164,15 +185,17 @@ def spatial_rank_of(module: nn.Module) -> int:
 
 def state_of(module: nn.Module) -> BatchNormState:
     """Read a BatchNorm of any known class."""
-    eps = getattr(module, "eps", 1e-5)
+    found = _other(module)
+    roles = STANDARD if found is None else found.roles
+    momentum = roles.momentum
     return BatchNormState(
-        weight=getattr(module, "weight", None),
-        bias=getattr(module, "bias", None),
-        mean=getattr(module, "running_mean", None),
-        var=getattr(module, "running_var", None),
+        weight=getattr(module, roles.weight, None),
+        bias=getattr(module, roles.bias, None),
+        mean=getattr(module, roles.mean, None),
+        var=getattr(module, roles.var, None),
         batches=getattr(module, "num_batches_tracked", None),
-        eps=float(eps),
-        momentum=getattr(module, "momentum", 0.1),
+        eps=float(getattr(module, "eps", 1e-5)) if found is None else found.eps,
+        momentum=getattr(module, momentum, 0.1) if isinstance(momentum, str) else momentum,
         channels=channels_of(module),
     )
 

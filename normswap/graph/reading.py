@@ -12,8 +12,8 @@ from torch import nn
 
 from normswap.graph import norms
 from normswap.graph.modes import any_depends_on_mode, class_depends_on_mode
-from normswap.graph.recorder import Call, Trace
-from normswap.graph.sites import Activation, CallSite, Producer, Removal, Site
+from normswap.graph.sites import Activation, CallSite, Other, Producer, Removal, Site
+from normswap.graph.trace import Call, Trace
 from normswap.graph.vocabulary import (
     ACTIVATION_FUNCTIONS,
     PRODUCER_OPS,
@@ -59,6 +59,15 @@ def read_sites(model: nn.Module, names: Names, found: Names, runs: Sequence[Run]
         runs: in eval mode, and in training mode where that could show anything else.
     """
     return _Reader(model, names, found, runs).sites()
+
+
+def read_others(runs: Sequence[Run]) -> tuple[Other, ...]:
+    """What normalises activations in any run and is no BatchNorm of the model, each once."""
+    found: dict[str, Other] = {}
+    for run in runs:
+        for other in run.trace.others.values():
+            found.setdefault(other.name, other)
+    return tuple(found.values())
 
 
 class _Reader:
@@ -154,7 +163,8 @@ class _Reader:
         calls = len(trace.by_module[maker.module])
         kind = type(maker.module).__name__
         name = self._names[maker.module]
-        return Producer(name, maker.op, kind, calls, plain=maker.own_weight), None
+        around = any(part is norm.module for part in maker.module.modules())
+        return Producer(name, maker.op, kind, calls, plain=maker.own_weight, around=around), None
 
     @staticmethod
     def _with_shared_producers(sites: list[Site]) -> list[Site]:
@@ -199,8 +209,8 @@ class _Reader:
         if user.module is None:
             op = user.op if user.op in ACTIVATION_FUNCTIONS else None
             return Activation(op, None, ways=self._taken.ways(user)) if op else None
-        op = activation_module_op(user.module)
-        if op is None:
+        op = user.op
+        if op in PRODUCER_OPS or op == "batch_norm":
             return None
         uses = len(trace.by_module[user.module])
         name = user.slot or self._names[user.module]

@@ -1,18 +1,16 @@
 """Record which call made each tensor and which calls used it, while a model runs.
 
 A *value* is a tensor between two changes: in-place operations return the same tensor, so the
-recorder numbers values by tensor and version. Norms, activations and convolutions are recorded as
-one call each, whatever they do inside. Nothing is kept alive: tensors are only referred to weakly.
+recorder numbers values by tensor and version. Norms, torch's own activations and convolutions are
+recorded as one call each. Of other classes that derive from those, or are named like them, it
+depends on what they run. Nothing is kept alive: tensors are only referred to weakly.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,92 +26,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap.graph import vocabulary
 from normswap.graph.callsites import find_call_site
+from normswap.graph.compounds import Frame, one_operation, role_of
 from normswap.graph.meta import run_on_meta
 from normswap.graph.norms import is_batchnorm
-from normswap.graph.sites import CallSite
+from normswap.graph.strays import Strays
+from normswap.graph.trace import Call, Trace, View
 
 _READS = frozenset({"item", "tolist", "numpy", "bool", "float", "int", "array"})
-
-
-@dataclass(eq=False)
-class Call:
-    """One operation that ran.
-
-    Attributes:
-        op: canonical name.
-        inputs: values it read, in order.
-        module: the norm, activation or producer module that ran, or None for a plain function.
-        slot: the name under which an ``nn.Sequential`` called the module, if one did.
-        site: where a ReLU was called.
-        view: for a view, what it did to the axes.
-        shape: shape of the first input.
-        own_weight: a producer's operation ran on the module's own input and stored weight.
-        output: the value it made or changed, the first if there are several.
-        output_shape: shape of that value.
-    """
-
-    op: str
-    inputs: tuple[int, ...]
-    module: nn.Module | None = None
-    slot: str | None = None
-    site: CallSite | None = None
-    view: View | None = None
-    shape: tuple[int, ...] = ()
-    output_shape: tuple[int, ...] = ()
-    own_weight: bool = False
-    output: int | None = None
-
-
-@dataclass(frozen=True)
-class View:
-    """What a view did to the axes: a permutation, or (None) a reshape between two shapes."""
-
-    permutation: tuple[int, ...] | None
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-    def source_axis(self, axis: int) -> int | None:
-        """The axis before the view that ``axis`` after it runs along, whole and alone."""
-        if self.permutation is not None:
-            return self.permutation[axis]
-        outer, inner = _product(self.after[:axis]), _product(self.after[axis + 1 :])
-        for candidate, size in enumerate(self.before):
-            if (
-                size == self.after[axis]
-                and _product(self.before[:candidate]) == outer
-                and _product(self.before[candidate + 1 :]) == inner
-            ):
-                return candidate
-        return None
-
-
-@dataclass(eq=False)
-class Trace:
-    """What one forward pass did. Values are numbers; ``made`` and ``used`` index calls by value.
-
-    ``stray_norms`` are norms whose tensors went into a functional ``batch_norm`` outside of them.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    made: dict[int, Call] = field(default_factory=dict)
-    used: dict[int, list[Call]] = field(default_factory=dict)
-    stray_norms: set[nn.Module] = field(default_factory=set)
-
-    @functools.cached_property
-    def by_module(self) -> dict[nn.Module, list[Call]]:
-        """The calls of every recorded module, in order; to be read when the run is over."""
-        found: dict[nn.Module, list[Call]] = defaultdict(list)
-        for call in self.calls:
-            if call.module is not None:
-                found[call.module].append(call)
-        return dict(found)
-
-
-def _product(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 _PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
@@ -188,10 +107,17 @@ class Recorder(TorchFunctionMode):
         self.trace = Trace()
         self._names = names
         self._norms = [module for module in names if is_batchnorm(module)]
+        self._roles = {m: role for m in names if (role := role_of(m)) is not None}
+        self._stored = _stored(names)
+        self._strays = Strays(names, self._stored)
+        self.trace.others = self._strays.found
+        self._static: set[int] = set()  # values that come from stored tensors alone
+        self._hidden: list[nn.Module] = []  # BatchNorms that run and are no submodules
         self._thread = threading.get_ident()
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._count = 0
-        self._opaque: list[tuple[nn.Module, Call, list[tuple[Tensor, int]]]] = []
+        self._opaque: list[Frame] = []
+        self._open: list[Frame] = []
         self._stack: list[nn.Module] = []
         self._children_run: list[int] = []
 
@@ -212,7 +138,10 @@ class Recorder(TorchFunctionMode):
             return int(number)
         # Unseen, or changed behind our back through a view of it: a new value of unknown origin.
         maker = Call("in-place change through a view", ()) if number else None
-        return self._new_value(tensor, maker)
+        number = self._new_value(tensor, maker)
+        if id(tensor) in self._stored:
+            self._static.add(number)
+        return number
 
     def _use(self, call: Call) -> None:
         self.trace.calls.append(call)
@@ -234,6 +163,8 @@ class Recorder(TorchFunctionMode):
         if "dropout" in call.op and not fresh and not changed:
             fresh = _tensors(output)  # in eval it returns its input, in training it does not
         numbers = [self._new_value(tensor, call) for tensor in (*fresh, *changed)]
+        if self._static.issuperset(call.inputs):
+            self._static.update(numbers)
         if numbers:
             call.output = numbers[0]
             call.output_shape = tuple((*fresh, *changed)[0].shape)
@@ -261,6 +192,7 @@ class Recorder(TorchFunctionMode):
         if not _consumes(op, output, before, in_place=in_place):
             return output
         call = Call(op, numbers, shape=tuple(before[0][0].shape) if before else ())
+        call.on_weights = bool(numbers) and self._static.issuperset(numbers)
         self._describe(call, func, args, kwargs, output)
         self._use(call)
         self._finish(call, output, before, in_place=in_place)
@@ -284,12 +216,34 @@ class Recorder(TorchFunctionMode):
             module = self._stack[-1]
             if weight is not None and weight is getattr(module, "weight", None):
                 call.module = module
+                call.own_weight = self._takes_input_of(module, args)
         elif call.op == "batch_norm":
-            used = {id(t) for t in _tensors((args[1:], kwargs))}
-            self.trace.stray_norms.update(m for m in self._norms if _holds_any(m, used))
+            self._describe_norm(call, args, kwargs)
+
+    def _takes_input_of(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
+        """Whether the first argument is what the running ``module`` was called with."""
+        frame = self._open[-1] if self._open else None
+        if frame is None or frame.module is not module or not frame.before:
+            return False
+        return bool(args) and args[0] is frame.before[0][0]
+
+    def _describe_norm(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = _tensors((*args, *kwargs.values()))
+        others = [t for t in tensors[1:] if t is not kwargs.get("input")]
+        used = {id(t) for t in others}
+        strays = {m for m in self._norms if _holds_any(m, used)}
+        self.trace.stray_norms.update(strays)
+        # what weights are normalised by is never kept in a buffer, as running statistics are
+        tracked = any(id(t) in self._stored and not isinstance(t, nn.Parameter) for t in others)
+        call.on_weights = call.on_weights and not tracked
+        if not strays and not call.on_weights and self._stack:
+            hidden = self._hidden[-1] if self._hidden else None
+            x = kwargs.get("input", tensors[0])
+            self._strays.add(self._stack[-1], hidden, x, others)
 
     def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        module, call, before = self._opaque[-1]
+        frame = self._opaque[-1]
+        module, call, before = frame.module, frame.call, frame.before
         first = args[0] if args else None
         if not before and isinstance(first, Tensor) and not isinstance(first, nn.Parameter):
             # the module was given its input by keyword: the hook could not see it
@@ -303,24 +257,33 @@ class Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module of the model starts to run."""
-        if threading.get_ident() != self._thread or module not in self._names:
+        if threading.get_ident() != self._thread:
+            return
+        if module not in self._names:
+            if is_batchnorm(module):
+                self._hidden.append(module)
             return
         slot = self._slot()
         self._stack.append(module)
         self._children_run.append(0)
-        op = _opaque_op(module)
-        if self._opaque or op is None:
+        role = self._roles.get(module)
+        if self._opaque or role is None:
             return
         before = [(t, _version(t)) for t in _tensors(args)]
-        call = Call(op, tuple(self.value(t) for t, _ in before), module=module, slot=slot)
+        call = Call(role.op, tuple(self.value(t) for t, _ in before), module=module, slot=slot)
         call.shape = tuple(before[0][0].shape) if before else ()
-        if op in vocabulary.REPLACEABLE:
-            call.site = find_call_site(self._names, op)
-        self._opaque.append((module, call, before))
+        if role.whole and role.op in vocabulary.REPLACEABLE:
+            call.site = find_call_site(self._names, role.op)
+        frames = self._opaque if role.whole else self._open
+        frames.append(Frame(module, call, before, len(self.trace.calls)))
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """A module of the model has run, or has raised (``output`` None)."""
-        if threading.get_ident() != self._thread or module not in self._names:
+        if threading.get_ident() != self._thread:
+            return
+        if module not in self._names:
+            if self._hidden and self._hidden[-1] is module:
+                self._hidden.pop()
             return
         while self._stack and self._stack[-1] is not module:
             self._stack.pop()
@@ -328,11 +291,31 @@ class Recorder(TorchFunctionMode):
         if self._stack:
             self._stack.pop()
             self._children_run.pop()
-        if self._opaque and self._opaque[-1][0] is module:
-            _, call, before = self._opaque.pop()
-            self._use(call)
-            in_place = bool(getattr(module, "inplace", False))
-            self._finish(call, output, before, in_place=in_place)
+        if self._opaque and self._opaque[-1].module is module:
+            self._close(self._opaque.pop(), output)
+        elif self._open and self._open[-1].module is module and not self._opaque:
+            frame = self._open.pop()
+            self._settle(frame, output)
+
+    def _settle(self, frame: Frame, output: Any) -> None:
+        """Record what ran inside a module as the one operation that it is, or leave it as it is."""
+        made = self.value(output) if isinstance(output, Tensor) else 0
+        op = one_operation(frame, self.trace, made, output)
+        if op is None:
+            return
+        inner = self.trace.forget(frame.start)
+        frame.call.op = op
+        if not frame.call.inputs:  # given by keyword: the hook could not see it
+            made_inside = {call.output for call in inner}
+            given = (n for c in inner for n in c.inputs if n not in made_inside | self._static)
+            frame.call.inputs = tuple(given)[:1]
+        self._close(frame, output)
+
+    def _close(self, frame: Frame, output: Any) -> None:
+        """Record as one call what a module did."""
+        self._use(frame.call)
+        in_place = bool(getattr(frame.module, "inplace", False))
+        self._finish(frame.call, output, frame.before, in_place=in_place)
 
     def _slot(self) -> str | None:
         """The name under which the running ``nn.Sequential`` calls its next child."""
@@ -363,10 +346,15 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return func(*args, **kwargs)
 
 
-def _opaque_op(module: nn.Module) -> str | None:
-    if is_batchnorm(module):
-        return "batch_norm"
-    return vocabulary.producer_module_op(module) or vocabulary.activation_module_op(module)
+def _stored(modules: Iterable[nn.Module]) -> dict[int, tuple[nn.Module, str]]:
+    """Where the parameters and buffers of some modules are, by their ``id``."""
+    return {
+        id(tensor): (module, name)
+        for module in modules
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
 
 
 def _consumes(op: str, output: Any, before: list[tuple[Tensor, int]], *, in_place: bool) -> bool:

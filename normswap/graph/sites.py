@@ -18,6 +18,7 @@ class Producer:
         calls: how often the module ran in one forward.
         shared: whether its output feeds more than one BN.
         plain: whether the operation ran on the module's own input and stored weight.
+        around: the BN runs inside this module, behind its operation.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Producer:
     calls: int = 1
     shared: bool = False
     plain: bool = True
+    around: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,26 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Other:
+    """Something that normalises activations as a BN does, and is no module that can be replaced.
+
+    Attributes:
+        name: where it is: ``block:batch_norm`` for a call in the code of ``block``,
+            ``block.norms[0]`` for a module that hangs in a plain list.
+        kind: ``batch_norm``, or the class name of a module that torch does not know of.
+        channels: number of features C.
+        rank: number of spatial dimensions of its input.
+        reason: why it cannot be replaced.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Graph:
     """All sites of a model, in the order in which they first ran.
 
@@ -160,11 +182,13 @@ class Graph:
         sites: one entry per BN module.
         device: ``meta`` if the model could be run without arithmetic, else where it ran.
         notes: what the walker wants said about the model as a whole.
+        others: what normalises activations with BatchNorm and is no site.
     """
 
     sites: tuple[Site, ...]
     device: str = "meta"
     notes: tuple[str, ...] = field(default=())
+    others: tuple[Other, ...] = field(default=())
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,9 @@ _SYNONYMS = {
     "hard_swish": "hardswish",
     "hard_sigmoid": "hardsigmoid",
     "log_sigmoid": "logsigmoid",
+    "native_batch_norm": "batch_norm",
+    "cudnn_batch_norm": "batch_norm",
+    "batch_norm_impl_index": "batch_norm",
 }
 
 
@@ -98,16 +102,39 @@ def activation_op(function: Callable[..., Any]) -> str | None:
 
 
 def activation_module_op(module: nn.Module) -> str | None:
-    """Canonical name of an activation module, or None.
+    """Canonical name of what an activation module claims to be, or None.
 
     Only a module that runs ``nn.ReLU``'s own forward is called ``relu``: everything that takes a
     ReLU's place relies on it.
     """
     cls = type(module)
-    if isinstance(module, nn.ReLU):
-        return "relu" if replaceable_op(module) else cls.__name__.lower()
-    op = _ACTIVATION_CLASSES.get(cls.__name__)
-    return cls.__name__.lower() if op == "relu" else op
+    if isinstance(module, nn.ReLU) and replaceable_op(module):
+        return "relu"
+    name = cls.__name__
+    op = name.lower() if isinstance(module, nn.ReLU) else _ACTIVATION_CLASSES.get(name)
+    return None if op == "relu" else op
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a producer or an activation is torch's own, to the last method, with nothing added.
+
+    Such a module is one operation. What any other runs has to be looked at.
+    """
+    if module._modules or module._forward_pre_hooks:
+        return False
+    own = vars(module)
+    if "forward" in own or "_conv_forward" in own:
+        return False
+    cls: Any = type(module)
+    return _has_torch_methods(cls, cls.forward, getattr(cls, "_conv_forward", None))
+
+
+@functools.cache
+def _has_torch_methods(cls: type[nn.Module], *methods: object) -> bool:
+    # the methods are arguments because somebody may put others in their place
+    del cls
+    homes = (getattr(method, "__module__", "torch.nn.modules.") for method in methods)
+    return all(home.startswith("torch.nn.modules.") for home in homes)
 
 
 def replaceable_op(module: nn.Module) -> str | None:

@@ -25,7 +25,7 @@ from normswap.graph import norms
 from normswap.graph.meta import put_on_meta
 from normswap.graph.modes import any_depends_on_mode
 from normswap.graph.preserved import preserved
-from normswap.graph.reading import Names, Run, read_sites
+from normswap.graph.reading import Names, Run, read_others, read_sites
 from normswap.graph.recorder import recording
 from normswap.graph.sites import Graph
 
@@ -93,13 +93,16 @@ def walk(
     refuse_wrapped(model)
     names = qualified_names(model)
     found = _batchnorms(names, exclude)
-    if not found:
-        return Graph(())
-    runs = _runs(model, example_inputs, names, found)
+    try:
+        runs = _runs(model, example_inputs, names, found)
+    except WalkError as error:
+        if found:
+            raise
+        return Graph((), notes=(f"its code was not looked at: {error}",))
     silent = any(all(module not in run.trace.by_module for run in runs) for module in found)
     notes = [_NO_TRAINING] if silent and len(runs) == 1 else []
     sites = read_sites(model, names, found, runs)
-    return Graph(tuple(sites), runs[0].device, tuple(notes))
+    return Graph(tuple(sites), runs[0].device, tuple(notes), read_others(runs))
 
 
 def qualified_names(model: nn.Module) -> Names:

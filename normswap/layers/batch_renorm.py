@@ -268,5 +268,13 @@ class BatchRenorm3d(_BatchRenorm):
     _ranks = (5,)
 
 
+class BatchRenormAct1d(Fused, BatchRenorm1d):
+    """``act(drop(BatchRenorm1d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
 class BatchRenormAct2d(Fused, BatchRenorm2d):
     """``act(drop(BatchRenorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
+class BatchRenormAct3d(Fused, BatchRenorm3d):
+    """``act(drop(BatchRenorm3d(x)))``; see :class:`normswap.layers.fused.Fused`."""

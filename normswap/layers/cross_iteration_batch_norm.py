@@ -331,7 +331,8 @@ class _CrossIterationBatchNorm(TracksBatches):
             LayerError: a module that CBN cannot follow, or with another number of outputs.
         """
         name = type(self).__name__
-        problem = None if pad is not None else producer_problem(producer)
+        around = self in producer.modules()
+        problem = None if pad is not None else producer_problem(producer, around=around)
         if problem is not None:
             raise LayerError(
                 f"{name}.attach",
@@ -654,5 +655,13 @@ class CrossIterationBatchNorm3d(_CrossIterationBatchNorm):
     _ranks = (5,)
 
 
+class CrossIterationBatchNormAct1d(Fused, CrossIterationBatchNorm1d):
+    """``act(drop(CrossIterationBatchNorm1d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
 class CrossIterationBatchNormAct2d(Fused, CrossIterationBatchNorm2d):
     """``act(drop(CrossIterationBatchNorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
+class CrossIterationBatchNormAct3d(Fused, CrossIterationBatchNorm3d):
+    """``act(drop(CrossIterationBatchNorm3d(x)))``; see :class:`normswap.layers.fused.Fused`."""

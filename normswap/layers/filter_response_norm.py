@@ -297,5 +297,13 @@ class FilterResponseNorm3d(_FilterResponseNorm):
     _ranks = (5,)
 
 
+class FilterResponseNormAct1d(Fused, FilterResponseNorm1d):
+    """``act(drop(FilterResponseNorm1d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
 class FilterResponseNormAct2d(Fused, FilterResponseNorm2d):
     """``act(drop(FilterResponseNorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
+class FilterResponseNormAct3d(Fused, FilterResponseNorm3d):
+    """``act(drop(FilterResponseNorm3d(x)))``; see :class:`normswap.layers.fused.Fused`."""

@@ -130,5 +130,13 @@ class FrozenBatchNorm3d(_FrozenBatchNorm):
     _ranks = (5,)
 
 
+class FrozenBatchNormAct1d(Fused, FrozenBatchNorm1d):
+    """``act(drop(FrozenBatchNorm1d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
 class FrozenBatchNormAct2d(Fused, FrozenBatchNorm2d):
     """``act(drop(FrozenBatchNorm2d(x)))``; see :class:`normswap.layers.fused.Fused`."""
+
+
+class FrozenBatchNormAct3d(Fused, FrozenBatchNorm3d):
+    """``act(drop(FrozenBatchNorm3d(x)))``; see :class:`normswap.layers.fused.Fused`."""

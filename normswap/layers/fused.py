@@ -52,8 +52,16 @@ class GroupNormAct(Fused, nn.GroupNorm):
     """``act(drop(GroupNorm(x)))``; keywords ``drop`` and ``act``, identity if absent."""
 
 
+class InstanceNormAct1d(Fused, nn.InstanceNorm1d):
+    """``act(drop(InstanceNorm1d(x)))``; see :class:`GroupNormAct`."""
+
+
 class InstanceNormAct2d(Fused, nn.InstanceNorm2d):
     """``act(drop(InstanceNorm2d(x)))``; see :class:`GroupNormAct`."""
+
+
+class InstanceNormAct3d(Fused, nn.InstanceNorm3d):
+    """``act(drop(InstanceNorm3d(x)))``; see :class:`GroupNormAct`."""
 
 
 def fuse(norm: nn.Module, drop: nn.Module, act: nn.Module) -> nn.Module:

@@ -38,11 +38,13 @@ _PLAIN = (
 )
 
 
-def producer_problem(module: nn.Module) -> str | None:
+def producer_problem(module: nn.Module, *, around: bool = False) -> str | None:
     """Say why CBN cannot follow ``module``, or None if it can.
 
     Args:
         module: the module that makes a BN's input.
+        around: the BN runs inside of it, behind its own convolution or product; what else its
+            ``forward`` does comes later.
 
     Returns:
         A reason that fits behind "because", or None.
@@ -60,14 +62,14 @@ def producer_problem(module: nn.Module) -> str | None:
         return f"{kind} computes its weight from other parameters"
     if isinstance(module.weight, UninitializedParameter):
         return f"{kind} has no weight before its first forward"
-    if not _runs_torch_forward(module) and not _pads_like_tensorflow(module):
+    if not _runs_torch_forward(module, around) and not _pads_like_tensorflow(module):
         return f"{kind} overrides the forward of its base class"
     return None
 
 
-def _runs_torch_forward(module: nn.Module) -> bool:
+def _runs_torch_forward(module: nn.Module, around: bool) -> bool:
     base = next(kind for kind in _PLAIN if isinstance(module, kind))
-    methods = ("forward", "_conv_forward")
+    methods = ("_conv_forward",) if around else ("forward", "_conv_forward")
     same_class = all(getattr(type(module), m, None) is getattr(base, m, None) for m in methods)
     return same_class and not any(m in vars(module) for m in methods)
 
@@ -97,6 +99,9 @@ class ProducerLink:
     producer's parameters, and a deep copy or pickle of the model carries it along, pointing at the
     copies. It keeps the input of the last call, and of earlier calls whose output is still alive;
     what the normaliser has taken is forgotten, and eval keeps nothing.
+
+    A normaliser that is part of its producer (detectron2's convolutions hold their norm) asks
+    before the producer is done: then the input is noted on the way in.
     """
 
     def __init__(self, producer: nn.Module, normaliser: nn.Module, pad: Pad | None) -> None:
@@ -104,7 +109,17 @@ class ProducerLink:
         self.normaliser = normaliser
         self.pad = pad
         self._inbox: list[tuple[weakref.ref[Tensor], Call]] = []
-        self._handle = producer.register_forward_hook(self, with_kwargs=True)
+        self._pending: list[Tensor] = []
+        if normaliser in producer.modules():
+            self._handle = producer.register_forward_pre_hook(self.enter, with_kwargs=True)
+        else:
+            self._handle = producer.register_forward_hook(self, with_kwargs=True)
+
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the input of a producer that holds the normaliser."""
+        self._pending.clear()
+        if self.normaliser.training and not is_recomputation():
+            self._pending.append((args[0] if args else kwargs["input"]).detach())
 
     def __call__(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -124,6 +139,9 @@ class ProducerLink:
     @in_eager
     def take(self, output: Tensor) -> Call | None:
         """The call that gave ``output``, which may be a view or copy of its result; forgets it."""
+        if self._pending:
+            x = self._pending.pop()
+            return Call(x, output.shape) if x.dim() == output.dim() else None
         made_here = [e for e in self._inbox if _is_same_memory(e[0](), output)]
         same_size = [e for e in self._inbox if math.prod(e[1].shape) == output.numel()]
         for entry in (*made_here[-1:], *same_size[-1:]):
@@ -135,9 +153,10 @@ class ProducerLink:
         """Take the hook off the producer."""
         self._handle.remove()
         self._inbox.clear()
+        self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inbox": []}
+        return {**self.__dict__, "_inbox": [], "_pending": []}
 
 
 def _is_same_memory(made: Tensor | None, output: Tensor) -> bool:

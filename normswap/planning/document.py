@@ -83,6 +83,22 @@ class Plan:
         """Name → reason of every BatchNorm that stays as it is."""
         return {e.name: e.reason or "" for e in self.entries if e.becomes == KEEP}
 
+    @property
+    def idle(self) -> PlanError | None:
+        """What to say of a plan that converts nothing, with its reasons; else None."""
+        if self.swapped:
+            return None
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            reasons.setdefault(reason, []).append(name or "(root)")
+        told = "; ".join(f"{reason} ({_some(names)})" for reason, names in reasons.items())
+        return PlanError(
+            f"the conversion to {self.target}",
+            got=f"none of {len(self)} BatchNorm layers that can be converted: {told}",
+            need="at least one",
+            hint="another target or fallback, or fewer exclusions",
+        )
+
     def counts(self) -> dict[str, int]:
         """How many sites become what."""
         return dict(Counter(e.becomes for e in self.entries))
@@ -120,6 +136,11 @@ class Plan:
         lines = [f"Plan to {self.target}: {len(self.entries)} BatchNorm layers: {counts}"]
         lines += [f"  {_line(entry, width)}" for entry in self.entries]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def _line(entry: PlanEntry, width: int) -> str:

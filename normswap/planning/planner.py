@@ -76,7 +76,7 @@ def plan(
     else:
         graph = replace(graph, sites=tuple(s for s in graph if not matches(s.names, exclude)))
     every = qualified_names(model)
-    left_alone = _left_alone(every, graph)
+    left_alone = (*_left_alone(every, graph), *_unreachable(graph))
     names = [site.names for site in graph] + [entry.names for entry in left_alone]
     if not names:
         record = provenance_of(model)
@@ -285,6 +285,21 @@ def _left_alone(every: dict[nn.Module, tuple[str, ...]], graph: Graph) -> tuple[
         )
         for module, names in every.items()
         if norms.is_batchnorm(module) and walked.isdisjoint(names)
+    )
+
+
+def _unreachable(graph: Graph) -> tuple[PlanEntry, ...]:
+    """What normalises as a BatchNorm does and cannot be replaced is named all the same."""
+    return tuple(
+        PlanEntry(
+            names=(other.name,),
+            kind=other.kind,
+            channels=other.channels,
+            rank=other.rank,
+            becomes=KEEP,
+            reason=other.reason,
+        )
+        for other in graph.others
     )
 
 

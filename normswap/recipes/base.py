@@ -258,7 +258,7 @@ def share_tensors(norm: nn.Module, new: nn.Module) -> nn.Module:
         new.register_parameter(name, _as_parameter(tensor))
     for name, tensor in (("running_mean", state.mean), ("running_var", state.var)):
         if name in new._buffers:
-            new._buffers[name] = tensor
+            new._buffers[name] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
     if state.batches is not None and "num_batches_tracked" in new._buffers:
         new._buffers["num_batches_tracked"] = state.batches
     return new

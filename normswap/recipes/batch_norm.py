@@ -30,7 +30,9 @@ class SyncBatchNorm(base.Recipe):
         del model
         if site.calls == 0:
             return base.NEVER_RAN
-        return "it is SyncBatchNorm already" if site.kind in _SYNCHRONISED else None
+        if site.kind in _SYNCHRONISED:
+            return "it is SyncBatchNorm already"
+        return _no_fused_class(site)
 
     def build(
         self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
@@ -83,7 +85,7 @@ class BatchNorm(base.Recipe):
         del model
         if site.calls == 0 and site.kind in _SYNCHRONISED:
             return base.NEVER_RAN  # which of BatchNorm1d, 2d and 3d it would be is not known
-        return "it is BatchNorm already" if site.kind in _PLAIN else None
+        return "it is BatchNorm already" if site.kind in _PLAIN else _no_fused_class(site)
 
     def build(
         self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
@@ -91,6 +93,12 @@ class BatchNorm(base.Recipe):
         del init, activation
         cls = getattr(nn, f"BatchNorm{max(rank, 1)}d")
         return _standard(norm, cls, "BatchNormAct2d")
+
+
+def _no_fused_class(site: Site) -> str | None:
+    fused = site.activation is not None and site.activation.fused
+    apart = fused and site.rank != 2
+    return "a BatchNorm that carries its activation exists for 2d maps only" if apart else None
 
 
 def _standard(norm: nn.Module, cls: type[nn.Module], fused_name: str) -> nn.Module:

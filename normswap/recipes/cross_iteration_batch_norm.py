@@ -60,7 +60,8 @@ class CrossIterationBatchNorm(base.Recipe):
             return f"{producer.name} feeds several BatchNorms"
         if producer.calls > 1 or site.calls > 1:
             return f"{producer.name} or the BatchNorm runs more than once in a forward"
-        problem = producer_problem(model.get_submodule(producer.name))
+        module = model.get_submodule(producer.name)
+        problem = producer_problem(module, around=producer.around)
         if problem is None and not producer.plain and producer.kind != "Conv2dSame":
             problem = f"{producer.kind} does not run on its stored weight"
         return problem

@@ -69,7 +69,8 @@ def convert(
         optimizer: an optimizer whose parameter groups move to the new parameters.
 
     Returns:
-        Conversion: the model, the plan, the new modules by name, and the kept ones with reasons.
+        Conversion: the model, the plan, the new modules by name, and the kept ones with reasons. A
+            plan that converts nothing leaves the model as it was, and is logged as a warning.
 
     Raises:
         PlanError: a request that cannot be satisfied; see :func:`normswap.plan`.
@@ -100,6 +101,9 @@ def convert(
             fallback=fallback,
             init=init,
         )
+    idle = target.idle
+    if idle is not None:
+        _log.warning("nothing was converted: %s", idle)
     return _applied(model, target, optimizer, example_inputs)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from normswap.errors import SwapError
+from normswap.graph.norms import state_of
 from normswap.swap.journal import Journal
 
 
@@ -64,7 +65,7 @@ def _exchange(
     exchange: dict[nn.Parameter, list[nn.Parameter]] = {}
     homeless: list[nn.Parameter] = []
     for old, new in replacements.items():
-        olds = dict(old.named_parameters(recurse=False))
+        olds = _parameters(old)
         news = dict(new.named_parameters(recurse=False))
         extra = [p for name, p in news.items() if name not in olds]
         for name, parameter in olds.items():
@@ -74,3 +75,10 @@ def _exchange(
         else:
             homeless += extra
     return exchange, homeless
+
+
+def _parameters(norm: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a BatchNorm by torch's names for them, whatever its class calls them."""
+    state = state_of(norm)
+    usual = {id(state.weight): "weight", id(state.bias): "bias"}
+    return {usual.get(id(p), name): p for name, p in norm.named_parameters(recurse=False)}
