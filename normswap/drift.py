@@ -270,7 +270,8 @@ class Drift:
             parts.append(f"predicted error of a layer by itself {middle:.0%}, at most {most:.0%}")
         unknown = sum(site.predicted is None for site in self.sites)
         if not self.images and unknown:
-            parts.append(f"nothing can be predicted of {unknown} layers (no running statistics)")
+            layers = "1 layer" if unknown == 1 else f"{unknown} layers"
+            parts.append(f"nothing can be predicted of {layers} (no running statistics)")
         if self.agreement is not None:
             parts.append(f"top-1 agreement {self.agreement:.1%}")
         if self.output_error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -100,6 +101,37 @@ def test_a_conversion_of_nothing_fails_and_writes_nothing(name, tmp_path, factor
 
 def test_where_nothing_is_known_nothing_is_trusted(name, tmp_path):
     result = run("convert", f"{name}:untracked", "--to", "gn", "-o", tmp_path / "out")
-    assert "nothing can be predicted of 1 layers" in result.stderr
+    assert "nothing can be predicted of 1 layer (no" in result.stdout
     json_out = run("convert", f"{name}:untracked", "--to", "gn", "-o", tmp_path / "b", "--json")
     assert json.loads(json_out.stdout)["drift"]["trusted"] is False
+
+
+ROLES = "weight=g, bias=b, mean=m, var=s2"
+
+
+@pytest.mark.parametrize("roles", [ROLES, ROLES + ", eps=0.01"])
+def test_a_class_can_be_declared_to_be_a_batchnorm(name, tmp_path, roles):
+    module = name.removeprefix("python:")
+    declared = ("--batchnorm", f"{module}:Odd({roles})")
+    out = tmp_path / "out"
+    result = run("convert", f"{name}:odd", "--to", "frozen", *declared, "-o", out)
+    assert "original's function" in result.stdout
+    inspected = json.loads(run("inspect", f"{name}:odd", *declared, "--json").stdout)
+    assert [site["names"] for site in inspected["sites"]] == [["1"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "no module and class"),
+        ("{}:Nothing", "no Nothing in"),
+        ("{}:Odd(weigth=g)", "'weigth=g'.*NAME one of weight, bias"),
+        ("{}:odd", "a class that derives from torch.nn.Module"),
+        ("{}:Odd(weight=g, bias=b, mean=m, var=v)", "no tensor of shape .C,. as 'v'"),
+        ("os:abort", "Python's own library"),
+    ],
+)
+def test_declarations_that_cannot_be_followed_are_told(name, text, message):
+    text = text.format(name.removeprefix("python:"))
+    result = run("inspect", f"{name}:odd", "--batchnorm", text, code=1)
+    assert re.search(message, result.stderr), result.stderr

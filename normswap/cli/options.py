@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -92,6 +92,7 @@ class ModelChoice:
     device: str | None
     seed: int
     image_size: int | None
+    batchnorms: tuple[str, ...] = ()
 
     def words(self) -> Iterator[str]:
         """MODEL and the options that make it this one, for a command to copy."""
@@ -104,6 +105,8 @@ class ModelChoice:
             yield from ("--num-classes", str(self.num_classes))
         if self.image_size is not None:
             yield from ("--image-size", str(self.image_size))
+        for text in self.batchnorms:
+            yield from ("--batchnorm", text)
 
     def load(self) -> Source:
         """Seed torch and build the model, in eval mode and on the device asked for."""
@@ -112,6 +115,7 @@ class ModelChoice:
         from normswap.artifact import load_model
 
         torch.manual_seed(self.seed)
+        self._declare()
         source = load_model(
             self.spec,
             pretrained=self.pretrained,
@@ -122,6 +126,12 @@ class ModelChoice:
         )
         source.model.eval()
         return source
+
+    def _declare(self) -> None:
+        from normswap.factories.declared import declare_batchnorm
+
+        for text in self.batchnorms:
+            declare_batchnorm(text)
 
     def inputs(self, source: Source) -> Any:
         """Example inputs of the size asked for, on the device of the model."""
@@ -137,21 +147,12 @@ class ModelChoice:
 
 def model_options(function: Function) -> Function:
     """Add MODEL and its options; the callback gets them as ``chosen: ModelChoice``."""
+    names = [field.name for field in fields(ModelChoice) if field.name != "spec"]
 
     @functools.wraps(function)
-    def wrapper(
-        *,
-        model: str,
-        checkpoint: Path | None,
-        pretrained: bool,
-        num_classes: int | None,
-        device: str | None,
-        seed: int,
-        image_size: int | None,
-        **rest: Any,
-    ) -> Any:
-        chosen = ModelChoice(model, checkpoint, pretrained, num_classes, device, seed, image_size)
-        return function(chosen=chosen, **rest)
+    def wrapper(*, model: str, **values: Any) -> Any:
+        chosen = ModelChoice(model, **{name: values.pop(name) for name in names})
+        return function(chosen=chosen, **values)
 
     for option in reversed(_MODEL_OPTIONS):
         wrapper = option(wrapper)
@@ -176,6 +177,14 @@ _MODEL_OPTIONS = (
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="For all random numbers."),
     click.option("--image-size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
+    click.option(
+        "--batchnorm",
+        "batchnorms",
+        multiple=True,
+        metavar="CLASS",
+        help="A BatchNorm class of your own that is not recognised: package.module:Class, or "
+        "package.module:Class(weight=gamma, eps=0.001, activation=relu). May be repeated.",
+    ),
 )
 
 

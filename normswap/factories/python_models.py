@@ -38,7 +38,7 @@ def from_python(request: Request) -> Built:
             need="python:package.module:factory",
             hint="for example python:my_models:make_net",
         )
-    with _current_folder_importable():
+    with current_folder_importable():
         factory = _find_factory(request.spec, module_name, attribute)
         options = _factory_options(factory, request)
         model = _call(factory, request, options)
@@ -75,7 +75,8 @@ def _call(factory: Callable[..., Any], request: Request, options: dict[str, Any]
 
 
 @contextlib.contextmanager
-def _current_folder_importable() -> Iterator[None]:
+def current_folder_importable() -> Iterator[None]:
+    """Python finds modules below the current folder too, until the block ends."""
     folder = str(Path.cwd())
     if folder in sys.path:
         yield
@@ -88,7 +89,18 @@ def _current_folder_importable() -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[..., Any]:
+def find_attribute(spec: str, module_name: str, attribute: str, *, what: str) -> Any:
+    """Import a module and get something out of it.
+
+    Args:
+        spec: as the user wrote it, for error texts.
+        module_name: dotted name of the module.
+        attribute: dotted name in it.
+        what: what it is to be, for error texts.
+
+    Raises:
+        SpecError: no such module or attribute, or a module of Python's own library.
+    """
     if module_name.partition(".")[0] in sys.stdlib_module_names:
         # an artefact names its factory too: keep it from calling os.abort and the like
         raise SpecError(
@@ -112,10 +124,15 @@ def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[..., 
             raise SpecError(
                 spec,
                 got=f"no {part} in {getattr(found, '__name__', module_name)}",
-                need="the name of a factory",
+                need=f"the name of a {what}",
                 hint=", ".join(near) or "another name",
             )
         found = getattr(found, part)
+    return found
+
+
+def _find_factory(spec: str, module_name: str, attribute: str) -> Callable[..., Any]:
+    found = find_attribute(spec, module_name, attribute, what="factory")
     if not isinstance(found, type | types.FunctionType | types.MethodType) and not hasattr(
         found, "__wrapped__"
     ):
