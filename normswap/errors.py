@@ -2,6 +2,7 @@
 
     NormSwapError
     ├── SpecError             a model spec that names nothing
+    │   └── ConsentError      a file that names code nobody has consented to run
     ├── CheckpointError       a checkpoint that cannot be read or does not fit
     ├── ArtifactError         a normswap directory that cannot be trusted, read or written
     ├── DataError             images or labels that cannot be used
@@ -58,6 +59,10 @@ def _rebuild(cls: type[NormSwapError], where: str, got: str, need: str, hint: st
 
 class SpecError(NormSwapError):
     """A model spec that names nothing."""
+
+
+class ConsentError(SpecError):
+    """A file that names code which nobody has consented to run."""
 
 
 class CheckpointError(NormSwapError):

@@ -25,6 +25,7 @@ class Provenance:
         class_names: the labels, in the order of the logits, or None.
         plans: the JSON form of every plan applied, in order.
         history: one entry per later step: calibrated, fine-tuned, evaluated.
+        trusted: the sources that the user typed, here and now; never written to a file.
     """
 
     source: dict[str, Any] | None = None
@@ -32,6 +33,7 @@ class Provenance:
     class_names: tuple[str, ...] | None = None
     plans: tuple[dict[str, Any], ...] = ()
     history: tuple[dict[str, Any], ...] = field(default=())
+    trusted: frozenset[str] = frozenset()
 
 
 def provenance_of(model: nn.Module) -> Provenance:

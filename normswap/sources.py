@@ -24,6 +24,8 @@ from normswap.errors import CheckpointError, NormSwapError, SpecError
 from normswap.factories import (
     Built,
     Request,
+    canonical,
+    check_recorded,
     from_python,
     from_timm,
     from_torchvision,
@@ -31,10 +33,12 @@ from normswap.factories import (
 )
 from normswap.libraries import library
 from normswap.provenance import provenance_of, remember
+from normswap.trust import Trust, check_consent, trusted, typed
 
 __all__ = [
     "Source",
     "build",
+    "canonical",
     "count_batchnorms",
     "list_models",
     "load_checkpoint",
@@ -125,6 +129,24 @@ def build(
         >>> source.model(source.example_inputs(batch_size=2)).shape
         torch.Size([2, 10])
     """
+    return _build(
+        spec,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        num_classes=num_classes,
+        image_size=image_size,
+    )
+
+
+def _build(
+    spec: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | Sequence[int] | None = None,
+    recorded: bool = False,
+) -> Source:
     family, name = _family(spec)
     if num_classes is not None and num_classes < 1:
         raise SpecError(
@@ -140,6 +162,7 @@ def build(
             num_classes=num_classes,
             image_size=_edges(image_size),
             keys=frozenset(state or ()),
+            recorded=recorded,
         )
     )
     if state is not None:
@@ -186,7 +209,7 @@ def _recorded(
     given = pretrained if built.pretrained is None else built.pretrained
     weights = "checkpoint" if checkpoint is not None else "pretrained" if given else "none"
     origin = {
-        "spec": spec,
+        "spec": built.spec or spec,
         "num_classes": num_classes,
         "arguments": built.arguments,
         "task": built.task,
@@ -200,26 +223,42 @@ def _recorded(
         source=origin,
         preprocessing=built.preprocessing.to_json(),
         class_names=built.class_names,
+        trusted=typed(spec, built.spec or spec),
     )
     return Source(model, spec, built.preprocessing, built.class_names, origin, built.task)
 
 
-def rebuild(origin: Mapping[str, Any]) -> nn.Module:
+def rebuild(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
     """The same BatchNorm model as ``origin`` tells of, without its weights and without a network.
 
+    Args:
+        origin: a record, of which nothing is believed.
+        trust: the ``python:`` and ``hf-hub:`` sources that the user has typed.
+
     Raises:
+        ConsentError: the record names code that the user has not consented to.
         SpecError: the record is malformed, or the model can no longer be built.
     """
+    spec, classes, arguments = _checked(origin, trust)
+    family, name = _family(spec)
+    request = Request(
+        spec, name, filled_later=True, num_classes=classes, arguments=arguments, recorded=True
+    )
+    model: nn.Module = family(request).model
+    return model.eval()
+
+
+def _checked(origin: Mapping[str, Any], trust: Trust) -> tuple[str, int | None, dict[str, Any]]:
+    """Spec, number of classes and arguments of a record that may be built."""
     spec, classes = origin.get("spec"), origin.get("num_classes")
     arguments = origin.get("arguments", {})
     if not isinstance(spec, str) or not isinstance(arguments, Mapping):
         raise _bad_record("spec and arguments")
     if classes is not None and (type(classes) is not int or classes < 1):
         raise _bad_record("num_classes")
-    family, name = _family(spec)
-    request = Request(spec, name, filled_later=True, num_classes=classes, arguments=dict(arguments))
-    model: nn.Module = family(request).model
-    return model.eval()
+    check_consent(spec, trusted(trust))
+    check_recorded(spec, arguments)
+    return spec, classes, dict(arguments)
 
 
 def _bad_record(what: str) -> SpecError:
@@ -231,10 +270,15 @@ def _bad_record(what: str) -> SpecError:
     )
 
 
-def original(origin: Mapping[str, Any]) -> nn.Module:
+def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
     """The BatchNorm model with the weights it had when it was loaded, proven by their SHA-256.
 
+    Args:
+        origin: a record, of which nothing is believed.
+        trust: the ``python:`` and ``hf-hub:`` sources that the user has typed.
+
     Raises:
+        ConsentError: the record names code that the user has not consented to.
         SpecError, CheckpointError: they cannot be had again, or are not the same.
     """
     if origin.get("weights") not in ("pretrained", "checkpoint"):
@@ -244,11 +288,11 @@ def original(origin: Mapping[str, Any]) -> nn.Module:
             need="one from pretrained weights or a checkpoint",
             hint="naming the original explicitly",
         )
-    source = build(
-        str(origin["spec"]),
-        checkpoint=origin.get("checkpoint"),
-        num_classes=origin.get("num_classes"),
-    )
+    spec, classes, _ = _checked(origin, trust)
+    checkpoint = origin.get("checkpoint")
+    if not isinstance(checkpoint, str | type(None)):
+        raise _bad_record("checkpoint")
+    source = _build(spec, checkpoint=checkpoint, num_classes=classes, recorded=True)
     if source.origin is None or source.origin["sha256"] != origin.get("sha256"):
         raise CheckpointError(
             str(origin.get("checkpoint") or origin["spec"]),
@@ -294,7 +338,7 @@ def resize_head(
             hint="replacing its last layer before, or load_model('python:module:factory')",
         )
     origin = {**origin, "num_classes": num_classes}
-    fresh = rebuild(origin)
+    fresh = rebuild(origin, trust=provenance_of(model).trusted)
     names = graft_head(model, fresh)
     if hasattr(model, "num_classes"):
         setattr(model, "num_classes", num_classes)  # noqa: B010  (nn.Module has no such field)

@@ -212,7 +212,10 @@ def test_source_named_at_save(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     artifact.save(model, tmp_path / "out", source="python:artifact_factory:net")
     x = torch.rand(1, 3, 8, 8)
-    assert torch.equal(artifact.load(tmp_path / "out")(x), model(x))
+    with pytest.raises(ArtifactError, match=r"Try --trust python:artifact_factory:net \(trust="):
+        artifact.load(tmp_path / "out")
+    loaded = artifact.load(tmp_path / "out", trust="python:artifact_factory:net")
+    assert torch.equal(loaded(x), model(x))
     with pytest.raises(ArtifactError, match="does not build this model"):
         artifact.save(model, tmp_path / "two", source="python:artifact_factory:other")
     with pytest.raises(ArtifactError, match="does not build this model"):
@@ -269,7 +272,7 @@ def test_the_size_that_a_factory_was_given_is_remembered(tmp_path, caplog):
     model = swap.convert(source.model, "gn", example_inputs=source.example_inputs(2)).model
     artifact.save(model, tmp_path / "out")
     assert not caplog.text
-    again = artifact.load_model(tmp_path / "out")
+    again = artifact.load_model(tmp_path / "out", trust=["python:artifact_factory:sized"])
     x = again.example_inputs(2)
     assert x.shape[2:] == (48, 48)
     assert torch.equal(again.model(x), model(x))

@@ -319,7 +319,7 @@ def test_hub_models_are_rebuilt_without_the_hub(monkeypatch):
     source = sources.build("hf-hub:me/it", pretrained=False)
     assert source.preprocessing.input_size == (1, 64, 64)
     monkeypatch.undo()
-    again = sources.rebuild(source.origin)
+    again = sources.rebuild(source.origin, trust="hf-hub:me/it")
     assert again(torch.zeros(1, 1, 64, 64)).shape == (1, 3)
 
 

@@ -17,6 +17,7 @@ from normswap.data import Preprocessing
 from normswap.errors import ArtifactError
 from normswap.provenance import provenance_of, remember
 from normswap.sources import Source, build
+from normswap.trust import Trust, trusted
 
 logger = logging.getLogger("normswap")
 
@@ -29,6 +30,7 @@ def load_model(
     num_classes: int | None = None,
     image_size: int | Sequence[int] | None = None,
     device: str | torch.device = "cpu",
+    trust: Trust = None,
 ) -> Source:
     """Load a model from any spec: a library's name, a factory of one's own, or an artefact.
 
@@ -40,6 +42,7 @@ def load_model(
         num_classes: outputs of the head; pretrained weights keep all but the head.
         image_size: height and width, where they differ from the model's own.
         device: where the model goes.
+        trust: for a directory, see :func:`load`.
 
     Returns:
         The model in eval mode, with its preprocessing and example inputs.
@@ -73,7 +76,7 @@ def load_model(
             need="an artefact alone: it brings its weights and its head",
             hint="leaving the option out, or the spec the artefact was made from",
         )
-    model = load(spec, device=device)
+    model = load(spec, device=device, trust=trust)
     known = provenance_of(model)
     preprocessing = Preprocessing.from_json(known.preprocessing or {}).resized(image_size)
     if image_size is not None:
@@ -87,6 +90,7 @@ def load(
     *,
     into: nn.Module | None = None,
     device: str | torch.device = "cpu",
+    trust: Trust = None,
 ) -> nn.Module:
     """Load what ``save`` wrote: build the BN original, swap it again, put the weights in.
 
@@ -94,19 +98,24 @@ def load(
         directory: the artefact.
         into: a freshly built BN original to use, for models that normswap cannot build; changed.
         device: where the model goes.
+        trust: the ``python:`` or ``hf-hub:`` source (or several) that the artefact may be built
+            from, because you trust its author. Without it nothing that the artefact names is
+            imported, called or downloaded.
 
     Returns:
         The model in eval mode, with its provenance; its outputs are those of the saved one, bit
         for bit.
 
     Raises:
-        ArtifactError: no artefact, a newer format, an edited file, or a model it does not fit.
+        ArtifactError: no artefact, a newer format, an edited file, a model it does not fit, or a
+            source that needs ``trust``.
     """
+    consent = trusted(trust)
     folder = Path(directory)
     document = Document(folder, read_record(folder))
     state = _read_weights(document)
     record = document.provenance()
-    model = same_model(document, record, into)
+    model = same_model(document, record, into, consent)
     fill(model, state, document)
     remember(
         model,
@@ -115,6 +124,7 @@ def load(
         class_names=record.class_names,
         plans=record.plans,
         history=record.history,
+        trusted=consent,
     )
     return model.to(device).eval()
 

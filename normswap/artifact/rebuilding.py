@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from normswap.artifact.record import Document
-from normswap.errors import ArtifactError, NormSwapError
+from normswap.errors import ArtifactError, ConsentError, NormSwapError
 from normswap.provenance import Provenance, remember
 from normswap.sources import rebuild
+from normswap.trust import Trust
+
+_DTYPES = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
 
 
-def same_model(document: Document, record: Provenance, into: nn.Module | None) -> nn.Module:
+def same_model(
+    document: Document, record: Provenance, into: nn.Module | None, trust: Trust = None
+) -> nn.Module:
     """A model of the saved structure, with whatever weights."""
     where = str(document.folder)
     model = into
@@ -22,7 +30,9 @@ def same_model(document: Document, record: Provenance, into: nn.Module | None) -
         if record.source is None:
             raise _unknown_source(where)
         try:
-            model = rebuild(record.source)
+            model = rebuild(record.source, trust=trust)
+        except ConsentError as error:
+            raise ArtifactError(where, got=error.got, need=error.need, hint=error.hint) from error
         except NormSwapError as error:
             raise ArtifactError(
                 where,
@@ -31,8 +41,8 @@ def same_model(document: Document, record: Provenance, into: nn.Module | None) -
                 hint="load(directory, into=a freshly built BatchNorm model)",
             ) from error
     remember(model, plans=(), history=())
-    dtype = getattr(torch, document.get("dtype", str), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    dtype = _DTYPES.get(document.get("dtype", str))
+    if dtype is None:
         raise document.malformed("dtype", document.data["dtype"])
     return swapped_again(where, model.to(dtype), record.plans)
 

@@ -32,10 +32,11 @@ from normswap.artifact.record import (
     read_record,
     record_digest,
 )
-from normswap.errors import ArtifactError, NormSwapError
+from normswap.errors import ArtifactError, NormSwapError, SpecError
 from normswap.plain import plain
 from normswap.provenance import Provenance, provenance_of
-from normswap.sources import rebuild
+from normswap.sources import canonical, rebuild
+from normswap.trust import typed
 
 logger = logging.getLogger("normswap")
 
@@ -67,6 +68,9 @@ def save(
     """
     target = Path(directory).resolve()
     _check_target(target, force)
+    if source is not None and source.startswith("python:"):
+        with contextlib.suppress(SpecError):  # which _check_source explains
+            source = canonical(source)
     document, tensors = _describe(model, source, class_names)
     _check_source(model, document, str(target), explicit=source is not None)
     with _one_clear_error(target), _sibling(target) as draft:
@@ -237,7 +241,10 @@ def _check_source(
     if document["source"] is None:
         return
     try:
-        twin = _meta_twin(document)
+        trust = provenance_of(model).trusted
+        if explicit:  # the user has typed it, here
+            trust |= typed(document["source"]["spec"])
+        twin = _meta_twin(document, trust)
         check_agreement(where, _state_of(twin), model.state_dict())
         _check_modules(where, twin, model)
     except NormSwapError as error:
@@ -283,9 +290,10 @@ def _settings(module: nn.Module) -> str:
     return f"{kind}({module.extra_repr()})"
 
 
-def _meta_twin(document: Mapping[str, Any]) -> nn.Module:
+def _meta_twin(document: Mapping[str, Any], trust: frozenset[str]) -> nn.Module:
     def twin() -> nn.Module:
-        return swapped_again("source", rebuild(document["source"]), document["plans"])
+        original = rebuild(document["source"], trust=trust)
+        return swapped_again("source", original, document["plans"])
 
     try:
         with torch.device("meta"):

@@ -116,7 +116,7 @@ def _original(spec: str, model: nn.Module) -> nn.Module:
             hint="the spec that it was made from",
         )
     device = next((p.device for p in model.parameters()), None)
-    return rebuild(record.source).to(device).eval()
+    return rebuild(record.source, trust=record.trusted).to(device).eval()
 
 
 def _print(spec: str, batch_size: int, found: Comparison) -> None:

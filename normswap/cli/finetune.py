@@ -102,7 +102,7 @@ def command(
         keep=keep,
         checkpoint_every=checkpoint_every,
         device=check_device(chosen.device) if chosen.device else None,
-        teacher=_teacher(teacher, source, new_head=images.new_head),
+        teacher=_teacher(teacher, source, chosen.trust, new_head=images.new_head),
     )
     if force and first:  # not before everything that the new run needs is there
         discard(output)
@@ -121,7 +121,9 @@ def command(
         _print(history, output, as_json=as_json)
 
 
-def _teacher(name: str, source: Source, *, new_head: bool) -> nn.Module | None:
+def _teacher(
+    name: str, source: Source, trust: tuple[str, ...], *, new_head: bool
+) -> nn.Module | None:
     """The network whose logits the model shall keep."""
     from normswap.artifact import load_model
     from normswap.provenance import provenance_of
@@ -130,14 +132,14 @@ def _teacher(name: str, source: Source, *, new_head: bool) -> nn.Module | None:
     if name == "none":
         return None
     if name != "auto":
-        return load_model(name).model
+        return load_model(name, trust=trust).model
     converted, origin = provenance_of(source.model).plans, source.origin
     if not converted or new_head or origin is None:
         return None
     if origin.get("weights") not in ("pretrained", "checkpoint"):
         return None
     try:
-        teacher = original(origin)
+        teacher = original(origin, trust=provenance_of(source.model).trusted)
     except NormSwapError as error:
         _logger.info("no teacher: %s", error)
         return None

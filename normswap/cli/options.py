@@ -93,6 +93,7 @@ class ModelChoice:
     seed: int
     image_size: int | None
     batchnorms: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
 
     def words(self) -> Iterator[str]:
         """MODEL and the options that make it this one, for a command to copy."""
@@ -107,6 +108,8 @@ class ModelChoice:
             yield from ("--image-size", str(self.image_size))
         for text in self.batchnorms:
             yield from ("--batchnorm", text)
+        for spec in self.trust:
+            yield from ("--trust", spec)
 
     def load(self) -> Source:
         """Seed torch and build the model, in eval mode and on the device asked for."""
@@ -123,6 +126,7 @@ class ModelChoice:
             num_classes=self.num_classes,
             image_size=self.image_size,
             device=check_device(self.device),
+            trust=self.trust,
         )
         source.model.eval()
         return source
@@ -159,6 +163,13 @@ def model_options(function: Function) -> Function:
     return wrapper  # type: ignore[return-value]
 
 
+trust_option = click.option(
+    "--trust",
+    multiple=True,
+    metavar="SPEC",
+    help="A python: or hf-hub: source that a directory may name, because you trust its author.",
+)
+
 _MODEL_OPTIONS = (
     click.argument("model"),
     click.option(
@@ -185,6 +196,7 @@ _MODEL_OPTIONS = (
         help="A BatchNorm class of your own that is not recognised: package.module:Class, or "
         "package.module:Class(weight=gamma, eps=0.001, activation=relu). May be repeated.",
     ),
+    trust_option,
 )
 
 

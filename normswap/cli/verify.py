@@ -9,7 +9,7 @@ import click
 
 from normswap.cli.boundary import PARITY
 from normswap.cli.console import print_json, print_table, say
-from normswap.cli.options import cli_command, json_option, timeout_option
+from normswap.cli.options import cli_command, json_option, timeout_option, trust_option
 
 if TYPE_CHECKING:
     from normswap.onnx import Parity
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--model", help="Repeat the full proof against this MODEL; needs torch.")
 @click.option("--provider", help="onnxruntime execution provider: cpu, cuda … [default: cpu]")
 @timeout_option
+@trust_option
 @click.option("--all", "every", is_flag=True, help="Show every case, not only a summary.")
 @json_option
 @click.pass_context
@@ -30,6 +31,7 @@ def command(
     model: str | None,
     provider: str | None,
     timeout: float | None,
+    trust: tuple[str, ...],
     every: bool,
     as_json: bool,
 ) -> None:
@@ -40,7 +42,8 @@ def command(
     """
     from normswap.onnx import verify_onnx
 
-    parity = verify_onnx(file, **_model(model, file), provider=provider, timeout=timeout)
+    taken = _model(model, file, trust)
+    parity = verify_onnx(file, **taken, provider=provider, timeout=timeout)
     if as_json:
         print_json({"file": file, **parity.to_json()})
     else:
@@ -49,7 +52,7 @@ def command(
         ctx.exit(PARITY)
 
 
-def _model(spec: str | None, file: Path) -> dict[str, Any]:
+def _model(spec: str | None, file: Path, trust: tuple[str, ...]) -> dict[str, Any]:
     """The model, and its default inputs where the file does not record those of its proof."""
     if spec is None:
         return {}
@@ -58,7 +61,7 @@ def _model(spec: str | None, file: Path) -> dict[str, Any]:
     from normswap.onnx.file.parsing import read_onnx
 
     metadata = read_metadata(read_onnx(file))
-    source = load_model(spec)
+    source = load_model(spec, trust=trust)
     recorded = metadata is not None and metadata.intact
     return {
         "model": source.model.eval(),

@@ -5,9 +5,19 @@ code; a request without weights never touches the network.
 """
 
 from normswap.factories.heads import graft_head
-from normswap.factories.python_models import from_python
+from normswap.factories.python_models import canonical, from_python
+from normswap.factories.recorded import check_recorded
 from normswap.factories.request import Built, Request
 from normswap.factories.timm_models import from_timm
 from normswap.factories.torchvision_models import from_torchvision
 
-__all__ = ["Built", "Request", "from_python", "from_timm", "from_torchvision", "graft_head"]
+__all__ = [
+    "Built",
+    "Request",
+    "canonical",
+    "check_recorded",
+    "from_python",
+    "from_timm",
+    "from_torchvision",
+    "graft_head",
+]

@@ -7,8 +7,9 @@ import inspect
 from typing import Any
 
 from normswap.errors import SpecError
-from normswap.factories.python_models import current_folder_importable, find_attribute
+from normswap.factories.python_models import find_attribute
 from normswap.graph import register_batchnorm
+from normswap.trust import current_folder_importable
 
 _NEED = "package.module:Class, with what is called otherwise in brackets"
 _HINT = "--batchnorm 'my_layers:MyNorm(weight=gamma, bias=beta, eps=0.001, activation=relu)'"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,6 +16,7 @@ from normswap.data import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from normswap.errors import NormSwapError, SpecError, in_short
 from normswap.factories.request import Built, Request
 from normswap.factories.timm_models import timm_preprocessing
+from normswap.trust import current_folder_importable
 
 
 def from_python(request: Request) -> Built:
@@ -40,6 +39,8 @@ def from_python(request: Request) -> Built:
         )
     with current_folder_importable():
         factory = _find_factory(request.spec, module_name, attribute)
+        if request.recorded:
+            _check_at_home(request.spec, factory, module_name, attribute)
         options = _factory_options(factory, request)
         model = _call(factory, request, options)
     if not isinstance(model, nn.Module):
@@ -57,6 +58,7 @@ def from_python(request: Request) -> Built:
         tuple(str(name) for name in names) if isinstance(names, list | tuple) else None,
         str(getattr(model, "task", "image")),
         pretrained=bool(options.get("pretrained")),
+        spec=_home_of(factory) or request.spec,
     )
 
 
@@ -74,19 +76,43 @@ def _call(factory: Callable[..., Any], request: Request, options: dict[str, Any]
         ) from error
 
 
-@contextlib.contextmanager
-def current_folder_importable() -> Iterator[None]:
-    """Python finds modules below the current folder too, until the block ends."""
-    folder = str(Path.cwd())
-    if folder in sys.path:
-        yield
-        return
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
+def canonical(spec: str) -> str:
+    """The spec that names a factory where it is defined; a record must name it there.
+
+    Raises:
+        SpecError: no such module or attribute.
+    """
+    module_name, _, attribute = spec.removeprefix("python:").partition(":")
+    with current_folder_importable():
+        return _home_of(_find_factory(spec, module_name, attribute)) or spec
+
+
+def _home_of(factory: Callable[..., Any]) -> str | None:
+    """``python:module:name`` of the place where a factory is defined, if it has a name there."""
+    inner = inspect.unwrap(factory)
+    home, name = str(inner.__module__), str(getattr(inner, "__qualname__", ""))
+    return f"python:{home}:{name}" if _is_at_home(factory, home, name) else None
+
+
+def _is_at_home(factory: Any, module_name: str, attribute: str) -> bool:
+    """Whether a module defines what it calls by that name, rather than having imported it."""
+    own = vars(sys.modules.get(module_name, types.ModuleType("")))
+    inner = inspect.unwrap(factory)
+    if own.get(attribute) is not factory or factory.__module__ != module_name:
+        return False
+    if isinstance(inner, type):
+        return inner.__module__ == module_name
+    return isinstance(inner, types.FunctionType) and inner.__globals__ is own
+
+
+def _check_at_home(spec: str, factory: Any, module_name: str, attribute: str) -> None:
+    if not _is_at_home(factory, module_name, attribute):
+        raise SpecError(
+            spec,
+            got=f"a factory that {module_name} does not define itself",
+            need="one attribute that is defined in that very module, because a file names it",
+            hint=_home_of(factory) or "load(directory, into=a freshly built BatchNorm model)",
+        )
 
 
 def find_attribute(spec: str, module_name: str, attribute: str, *, what: str) -> Any:
@@ -102,7 +128,6 @@ def find_attribute(spec: str, module_name: str, attribute: str, *, what: str) ->
         SpecError: no such module or attribute, or a module of Python's own library.
     """
     if module_name.partition(".")[0] in sys.stdlib_module_names:
-        # an artefact names its factory too: keep it from calling os.abort and the like
         raise SpecError(
             spec,
             got="a module of Python's own library",

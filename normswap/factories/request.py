@@ -38,6 +38,7 @@ class Request:
         image_size: height and width, for architectures that must know.
         arguments: of an earlier build, to be used as they are; None: to be worked out.
         keys: those of the checkpoint to be loaded, which tell about optional parts.
+        recorded: a file names the source, and not the user.
     """
 
     spec: str
@@ -48,6 +49,7 @@ class Request:
     image_size: tuple[int, int] | None = None
     arguments: Mapping[str, Any] | None = None
     keys: frozenset[str] = frozenset()
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Built:
         class_names: in the order of the logits.
         task: what ``forward`` takes.
         pretrained: whether the weights are the library's; None: as they were asked for.
+        spec: under which the same can be built again, where it is not the one asked for.
     """
 
     model: nn.Module
@@ -69,6 +72,7 @@ class Built:
     class_names: tuple[str, ...] | None = None
     task: str = "image"
     pretrained: bool | None = None
+    spec: str | None = None
 
 
 def unknown_model(spec: str, prefix: str, name: str, known: Iterable[str]) -> SpecError:

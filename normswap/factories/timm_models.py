@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from normswap.data import Preprocessing
+from normswap.errors import SpecError
 from normswap.factories.request import Built, Request, explained, unknown_model
 from normswap.libraries import library
 
-_NEVER_FROM_A_RECORD = {"pretrained", "checkpoint_path", "pretrained_cfg", "cache_dir"}
+_NEVER_FROM_THE_HUB = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir"),
+    *("pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "model_cfg", "device"),
+    *(
+        "feature_cfg",
+        "features_only",
+        "feature_cls",
+        "kwargs_filter",
+        "pruned",
+        "dtype",
+        "exportable",
+    ),
+    *("scriptable", "no_jit"),
+}
+_CONFIG = {  # of timm's PretrainedCfg what says how to use the weights, not where they come from
+    *("architecture", "tag", "input_size", "test_input_size", "min_input_size", "fixed_input_size"),
+    *("interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "num_classes"),
+    *("label_offset", "label_names", "label_descriptions", "pool_size", "test_pool_size"),
+    *("first_conv", "classifier", "license", "hf_hub_id", "source"),
+}
+_MOST = 65_536
+_SHORT = re.compile(r"[A-Za-z0-9_.+-]{1,60}")
 
 
 def from_timm(request: Request) -> Built:
@@ -36,8 +59,16 @@ def from_timm(request: Request) -> Built:
 def _timm_arguments(timm: Any, request: Request) -> dict[str, Any]:
     if request.spec.startswith("hf-hub:"):
         cfg, name, model_args = timm.models.load_model_config_from_hf(request.name)
-        cfg = {key: value for key, value in cfg.items() if _is_plain(value)}
-        return {"architecture": name, "config": cfg, "options": dict(model_args or {})}
+        options = dict(model_args or {})
+        for key, value in options.items():
+            if not is_hub_option(key, value):
+                raise SpecError(
+                    request.spec,
+                    got=f"the model argument {str(key)[:60]}={value!r:.60}",
+                    need="numbers, flags, names and lists of them, within bounds",
+                    hint="building it with timm itself, if you trust its author",
+                )
+        return {"architecture": str(name), "config": _config(cfg), "options": options}
     arguments: dict[str, Any] = {"architecture": request.name}
     if request.image_size is not None and timm.is_model(request.name):
         cfg = timm.get_pretrained_cfg(request.name)
@@ -46,19 +77,34 @@ def _timm_arguments(timm: Any, request: Request) -> dict[str, Any]:
     return arguments
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | list | tuple | type(None))
+def is_hub_option(name: Any, value: Any) -> bool:
+    """Whether a model argument from elsewhere is a plain setting: no place, no switch of timm's."""
+    known = isinstance(name, str) and name.isidentifier() and name not in _NEVER_FROM_THE_HUB
+    return known and _is_plain(value)
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, list | tuple):
+        return depth > 0 and len(value) <= 64 and all(_is_plain(v, depth - 1) for v in value)
+    if isinstance(value, str):
+        return _SHORT.fullmatch(value) is not None
+    if isinstance(value, int | float):  # NaN and infinity fail the comparison
+        return abs(value) <= _MOST
+    return value is None
+
+
+def _config(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hub's configuration says of input and head, without its URLs, files and loaders."""
+    kinds = (str, int, float, bool, list, tuple, type(None))
+    return {key: cfg[key] for key in sorted(_CONFIG & set(cfg)) if isinstance(cfg[key], kinds)}
 
 
 def _timm_call(arguments: Mapping[str, Any], request: Request) -> tuple[str, dict[str, Any]]:
     options = dict(arguments.get("options", {}))
-    forbidden = sorted(set(options) & _NEVER_FROM_A_RECORD)
-    if forbidden:
-        raise ValueError(f"{forbidden} are no options of an architecture")
     if request.num_classes is not None:
         options["num_classes"] = request.num_classes
     if arguments.get("config"):
-        options["pretrained_cfg"] = dict(arguments["config"])
+        options["pretrained_cfg"] = _config(arguments["config"])
     return str(arguments["architecture"]), options
 
 
