@@ -172,12 +172,13 @@ def _obstacle(owner: nn.Module, code: CodeType, position: Position, op: str) -> 
     source = method_source(function)
     if source is None:
         return f"the source of {code.co_qualname} cannot be read"
-    return _obstacle_in_source(source, owner, code, position, op)
+    return obstacle_in_source(source, owner, code, position, op)
 
 
-def _obstacle_in_source(
+def obstacle_in_source(
     source: MethodSource, owner: nn.Module, code: CodeType, position: Position, op: str
 ) -> str | None:
+    """Why the call at ``position`` of a method cannot be taken out; None if it always is ``op``."""
     if source.definition.decorator_list:
         return f"{code.co_qualname} is decorated"
     call = source.calls.get(position)

@@ -135,12 +135,12 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conver
 @torch.inference_mode(mode=False)  # what is built in that mode can never be trained
 def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) -> Conversion:
     refuse_wrapped(model)
-    _tell_of_others(model, plan)
     if optimizer is not None:
         check_optimizer(optimizer)
     old = {entry.name: _module_of(model, entry) for entry in plan.swapped}
     new = {entry.name: _build(old[entry.name], entry) for entry in plan.swapped}
     replacements = {old[name]: new[name] for name in new}
+    _tell_of_others(model, plan)
     record = provenance_of(model)
     with Journal() as journal:
         _remove_activations(model, plan, journal)
@@ -211,12 +211,12 @@ def _build(norm: nn.Module, entry: PlanEntry) -> nn.Module:
 
 
 def _remove_activations(model: nn.Module, plan: Plan, journal: Journal) -> None:
-    calls: dict[str, dict[CallSite, None]] = defaultdict(dict)
+    calls: dict[str, dict[CallSite, str]] = defaultdict(dict)
     gone: dict[str, str] = {}
     for entry in plan.swapped:
         removal = entry.removal
         if removal is not None and removal.how == "call" and removal.call is not None:
-            calls[removal.call.owner].setdefault(removal.call)
+            calls[removal.call.owner].setdefault(removal.call, removal.op)
         elif removal is not None:
             gone.update(dict.fromkeys(removal.names, removal.op))
     for owner, found in calls.items():

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterable
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from normswap.errors import SwapError
-from normswap.graph.callsites import MethodSource, argument_of, method_of, method_source
+from normswap.graph.callsites import (
+    MethodSource,
+    argument_of,
+    method_of,
+    method_source,
+    obstacle_in_source,
+)
 from normswap.graph.sites import CallSite
 
 _FUTURES = 0x1FF0000  # the bits of co_flags that `from __future__` imports set
@@ -41,8 +47,8 @@ def _blank_instance(base: type[nn.Module], edits: frozenset[Edit]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def edited_class(module: nn.Module, calls: Iterable[CallSite]) -> type[nn.Module]:
-    """The class that ``module`` gets when ``calls`` leave its methods.
+def edited_class(module: nn.Module, calls: Mapping[CallSite, str]) -> type[nn.Module]:
+    """The class that ``module`` gets when ``calls``, each to an activation, leave its methods.
 
     Raises:
         SwapError: if the source is not the one that the plan was made for.
@@ -50,7 +56,7 @@ def edited_class(module: nn.Module, calls: Iterable[CallSite]) -> type[nn.Module
     cls = type(module)
     base = getattr(cls, "_normswap_base", cls)
     edits: frozenset[Edit] = getattr(cls, "_normswap_edits", frozenset())
-    for call in calls:
+    for call, op in calls.items():
         function = method_of(module, call.method)
         source = method_source(function) if function is not None else None
         if source is None or source.digest != call.digest:
@@ -59,6 +65,17 @@ def edited_class(module: nn.Module, calls: Iterable[CallSite]) -> type[nn.Module
                 got=f"another source of {cls.__name__}.{call.method} than the plan was made for",
                 need="the same version of the code that defines the block",
                 hint="a new plan, or the library versions recorded in normswap.json",
+            )
+        if call.position not in source.calls:
+            raise KeyError(call.position)
+        # a plan may come from elsewhere: it takes out what always is that activation
+        obstacle = obstacle_in_source(source, module, source.function.__code__, call.position, op)
+        if obstacle is not None:
+            raise SwapError(
+                call.owner or "the model",
+                got=f"a call that is to go although {obstacle}",
+                need="an activation that can be told in the source",
+                hint="a new plan for this model",
             )
     return class_without_calls(base, edits | {(c.method, c.position, c.digest) for c in calls})
 
