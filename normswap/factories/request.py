@@ -105,7 +105,7 @@ def no_weights(spec: str, tags: Iterable[str]) -> SpecError:
 def explained(request: Request) -> Iterator[None]:
     """Third-party warnings go to the log, third-party errors become one line."""
     try:
-        with warnings.catch_warnings(record=True) as remarks, _no_waiting_for_a_dead_network():
+        with warnings.catch_warnings(record=True) as remarks, _network(request):
             warnings.simplefilter("always")
             yield
     except NormSwapError:
@@ -147,6 +147,14 @@ def _explain(request: Request, error: Exception) -> SpecError:
 def _is_network_error(error: BaseException) -> bool:
     homes = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or not homes.isdisjoint(_NETWORK_PACKAGES)
+
+
+def _network(request: Request) -> contextlib.AbstractContextManager[None]:
+    """What has no need of the network does not even look for it."""
+    from_hub = request.spec.startswith("hf-hub:") and not request.arguments
+    if request.pretrained or from_hub:
+        return _no_waiting_for_a_dead_network()
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
