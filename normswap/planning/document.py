@@ -193,8 +193,20 @@ def _recipe_of(entry: PlanEntry, recipe: Any) -> Recipe | None:
     return None if entry.becomes == KEEP else recipe_from_json(recipe)
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "channels": (int,),
+    "reason": (str, type(None)),
+    "producer": (str, type(None)),
+}
+
+
 def _check_entry(entry: PlanEntry) -> None:
     """What was edited by hand must still be one thing."""
+    for name, kinds in _KINDS.items():
+        value = getattr(entry, name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{entry.name}: {name} {value!r:.60}")
     if entry.rank not in range(4) or isinstance(entry.rank, bool):
         raise ValueError(f"{entry.name}: rank {entry.rank!r}, not 0, 1, 2 or 3")
     gone = None if entry.removal is None else entry.removal.op
