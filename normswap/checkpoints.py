@@ -6,11 +6,14 @@ Safetensors, or what ``torch.save`` wrote, read with ``weights_only=True`` and n
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from normswap.errors import CheckpointError, in_short
+from normswap.regular import check_regular
 
 logger = logging.getLogger("normswap")
 
@@ -40,6 +44,8 @@ _OLD_DENSENET = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$"
 )
 _SHOWN = 3
+_MOST_WRAPPERS = 16
+"""Mappings in mappings, down to the one that holds the weights."""
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -57,13 +63,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             (nothing of which runs), or no weights inside.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        check_regular(path)
+    except OSError as error:
         raise CheckpointError(
             str(path),
-            got="a folder" if path.is_dir() else "no such file",
+            got="a folder" if path.is_dir() else str(error.strerror).lower(),
             need="a .safetensors, .pth, .pt or .bin file",
             hint="the path",
-        )
+        ) from error
     content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
     state = _unwrap(content)
     if not state:
@@ -90,8 +98,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
 
 
+def check_archive(path: Path) -> None:
+    """Make sure that a file of ``torch.save`` unpacks to no more than it is.
+
+    Raises:
+        OSError: it is no regular file, or an archive that grows when it is unpacked.
+    """
+    size = check_regular(path)
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > size:
+            got = f"an archive of {size} bytes that unpacks to {unpacked}"
+            raise OSError(errno.EFBIG, got, str(path))
+
+
 def _read_pickle(path: Path) -> Any:
     try:
+        check_archive(path)
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([argparse.Namespace]),
@@ -159,11 +185,26 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _unwrap(content: Any) -> dict[str, Tensor]:
-    """The first mapping under the usual names that is no mere part: no half of the fullest one."""
-    if not isinstance(content, Mapping):
+def _unwrap(
+    content: Any, depth: int = 0, known: dict[int, dict[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
+    """The first mapping under the usual names that is no mere part: no half of the fullest one.
+
+    Every mapping is looked into once, however often it stands in the others, itself included.
+    """
+    known = {} if known is None else known
+    if not isinstance(content, Mapping) or depth > _MOST_WRAPPERS:
         return {}
-    wrapped = {name: _unwrap(content.get(name)) for name in _WRAPPERS}
+    if id(content) not in known:
+        known[id(content)] = {}  # found again in itself
+        known[id(content)] = _weights_in(content, depth, known)
+    return known[id(content)]
+
+
+def _weights_in(
+    content: Mapping[Any, Any], depth: int, known: dict[int, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    wrapped = {name: _unwrap(content.get(name), depth + 1, known) for name in _WRAPPERS}
     most = max(map(len, wrapped.values()))
     for name, found in wrapped.items():
         if found and 2 * len(found) > most:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from normswap.errors import NormSwapError, TrainingError
 from normswap.plain import write_whole
 from normswap.provenance import provenance_of
+from normswap.regular import read_text
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
 from normswap.training.batches import in_memory
 from normswap.training.options import fingerprint
@@ -301,7 +302,7 @@ class _Bench:
         if not path.exists():
             _write(path, now)
             return
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = json.loads(read_text(path))
         changed = [key for key in now if now[key] != then.get(key)]
         if changed:
             raise TrainingError(
@@ -315,7 +316,7 @@ class _Bench:
         """The finished cell, from its file or by training."""
         path = None if self.out is None else self.out / "cells" / f"{cell.name}.json"
         if path is not None and path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(read_text(path))
             made_with = stored.pop("recipe", None)
             if made_with != _recipe(self.targets[cell.target]):
                 raise TrainingError(

@@ -115,7 +115,7 @@ def load(
     document = Document(folder, read_record(folder))
     state = _read_weights(document)
     record = document.provenance()
-    model = same_model(document, record, into, consent)
+    model = same_model(document, record, into, state, consent)
     fill(model, state, document)
     remember(
         model,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normswap.artifact.record import Document
 from normswap.errors import ArtifactError, ConsentError, NormSwapError
+from normswap.factories import no_larger_than
 from normswap.provenance import Provenance, remember
 from normswap.sources import rebuild
 from normswap.trust import Trust
@@ -21,16 +22,21 @@ _DTYPES = {
 
 
 def same_model(
-    document: Document, record: Provenance, into: nn.Module | None, trust: Trust = None
+    document: Document,
+    record: Provenance,
+    into: nn.Module | None,
+    state: Mapping[str, Tensor],
+    trust: Trust = None,
 ) -> nn.Module:
-    """A model of the saved structure, with whatever weights."""
+    """A model of the saved structure, with whatever weights, for those of ``state``."""
     where = str(document.folder)
     model = into
     if model is None:
         if record.source is None:
             raise _unknown_source(where)
         try:
-            model = rebuild(record.source, trust=trust)
+            with no_larger_than(state.values()):
+                model = rebuild(record.source, trust=trust)
         except ConsentError as error:
             raise ArtifactError(where, got=error.got, need=error.need, hint=error.hint) from error
         except NormSwapError as error:

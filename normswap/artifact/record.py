@@ -13,6 +13,7 @@ import normswap
 from normswap.data import Preprocessing
 from normswap.errors import ArtifactError, DataError
 from normswap.provenance import Provenance
+from normswap.regular import open_regular, read_text
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -82,7 +83,7 @@ class Document:
 def read_record(folder: Path) -> Mapping[str, Any]:
     """Read ``normswap.json``; check its version, then its digest."""
     path = folder / RECORD
-    if not path.is_file():
+    if not path.exists():
         raise ArtifactError(
             str(folder),
             got=f"no {RECORD}",
@@ -90,7 +91,7 @@ def read_record(folder: Path) -> Mapping[str, Any]:
             hint="the folder that `normswap convert -o` named",
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             str(path), got=f"no readable JSON ({error})", need="JSON", hint="saving the model again"
@@ -129,6 +130,6 @@ def record_digest(document: Mapping[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
+    """SHA-256 of a regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,6 +23,7 @@ from normswap.cli.options import (
     model_options,
 )
 from normswap.errors import PlanError
+from normswap.regular import read_text
 from normswap.targets import FALLBACKS, INITS, TARGETS
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def read_plan(path: Path) -> Plan:
 
     hint = "the output of `normswap convert MODEL --to TARGET --dry-run --json`"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         problem = error.strerror if isinstance(error, OSError) else str(error)
         raise PlanError(str(path), got=str(problem), need="a plan in JSON", hint=hint) from error

@@ -18,6 +18,7 @@ from torch import Tensor
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError
 from normswap.libraries import library
+from normswap.regular import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -124,7 +125,7 @@ def read_image(path: Path, channels: int = 3) -> Image:
     import PIL.Image
 
     try:
-        with warnings.catch_warnings(), PIL.Image.open(path) as image:
+        with warnings.catch_warnings(), open_regular(path) as file, PIL.Image.open(file) as image:
             warnings.simplefilter("ignore")  # remarks on odd but readable metadata
             image.load()
             return to_channels(image, channels)

@@ -25,6 +25,7 @@ from normswap.data.images import (
 from normswap.data.preprocessing import Preprocessing, is_number
 from normswap.errors import DataError, InstallationError, NormSwapError, in_short
 from normswap.libraries import library
+from normswap.regular import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +108,7 @@ def _is_readable(path: Path) -> bool:
     import PIL.Image
 
     try:
-        with warnings.catch_warnings(), PIL.Image.open(path) as image:
+        with warnings.catch_warnings(), open_regular(path) as file, PIL.Image.open(file) as image:
             warnings.simplefilter("ignore")
             image.draft("RGB", (64, 64))  # JPEG: the whole file is read at an eighth of the work
             image.load()

@@ -4,6 +4,7 @@ Each takes a ``Request`` and gives a ``Built``. Weights come through the librari
 code; a request without weights never touches the network.
 """
 
+from normswap.factories.budget import no_larger_than
 from normswap.factories.heads import graft_head
 from normswap.factories.python_models import canonical, from_python
 from normswap.factories.recorded import check_recorded
@@ -20,4 +21,5 @@ __all__ = [
     "from_timm",
     "from_torchvision",
     "graft_head",
+    "no_larger_than",
 ]

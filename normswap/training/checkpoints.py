@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from normswap.checkpoints import check_archive
 from normswap.errors import TrainingError, in_short
 from normswap.training.options import FineTune
 from normswap.training.records import CURVE, METRICS
@@ -55,6 +56,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: the file is damaged or no checkpoint of a fine-tune.
     """
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch's own text for a broken pickle advises to run whatever code is in it

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normswap.plain import write_whole
+from normswap.regular import read_text
 
 METRICS = "metrics.jsonl"
 
@@ -159,7 +160,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
             found.append((json.loads(line), line))
         except json.JSONDecodeError:

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 
 from normswap.errors import ExportError, in_short
 from normswap.onnx.file.parity import Array
+from normswap.regular import open_regular
 
 _MAX_DEPTH = 128
 """Messages in messages; a subgraph takes three."""
@@ -72,12 +73,13 @@ def read_onnx(path: str | Path) -> OnnxFile:
             file's folder.
     """
     where = Path(path)
-    if not where.is_file():
-        got = "a directory" if where.is_dir() else "no such file"
-        raise ExportError(str(where), got=got, need="an ONNX file", hint="another path")
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(where.read_bytes())
+        with open_regular(where) as stream:
+            proto.ParseFromString(stream.read())
+    except OSError as error:
+        got = f"{error.strerror or error}".lower()
+        raise ExportError(str(where), got=got, need="an ONNX file", hint="another path") from error
     except (DecodeError, ValueError, RecursionError, MemoryError) as error:
         raise _not_onnx(where, f"bytes that are no ONNX protobuf ({in_short(error)})") from error
     if not all(map(_is_text, messages(proto))):
