@@ -1,6 +1,14 @@
-"""The names of the targets, with one line each. Free of torch, so that help texts cost nothing."""
+"""The names of the targets, with one line each, and how settings are written behind a name.
+
+``gn(groups=16)`` is a target with a setting, ``gn`` one with its defaults; a plan prints what it
+decided in the same words. Free of torch, so that help texts cost nothing.
+"""
 
 from __future__ import annotations
+
+import ast
+import re
+from typing import Any
 
 TARGETS: dict[str, str] = {
     "gn": "Group Normalization; no batch dependence, the default choice for batch 1-8",
@@ -21,3 +29,45 @@ FALLBACKS: tuple[str, ...] = ("frozen", "keep", "brn", "gn", "error")
 
 INITS: tuple[str, ...] = ("match", "copy", "reset")
 """How a per-sample target gets its affine parameters from the BN it replaces."""
+
+_TARGET = re.compile(r"\s*([^\s(),=]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def read_target(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a target as it is written.
+
+    Raises:
+        ValueError: it is not written like ``gn(groups=16)``.
+
+    Example:
+        >>> read_target("cbn(window=4, variance_rule=drop)")
+        ('cbn', {'window': 4, 'variance_rule': 'drop'})
+    """
+    found = _TARGET.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is not written like gn(groups=16)")
+    settings: dict[str, Any] = {}
+    for setting in split_targets(found[2] or ""):
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not (name.isidentifier() and equals and value) or name in settings:
+            raise ValueError(f"{setting!r} in {text!r} is not one setting, like groups=16")
+        settings[name] = _value(value)
+    return found[1], settings
+
+
+def split_targets(text: str) -> list[str]:
+    """The parts of ``gn,cbn(window=4, burn_in=9)``, which no comma in brackets divides.
+
+    Example:
+        >>> split_targets("gn, cbn(window=4, burn_in=9)")
+        ['gn', 'cbn(window=4, burn_in=9)']
+    """
+    parts = re.split(r",(?![^(]*\))", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError):
+        return text  # a word, as auto is

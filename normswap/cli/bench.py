@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING
 
 import click
 
 from normswap.cli.console import print_json, print_table, say
-from normswap.cli.options import ModelChoice, cli_command, json_option, model_options
+from normswap.cli.options import (
+    ModelChoice,
+    cli_command,
+    json_option,
+    known_targets,
+    model_options,
+)
 from normswap.errors import NormSwapError
-from normswap.targets import TARGETS
+from normswap.targets import split_targets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,24 +25,20 @@ if TYPE_CHECKING:
     from normswap.benchmark import Comparison, Ratio
 
 
-def _split(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """The callback of ``--to``: names with an optional window, as in ``gn,frn,cbn:4``."""
-    names = tuple(name.strip() for name in value.split(",") if name.strip())
-    if not names:
-        raise click.BadParameter(f"got nothing; need names of {', '.join(TARGETS)}.")
-    for name in names:
-        target, _, window = name.partition(":")
-        if target not in TARGETS or (window and (not window.isdigit() or "cbn" not in target)):
-            raise click.BadParameter(
-                f"got {name!r}; need names of {', '.join(TARGETS)}, cbn:WINDOW among them."
-            )
-    return names
+def _split(ctx: click.Context, parameter: click.Parameter, value: str) -> dict[str, str]:
+    """The callback of ``--to``: label → target, where version 0.1 wrote ``cbn:4``."""
+    old = {
+        name: re.sub(r"^((?:naive-)?cbn):(\d+)$", r"\1(window=\2)", name)
+        for name in split_targets(value)
+    }
+    known_targets(ctx, parameter, ",".join(old.values()))
+    return old
 
 
 @cli_command("bench")
 @click.option(
-    "--to", "targets", default="gn,frn,brn,cbn:4,cbn:8", show_default=True, callback=_split,
-    help="Targets, with commas; cbn:4 is a window of 4.",
+    "--to", "targets", default="gn,frn,brn,cbn(window=4),cbn(window=8)", show_default=True,
+    callback=_split, metavar="TARGET,…", help="Settings stand in brackets.",
 )  # fmt: skip
 @click.option(
     "--batch-size",
@@ -55,7 +58,7 @@ def _split(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tupl
 def command(
     *,
     chosen: ModelChoice,
-    targets: tuple[str, ...],
+    targets: dict[str, str],
     batch_size: int,
     rounds: int,
     compiled: bool,
@@ -68,7 +71,6 @@ def command(
     over rounds in which all variants take turns.
     """
     from normswap.benchmark import compare
-    from normswap.recipes import RECIPES, recipe_for
 
     source = chosen.load()
     model = _original(chosen.spec, source.model)
@@ -80,14 +82,9 @@ def command(
             hint="its backbone, or another model",
         )
     inputs = source.example_inputs(batch_size, chosen.image_size, chosen.seed)
-    recipes = {}
-    for name in targets:
-        target, _, window = name.partition(":")
-        settings: dict[str, Any] = {"window": int(window)} if window else {}
-        recipes[name] = RECIPES[target](**settings) if settings else recipe_for(target)
     found = compare(
         model,
-        recipes,
+        targets,
         inputs,
         rounds=rounds,
         compiled=compiled,

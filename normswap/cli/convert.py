@@ -19,6 +19,7 @@ from normswap.cli.options import (
     cli_command,
     force_option,
     json_option,
+    known_fallback,
     known_target,
     model_options,
 )
@@ -38,13 +39,14 @@ _SETTINGS = {
     "window": ("cbn", "naive-cbn"),
     "through_history": ("cbn",),
 }
-"""Options that set a hyper-parameter of a target, and the targets that have it."""
+"""What version 0.1 had in the place of ``gn(groups=16)``, and the targets that have it."""
 _BESIDE_PLAN = ("init", "groups", "window", "through_history", "include", "exclude", "fallback")
 """Options that a plan has settled already."""
 _CALIBRATION = ("calibrate_seconds", "calibrate_all")
-_SHOWN = ("groups", "eps", "window", "through_history", "r_max", "d_max", "momentum")
-_TARGETS = "\b\nTARGET is one of\n" + "\n".join(
-    f"  {name:<10} {meaning}" for name, meaning in TARGETS.items()
+_TARGETS = (
+    "\b\nTARGET is one of\n"
+    + "\n".join(f"  {name:<10} {meaning}" for name, meaning in TARGETS.items())
+    + "\nSettings stand in brackets, as the plan prints them: gn(groups=16), brn(r_max=2, d_max=3)."
 )
 
 
@@ -79,25 +81,29 @@ def _number_of_groups(
 @click.option(
     "--groups",
     callback=_number_of_groups,
-    metavar="N|auto",
-    help="For gn: how many groups [default: auto].",
+    hidden=True,
+    help="Old spelling of --to 'gn(groups=N)'.",
 )
 @click.option(
     "--window",
     type=click.IntRange(min=1),
-    help="For cbn and naive-cbn: how many iterations count [default: 8].",
+    hidden=True,
+    help="Old spelling of --to 'cbn(window=N)'.",
 )
 @click.option(
     "--through-history",
     is_flag=True,
     default=None,
-    help="For cbn: the gradient passes through past iterations too. Costs more than the paper's "
-    "form and trains far better at batch 2.",
+    hidden=True,
+    help="Old spelling of --to 'cbn(through_history=True)'.",
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No layers of this name.")
 @click.option(
-    "--fallback", type=click.Choice(FALLBACKS), help="What to do where the target cannot stand."
+    "--fallback",
+    callback=known_fallback,
+    metavar="|".join(FALLBACKS),
+    help="What to do where the target cannot stand.",
 )
 @click.option(
     "--calibrate",
@@ -160,7 +166,7 @@ def command(
     from normswap.graph.norms import is_batchnorm
 
     settings = {"groups": groups, "window": window, "through_history": through_history}
-    recipe = read_plan(plan_file) if plan_file else _recipe(target, settings)
+    recipe = read_plan(plan_file) if plan_file else _with_old_options(str(target), settings)
     source = chosen.load()
     options: dict[str, Any] = {
         "example_inputs": chosen.inputs(source),
@@ -262,14 +268,10 @@ def _without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"--to {' or '.join(targets)}, not with --to {values['target']}"
 
 
-def _recipe(target: str | None, settings: dict[str, Any]) -> Any:
-    """The target's name, or a recipe where an option says more than the name."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    if target is None or not given:
-        return target
-    from normswap.recipes import RECIPES
-
-    return RECIPES[target](**given)
+def _with_old_options(target: str, settings: dict[str, Any]) -> str:
+    """The target, with what an old option says of it."""
+    given = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    return f"{target}({', '.join(given)})" if given else target
 
 
 def read_plan(path: Path) -> Plan:
@@ -315,8 +317,7 @@ def _settings(entry: PlanEntry) -> str:
 
     recipe = entry.recipe
     settings = {} if recipe is None else recipe.to_json()
-    shown = {key: value for key, value in settings.items() if key in _SHOWN}
-    parts = [f"{key}={value}" for key, value in shown.items() if value not in (None, False)]
+    parts = [f"{k}={v}" for k, v in settings.items() if k != "target" and v not in (None, False)]
     if recipe is not None and recipe.per_sample:
         parts.append(f"init={entry.init}")
     if entry.producer:

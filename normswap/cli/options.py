@@ -14,7 +14,7 @@ import click
 from normswap.children import FOREVER, SECONDS, safe_path
 from normswap.cli.console import quiet_libraries, results_alone
 from normswap.errors import NormSwapError, in_short
-from normswap.targets import TARGETS
+from normswap.targets import FALLBACKS, TARGETS, read_target, split_targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,12 +223,55 @@ def check_device(name: str | None) -> str:
 
 
 def known_target(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    """The callback of ``--to``: a target's name, or a usage error with the nearest names."""
-    if value is None or value in TARGETS:
+    """The callback of ``--to``: a target, or a usage error with the nearest names."""
+    if value is not None:
+        check_target(value, "one")
+    return value
+
+
+def known_targets(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """The callback of a ``--to`` that takes several targets, with commas."""
+    names = tuple(dict.fromkeys(split_targets(value)))
+    if not names:
+        raise click.BadParameter(f"got nothing; need some of {', '.join(TARGETS)}.")
+    for name in names:
+        check_target(name, "some")
+    return names
+
+
+def known_fallback(
+    _ctx: click.Context, _parameter: click.Parameter, value: str | None
+) -> str | None:
+    """The callback of ``--fallback``: one of ``FALLBACKS``, with settings if it is a target."""
+    if value is None or value in FALLBACKS:
         return value
-    near = get_close_matches(value, TARGETS, n=2, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise click.BadParameter(f"got {value!r}; need one of {', '.join(TARGETS)}.{hint}")
+    if value.partition("(")[0] not in FALLBACKS:
+        raise click.BadParameter(f"got {value!r}; need one of {', '.join(FALLBACKS)}.")
+    check_target(value, "one")
+    return value
+
+
+def check_target(text: str, how_many: str) -> None:
+    """A usage error unless ``text`` is a target, with settings that it can have.
+
+    Raises:
+        BadParameter: saying what it can be.
+    """
+    try:
+        name, settings = read_target(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+    if name not in TARGETS:
+        near = get_close_matches(name, TARGETS, n=2, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise click.BadParameter(f"got {name!r}; need {how_many} of {', '.join(TARGETS)}.{hint}")
+    if settings:
+        from normswap.recipes import recipe_for
+
+        try:
+            recipe_for(text)
+        except NormSwapError as error:
+            raise click.BadParameter(str(error)) from error
 
 
 def check_output(

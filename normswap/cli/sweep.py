@@ -14,24 +14,16 @@ from normswap.cli.options import (
     check_parent,
     cli_command,
     json_option,
+    known_targets,
     model_options,
 )
 from normswap.cli.training import RunChoice, run_options
 from normswap.errors import NormSwapError
-from normswap.targets import TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from normswap.training import Progress
-
-
-def _targets(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(value.split(",")))
-    unknown = [name for name in names if name not in TARGETS]
-    if unknown:
-        raise click.BadParameter(f"got {unknown[0]!r}; need some of {', '.join(TARGETS)}.")
-    return names
 
 
 def _sizes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -45,11 +37,11 @@ def _sizes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tupl
 @click.option(
     "--to",
     "targets",
-    callback=_targets,
+    callback=known_targets,
     default="bn,gn,frn,brn,cbn",
     show_default=True,
     metavar="TARGET,…",
-    help="bn is the control.",
+    help="bn is the control; settings stand in brackets: gn(groups=16).",
 )
 @click.option(
     "--batch-sizes",

@@ -44,15 +44,16 @@ def plan(
 
     Args:
         model: any module, also on the meta device.
-        target: name of a target, a recipe, or a mapping from name patterns to either (the first
-            pattern that matches counts; sites that no pattern matches are kept).
+        target: a target, as in ``gn`` or ``gn(groups=16)``, a recipe, or a mapping from name
+            patterns to either (the first pattern that matches counts; sites that no pattern
+            matches are kept).
         example_inputs: what the model is called with: a tensor, a tuple of positional arguments,
             or a dict of keyword arguments. May be left out for models from ``load_model``.
         include: shell-style patterns of the BatchNorm names to convert; None: all.
         exclude: patterns of names to leave alone.
         fallback: what a site becomes that the target cannot take: ``frozen``, ``keep``, ``brn``,
-            ``gn``, ``error``, or a recipe. None: ``frozen`` for gn, ln, in and frn, ``brn`` for
-            cbn, ``keep`` otherwise.
+            ``gn`` (with settings, if wanted), ``error``, or a recipe. None: ``frozen`` for the
+            per-sample targets, ``brn`` for cbn, ``keep`` otherwise.
         init: ``match`` (keep the pretrained function), ``copy`` (γ and β as they are) or
             ``reset`` (1 and 0); it concerns the per-sample targets only.
         graph: what :func:`normswap.walk` said of this model, if it was walked already.
@@ -107,7 +108,8 @@ class _Choice:
         else:
             self.rules = [("*", recipe_for(target))]
             self.mixed = False
-        if isinstance(fallback, str) and fallback not in FALLBACKS:
+        self._asked = target
+        if isinstance(fallback, str) and fallback.partition("(")[0].strip() not in FALLBACKS:
             raise PlanError(
                 "fallback",
                 got=repr(fallback),
@@ -118,9 +120,10 @@ class _Choice:
 
     @property
     def label(self) -> str:
-        if not self.mixed:
-            return self.rules[0][1].target
-        return ", ".join(f"{pattern}: {recipe.target}" for pattern, recipe in self.rules)
+        if isinstance(self._asked, Mapping):
+            words = (f"{pattern}: {_in_words(wanted)}" for pattern, wanted in self._asked.items())
+            return ", ".join(words)
+        return _in_words(self._asked)
 
     def check_patterns(self, names: list[tuple[str, ...]]) -> None:
         if self.mixed:
@@ -132,6 +135,10 @@ class _Choice:
 
     def fallback_for(self, recipe: Recipe) -> str | Recipe:
         return recipe.fallback if self.fallback is None else self.fallback
+
+
+def _in_words(target: str | Recipe) -> str:
+    return target.strip() if isinstance(target, str) else target.target
 
 
 class _Planner:

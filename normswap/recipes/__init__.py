@@ -20,26 +20,46 @@ from normswap.recipes.cross_iteration_batch_norm import (
 from normswap.recipes.evo_norm import EvoNorm
 from normswap.recipes.filter_response_norm import FilterResponseNorm
 from normswap.recipes.group_norm import GroupNorm, InstanceNorm, LayerNorm
-from normswap.targets import TARGETS
+from normswap.targets import TARGETS, read_target
 
 
 def recipe_for(target: str | Recipe) -> Recipe:
-    """The recipe behind a target's name; a recipe is returned as it is.
+    """The recipe behind a target, as in ``gn`` or ``gn(groups=16)``; a recipe is returned as it is.
 
     Raises:
-        PlanError: for an unknown name, with the closest known ones.
+        PlanError: for an unknown name, with the closest known ones; for a setting that the target
+            does not have, or a value that it cannot take.
+
+    Example:
+        >>> recipe_for("brn(r_max=2)").r_max, str(recipe_for("ln"))
+        (2, 'ln(eps=None)')
     """
     if isinstance(target, Recipe):
         return target
-    if target in RECIPES:
-        return RECIPES[target]()
-    close = difflib.get_close_matches(str(target), TARGETS, n=2, cutoff=0.4) or ["gn"]
-    raise PlanError(
-        "target",
-        got=repr(target),
-        need="one of " + ", ".join(TARGETS),
-        hint=" or ".join(close),
-    )
+    try:
+        name, settings = read_target(str(target))
+    except ValueError as error:
+        raise PlanError(
+            "target", got=str(error), need="a name, with settings in brackets", hint="gn(groups=16)"
+        ) from error
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4) or ["gn"]
+        raise PlanError(
+            "target",
+            got=repr(target),
+            need="one of " + ", ".join(TARGETS),
+            hint=" or ".join(close),
+        )
+    known = [f.name for f in fields(RECIPES[name])]
+    if strange := [setting for setting in settings if setting not in known]:
+        close = difflib.get_close_matches(strange[0], known, n=1, cutoff=0.4) or known[:1]
+        raise PlanError(
+            str(target),
+            got=f"{strange[0]}, which {name} does not have",
+            need=f"settings among {', '.join(known)}" if known else "no settings",
+            hint=f"{name}({close[0]}=…)" if close else name,
+        )
+    return RECIPES[name](**settings)
 
 
 def recipe_of(layer: nn.Module) -> Recipe | None:

@@ -78,11 +78,12 @@ class Recipe(ABC):
     def __post_init__(self) -> None:
         for name, fine, need in self.limits():
             if not fine:
+                value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
                 raise PlanError(
-                    f"{type(self).__name__}.{name}",
-                    got=repr(getattr(self, name)),
+                    f"{self.target}({name}={value})",
+                    got=repr(value),
                     need=need,
-                    hint="another value",
+                    hint=f"{self.target}({name}={usual})",
                 )
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:

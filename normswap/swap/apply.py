@@ -59,8 +59,8 @@ def convert(
 
     Args:
         model: any eager module, also on the meta device.
-        target: name of a target, a recipe, a mapping from name patterns to either, or a
-            :class:`Plan` that was made before.
+        target: a target, as in ``gn`` or ``gn(groups=16)``, a recipe, a mapping from
+            name patterns to either, or a :class:`Plan` that was made before.
         example_inputs: what the model is called with; see :func:`normswap.plan`.
         include: patterns of the names to convert.
         exclude: patterns of the names to leave alone.
