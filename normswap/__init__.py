@@ -67,6 +67,7 @@ _HOME = {
     "TrainingInterrupted": "training",
     "evaluate": "training",
     "finetune": "training",
+    "unwrap": "unwrapping",
     # recipes under their names of version 0.1; they live in normswap.recipes
     "BatchNorm": "recipes",
     "BatchRenorm": "recipes",
@@ -130,6 +131,7 @@ __all__ = [
     "register_batchnorm",
     "save",
     "sweep",
+    "unwrap",
     "verify_onnx",
     "walk",
 ]
@@ -195,6 +197,7 @@ if TYPE_CHECKING:
     from normswap.training import TrainingInterrupted as TrainingInterrupted
     from normswap.training import evaluate as evaluate
     from normswap.training import finetune as finetune
+    from normswap.unwrapping import unwrap as unwrap
 else:  # a type checker that saw this would believe in every name
 
     def __getattr__(name: str) -> Any:

@@ -64,6 +64,7 @@ PUBLIC = [
     "register_batchnorm",
     "save",
     "sweep",
+    "unwrap",
     "verify_onnx",
     "walk",
 ]

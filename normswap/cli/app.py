@@ -16,7 +16,7 @@ from normswap.cli.options import debug_option
 
 COMMANDS = (
     "list", "inspect", "convert", "finetune", "evaluate", "export", "verify", "sweep", "bench",
-    "demo",
+    "unwrap", "demo",
 )  # fmt: skip
 """In the order of the help text; each is ``command`` in the file of its name."""
 

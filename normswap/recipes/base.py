@@ -157,6 +157,15 @@ class Recipe(ABC):
         found: str | None = vars(layer).get(_ORIGIN, {}).get("taken")
         return found
 
+    def standalone(self, layer: nn.Module) -> str | None:
+        """The call that makes a layer like this one without normswap.
+
+        It may name ``torch``, ``nn`` and the classes of :mod:`normswap.standalone`. None: a
+        BatchNorm has the same keys and, in eval mode, the same function.
+        """
+        del layer
+        return None
+
     # training
 
     def wire(self, layer: nn.Module, producer: nn.Module) -> None:

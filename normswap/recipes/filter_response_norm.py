@@ -125,5 +125,10 @@ class FilterResponseNorm(base.Recipe):
     def standardise(self, layer: Any, x: Tensor) -> Tensor:
         return layers.plain_filter_response_norm(x, None, None, None, layer.eps_l, layer.eps)
 
+    def standalone(self, layer: Any) -> str:
+        learnable, tlu = layer.eps_l is not None, layer.tau is not None
+        options = f"eps={layer.eps!r}, learnable_eps={learnable}, tlu={tlu}"
+        return f"FilterResponseNorm({layer.num_features}, {options})"
+
     def taken(self, layer: Any) -> str | None:
         return None if layer.tau is None else "relu"

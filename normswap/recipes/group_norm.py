@@ -50,6 +50,12 @@ class _Grouped(base.Recipe):
     def warnings(self, site: Site, *, init: str) -> tuple[str, ...]:
         return base.affine_warnings(site, init)
 
+    def standalone(self, layer: Any) -> str:
+        if isinstance(layer, nn.GroupNorm):
+            return f"nn.GroupNorm({layer.num_groups}, {layer.num_channels}, eps={layer.eps!r})"
+        rank = next(n for n in (1, 2, 3) if isinstance(layer, getattr(nn, f"InstanceNorm{n}d")))
+        return f"nn.InstanceNorm{rank}d({layer.num_features}, eps={layer.eps!r}, affine=True)"
+
 
 @dataclass(frozen=True)
 class GroupNorm(_Grouped):

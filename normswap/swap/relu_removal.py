@@ -132,6 +132,23 @@ def _generate(base: type[nn.Module], edits: frozenset[Edit]) -> type[nn.Module]:
         ) from error
 
 
+def edited_methods(cls: type[nn.Module]) -> dict[str, str]:
+    """The source of every method of a generated class that lost calls; empty for others."""
+    base, edits = vars(cls).get("_normswap_base"), vars(cls).get("_normswap_edits", ())
+    found: dict[str, str] = {}
+    for method in sorted({method for method, _, _ in edits}):
+        source = _source(base, method) if base is not None else None
+        if source is not None:
+            positions = [position for name, position, _ in edits if name == method]
+            definition = _without(source, positions)
+            definition.returns = None
+            for argument in ast.walk(definition.args):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+            found[method] = ast.unparse(definition)
+    return found
+
+
 def _source(base: type[nn.Module], method: str) -> MethodSource | None:
     function = next((vars(c)[method] for c in base.__mro__ if method in vars(c)), None)
     return method_source(function) if isinstance(function, FunctionType) else None
@@ -152,12 +169,18 @@ def _place(node: ast.Call) -> tuple[int, int, int | None, int | None]:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
 
 
+def _without(source: MethodSource, positions: list[tuple[int, int, int, int]]) -> ast.FunctionDef:
+    definition: ast.FunctionDef = _Remover([source.calls[p] for p in positions]).visit(
+        copy.deepcopy(source.definition)
+    )
+    return definition
+
+
 def _compile_without(
     source: MethodSource, positions: list[tuple[int, int, int, int]], base: type[nn.Module]
 ) -> FunctionType:
     function = source.function
-    definition = copy.deepcopy(source.definition)
-    definition = _Remover([source.calls[p] for p in positions]).visit(definition)
+    definition = _without(source, positions)
     # Defaults and annotations were evaluated when the class was made; they are carried over below.
     definition.args.defaults = []
     definition.args.kw_defaults = [None] * len(definition.args.kwonlyargs)
