@@ -49,6 +49,29 @@ class ThresholdedLinearUnit(nn.Module):
         return torch.maximum(x, self.tau.view(1, -1, *([1] * (x.dim() - 2))))
 
 
+class EvoNorm(nn.Module):
+    """EvoNorm-S0: y = γ·x·sigmoid(v·x) / √(var of the group + ε) + β.
+
+    Liu et al. 2020, arXiv 2004.02967.
+    """
+
+    def __init__(self, channels: int, groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.v = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate by itself, and divide by the spread of each sample's group."""
+        shape = (1, -1, *([1] * (x.dim() - 2)))
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        variance = wide.reshape(len(x), self.groups, -1).var(2, unbiased=False)
+        std = (variance + self.eps).sqrt().repeat_interleave(x.shape[1] // self.groups, 1)
+        y = wide * (wide * self.v.view(shape)).sigmoid() / std.view(*x.shape[:2], *shape[2:])
+        return (y * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
 def put(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place of ``name``, with the dropout and activation that stand there."""
     old = model.get_submodule(name)

@@ -145,12 +145,11 @@ def _differences(original: nn.Module, model: nn.Module) -> _Found:
 
 def _note(found: _Found, name: str, old: nn.Module, new: nn.Module) -> None:
     recipe = recipe_of(new)
-    if recipe is not None:
-        written = recipe.standalone(new)
-        if written is None:
-            found.batchnorms[name] = recipe.target
-        else:
-            found.layers[name] = written
+    written = None if recipe is None else recipe.standalone(new)
+    if written is not None:
+        found.layers[name] = written
+    elif recipe is not None and not recipe.per_sample:
+        found.batchnorms[name] = recipe.target
     elif isinstance(new, ThresholdedLinearUnit):
         found.layers[name] = f"ThresholdedLinearUnit({new.num_features})"
     elif type(new) is nn.Identity:

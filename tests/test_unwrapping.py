@@ -19,6 +19,7 @@ CASES = [
     ("timm/test_resnet", "frn"),  # a ReLU that is a module of its own
     ("timm/test_efficientnet", "frn"),  # activations inside the BatchNorms
     ("timm/test_efficientnet", "ln"),
+    ("timm/test_efficientnet", "evonorm"),
     ("timm/test_byobnet", "gn"),
     ("torchvision/resnet18", "frn"),  # one ReLU module, called at several places: edited methods
     ("torchvision/shufflenet_v2_x0_5", "brn"),
@@ -116,6 +117,14 @@ def test_the_standalone_frn_is_the_layer(rank, tlu, learnable):
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(2, 4, *([3] * rank))
     torch.testing.assert_close(plain(x), ours(x))
+
+
+def test_every_per_sample_target_can_be_written():
+    from normswap.recipes import RECIPES, base
+
+    for recipe in RECIPES.values():
+        if recipe.per_sample and "standalone" not in vars(recipe):
+            assert recipe.standalone is not base.Recipe.standalone, recipe.target
 
 
 def test_the_command(tmp_path):

@@ -91,6 +91,9 @@ class EvoNorm(GroupNorm):
         found: Tensor = layer.standardised(x)
         return found
 
+    def standalone(self, layer: Any) -> str:
+        return f"EvoNorm({layer.num_features}, groups={layer.groups}, eps={layer.eps!r})"
+
     def aim(self, layer: nn.Module, y: Tensor) -> Tensor:
         activated: Tensor = getattr(F, self.taken(layer) or "silu")(y)
         return activated
