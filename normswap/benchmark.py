@@ -7,7 +7,6 @@ the same round. Absolute times are given for BatchNorm only: they say what machi
 
 from __future__ import annotations
 
-import copy
 import gc
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from torch.compiler import config as compiler_config
 from torch.utils._pytree import tree_leaves
 
 from normswap.children import safe_path
+from normswap.copying import copied
 from normswap.errors import in_short
 from normswap.graph import call
 from normswap.planning import Target, plan
@@ -124,15 +124,15 @@ def compare(
         if progress is not None:
             progress(line)
 
-    models = {_BASE: copy.deepcopy(model)}
+    models = {_BASE: copied(model)}
     for label, target in targets.items():
         say(f"converting to {label}")
         models[Variant(label)] = convert(
-            copy.deepcopy(model), plan(model, target, example_inputs=example_inputs)
+            copied(model), plan(model, target, example_inputs=example_inputs)
         ).model
     eager = dict(models)
     if compiled:
-        models |= {Variant(v.target, compiled=True): copy.deepcopy(m) for v, m in eager.items()}
+        models |= {Variant(v.target, compiled=True): copied(m) for v, m in eager.items()}
     # torch counts the compiled forms of one forward, and the variants share theirs
     limit = compiler_config.recompile_limit * len(models)
     with safe_path(), compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
@@ -284,7 +284,7 @@ def kept_for_backward(model: nn.Module, inputs: Any) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    twin = copy.deepcopy(model).train()
+    twin = copied(model).train()
     own |= {t.untyped_storage().data_ptr() for t in (*twin.parameters(), *twin.buffers())}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = call(twin, inputs)

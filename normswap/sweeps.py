@@ -7,7 +7,6 @@ done, so a sweep that was broken off goes on where it stopped.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from normswap.copying import copied
 from normswap.errors import NormSwapError, TrainingError
 from normswap.plain import write_whole
 from normswap.provenance import provenance_of
@@ -394,7 +394,7 @@ class _Bench:
         with rng_kept():
             seed_everything(cell.seed)
             if isinstance(self.model, nn.Module):
-                model = copy.deepcopy(self.model)
+                model = copied(self.model)
                 if self.from_scratch:
                     _reset(model)
             else:

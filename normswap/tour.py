@@ -8,7 +8,6 @@ together and keeps the score; it knows nothing that the other rooms do not.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import time
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap
+from normswap.copying import copied
 from normswap.data import Preprocessing, labelled_dataset
 from normswap.errors import InstallationError
 
@@ -191,7 +191,7 @@ def _stages(
     report(f"3/6 swapping its {len(sites)} BatchNorms, each way")
     swapped = conversions(bn, test[0][:1])
     report(f"4/6 calibrating GN for {seconds:.0f} s; fine-tuning it at batch size 2")
-    calibrated, tuned = (copy.deepcopy(swapped[_MATCHED]) for _ in range(2))
+    calibrated, tuned = (copied(swapped[_MATCHED]) for _ in range(2))
     normswap.calibrate(calibrated, bn, train[0][:256], seconds=seconds, seed=seed)
     normswap.finetune(tuned, train, None, normswap.FineTune(batch_size=2, epochs=1, seed=seed))
     normswap.save(tuned, folder / "gn", force=True)
@@ -275,7 +275,7 @@ def conversions(bn: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         "frozen BN": ("frozen", "match"),
     }
     return {
-        name: normswap.convert(copy.deepcopy(bn), recipe, example_inputs=example, init=init).model
+        name: normswap.convert(copied(bn), recipe, example_inputs=example, init=init).model
         for name, (recipe, init) in wanted.items()
     }
 

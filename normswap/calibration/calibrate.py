@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from normswap.calibration.distillation import Run, State, search, taken
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
+from normswap.copying import forget_history
 from normswap.drift import Drift, device_of, measure_drift
 from normswap.errors import CalibrationError
 from normswap.provenance import add_history
@@ -130,6 +131,7 @@ def calibrate(
     _check(seconds, parameters, batch_size, steps)
     begun = clock()
     tuning = _tuning or Tuning()
+    forget_history(model, teacher)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))  # nothing can be trained in it
         stack.enter_context(placed(device, model, teacher))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -162,6 +161,7 @@ def command(
     if drift is not None:
         check_file(drift, force=force)
     import normswap
+    from normswap.copying import copied
     from normswap.drift import predict_drift
     from normswap.graph.norms import is_batchnorm
 
@@ -182,7 +182,7 @@ def command(
     if plan.idle is not None:
         raise plan.idle
     batch = chosen.images(source, images) if images else None
-    teacher = copy.deepcopy(source.model) if images else None
+    teacher = copied(source.model) if images else None
     originals = {n: m for n, m in source.model.named_modules() if is_batchnorm(m)}
     result = normswap.convert(source.model, plan, example_inputs=options["example_inputs"])
     report = None

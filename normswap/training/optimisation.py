@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.copying import values_only
 from normswap.errors import TrainingError
 from normswap.training.checkpoints import check_fit
 from normswap.training.options import FineTune
@@ -166,7 +167,8 @@ def make_average(model: nn.Module, decay: float | None) -> Any:
         return None
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(model, decay=decay, use_warmup=True)
+    with values_only():
+        return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def _by_name(field: str, name: str, known: str, make: Callable[[], Any]) -> Any:

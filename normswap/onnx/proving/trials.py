@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from normswap.copying import copied
 from normswap.errors import ExportError
 from normswap.onnx.file.parity import Array, relative_error, tolerance_for
 from normswap.onnx.writing.subject import Subject, as_array
@@ -250,9 +251,7 @@ def randomised(subject: Subject, *, seed: int = _SEED) -> Subject:
     Fresh statistics (mean 0, variance 1) and fresh affine values (1, 0) hide folding errors: a
     file that forgot them computes the same.
     """
-    import copy
-
-    other = copy.deepcopy(subject.model)
+    other = copied(subject.model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in other.modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from normswap.copying import copied
 from normswap.errors import ExportError, in_short
 from normswap.onnx.file.parity import Array
 
@@ -152,7 +152,7 @@ class Subject:
 
     def in_double(self) -> Subject | None:
         """The same model in float64; None if it cannot run in it."""
-        double = replace(self, model=copy.deepcopy(self.model).double())
+        double = replace(self, model=copied(self.model).double())
         try:
             double.run_double(self.signature.with_rows(1).arrays)
         except (RuntimeError, TypeError, ValueError):
@@ -190,7 +190,7 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
             hint="loading a checkpoint first",
         )
     try:
-        ready = copy.deepcopy(model).cpu().eval().requires_grad_(requires_grad=False)
+        ready = copied(model).cpu().eval().requires_grad_(requires_grad=False)
         args, kwargs = signature.bind_leaves(signature.tensors)
         with torch.no_grad():
             output = ready(*args, **kwargs)
