@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from normswap.children import safe_path
 from normswap.copying import copied
 from normswap.errors import in_short
-from normswap.graph import call
 from normswap.planning import Target, plan
+from normswap.running import call, device_of
 from normswap.swap import convert
 
 BASE = "bn"
@@ -145,7 +145,7 @@ def compare(
     if onnx:
         say("onnxruntime")
         latencies = _onnx(eager, example_inputs, rounds)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     measured = eager.keys() & training.keys()
     rows = [
         Row(

@@ -9,22 +9,47 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from normswap.errors import CalibrationError
-from normswap.graph import call
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
 from normswap.plain import plain
 from normswap.recipes import recipe_of
+from normswap.running import (
+    call,
+)
+from normswap.running import (
+    copied as copied,
+)
+from normswap.running import (
+    device_of as device_of,
+)
+from normswap.running import (
+    entries as entries,
+)
+from normswap.running import (
+    evaluating as evaluating,
+)
+from normswap.running import (
+    hooked as hooked,
+)
+from normswap.running import (
+    input_of as input_of,
+)
+from normswap.running import (
+    leaves as leaves,
+)
+from normswap.running import (
+    moved as moved,
+)
 
 TRUST = 0.9
 """Top-1 agreement below which a conversion should not be used without fine-tuning."""
@@ -96,70 +121,6 @@ def paired_sites(model: nn.Module, teacher: nn.Module) -> tuple[Pair, ...]:
             hint="a deep copy taken before the conversion, or load_model with the same spec",
         )
     return pairs
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode; every module's own flag comes back."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-@contextmanager
-def hooked(*handles: Any) -> Iterator[None]:
-    """Remove hooks on the way out, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """A norm's one input, given by position or by keyword."""
-    value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return value
-
-
-def leaves(output: Any) -> list[Tensor]:
-    """All floating-point tensors of an output of any structure, in a stable order.
-
-    Example:
-        >>> [t.shape[0] for t in leaves({"a": torch.zeros(2), "b": [torch.zeros(3), None]})]
-        [2, 3]
-    """
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        return [leaf for value in output.values() for leaf in leaves(value)]
-    if isinstance(output, (list, tuple)):
-        return [leaf for value in output for leaf in leaves(value)]
-    if is_dataclass(output) and not isinstance(output, type):
-        return [leaf for f in fields(output) for leaf in leaves(getattr(output, f.name))]
-    return []
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's tensors live."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch of any structure on ``device``."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
-
-
-def copied(batch: Any) -> Any:
-    """A batch for one forward pass, which may write into its input."""
-    return tree_map_only(Tensor, Tensor.clone, batch)
 
 
 def batches(images: Tensor | Iterable[Any], size: int) -> list[Any]:
@@ -532,17 +493,6 @@ def predict_drift(model: nn.Module, originals: Mapping[str, nn.Module]) -> Drift
         if name in now
     )
     return Drift(sites, None, None, 0)
-
-
-def entries(batch: Any) -> int:
-    """How many images a batch holds: the length of its first tensor."""
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, list) and all(isinstance(t, Tensor) and t.dim() == 3 for t in batch):
-        return len(batch)  # a detector's images
-    if isinstance(batch, (list, tuple)):
-        return entries(batch[0]) if batch else 0
-    return int(batch.shape[0]) if isinstance(batch, Tensor) and batch.dim() else 1
 
 
 def predicted_drift(module: nn.Module, original: nn.Module) -> float | None:

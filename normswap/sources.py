@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap import running
 from normswap.checkpoints import fit_checkpoint, load_checkpoint
 from normswap.data import Preprocessing
 from normswap.errors import CheckpointError, NormSwapError, SpecError
@@ -89,15 +90,9 @@ class Source:
         """
         size = self.preprocessing.resized(image_size).input_size
         generator = torch.Generator().manual_seed(seed)
-        like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
-
-        def batch() -> Tensor:
-            values = torch.randn(batch_size, *size, generator=generator)
-            return values.to(device=like.device, dtype=like.dtype)
-
-        if self.task == "detection":
-            return list(batch().sigmoid())
-        return (batch(), batch()) if self.task == "flow" else batch()
+        return running.example_inputs(
+            self.model, lambda: torch.randn(batch_size, *size, generator=generator), self.task
+        )
 
 
 def build(

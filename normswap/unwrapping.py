@@ -23,13 +23,12 @@ import torch
 from torch import nn
 
 from normswap import __version__, standalone
-from normswap.drift import evaluating, leaves
 from normswap.errors import ArtifactError, in_short
-from normswap.graph import call
 from normswap.graph.norms import is_batchnorm
 from normswap.layers import ThresholdedLinearUnit
 from normswap.provenance import provenance_of
 from normswap.recipes import recipe_of
+from normswap.running import call, evaluating, leaves
 from normswap.sources import rebuild
 from normswap.swap.relu_removal import edited_methods
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from normswap.graph.foreign import register_batchnorm
 from normswap.graph.sites import Activation, CallSite, Graph, Other, Producer, Removal, Site
-from normswap.graph.walker import batchnorms, call, matches, qualified_names, walk
+from normswap.graph.walker import batchnorms, matches, qualified_names, walk
+from normswap.running import call
 
 __all__ = [
     "Activation",

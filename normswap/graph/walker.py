@@ -28,6 +28,7 @@ from normswap.graph.preserved import preserved
 from normswap.graph.reading import Names, Run, read_others, read_sites
 from normswap.graph.recorder import recording
 from normswap.graph.sites import Graph
+from normswap.running import call, device_of, moved
 
 _WRAPPERS = {
     "DistributedDataParallel": "convert the module inside it before wrapping it",
@@ -39,21 +40,6 @@ _WRAPPERS = {
 }
 
 _NO_TRAINING = "the model did not run in training mode on these inputs"
-
-
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Call ``model`` on example inputs.
-
-    Args:
-        model: any module.
-        example_inputs: a tuple holds the positional arguments, a dict the keyword arguments;
-            anything else (a tensor, a list of images) is the one argument.
-    """
-    if isinstance(example_inputs, tuple):
-        return model(*example_inputs)
-    if isinstance(example_inputs, dict):
-        return model(**example_inputs)
-    return model(example_inputs)
 
 
 def matches(names: Iterable[str], patterns: str | Sequence[str] | None) -> bool:
@@ -239,7 +225,7 @@ def ready_to_run(
         mode: ``eval`` or ``train``.
         meta: on the meta device; else where the model is.
     """
-    device = torch.device("meta") if meta else _device_of(model)
+    device = torch.device("meta") if meta else device_of(model)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))  # its tensors count no versions
         stack.enter_context(preserved(list(names), values=not meta))
@@ -250,15 +236,4 @@ def ready_to_run(
             model.train(mode == "train")
         if meta:
             put_on_meta(names)
-        yield tree_map(lambda leaf: _moved(leaf, device), example_inputs), device
-
-
-def _moved(leaf: Any, device: torch.device) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.clone().to(device) if leaf.is_inference() else leaf.to(device)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
+        yield moved(example_inputs, device), device

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap import running
 from normswap.errors import PlanError
 from normswap.graph import (
     Graph,
@@ -326,11 +327,10 @@ def _check_patterns(names: list[tuple[str, ...]], patterns: Patterns, option: st
 def _inputs_for(model: nn.Module, example_inputs: Any) -> Any:
     if example_inputs is not None:
         return example_inputs
-    preprocessing = provenance_of(model).preprocessing
-    if preprocessing is not None:
-        parameters = (p for p in model.parameters() if p.is_floating_point())
-        dtype = next((p.dtype for p in parameters), torch.get_default_dtype())
-        return torch.zeros(1, *preprocessing["input_size"], dtype=dtype)
+    record = provenance_of(model)
+    if record.preprocessing is not None:
+        size, task = record.preprocessing["input_size"], (record.source or {}).get("task", "image")
+        return running.example_inputs(model, lambda: torch.zeros(1, *size), str(task))
     raise PlanError(
         "example_inputs",
         got="None",

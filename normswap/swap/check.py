@@ -10,7 +10,8 @@ from torch import nn
 
 from normswap.errors import WalkError, in_short
 from normswap.graph.meta import OnMeta, like_first
-from normswap.graph.walker import call, qualified_names, ready_to_run
+from normswap.graph.walker import qualified_names, ready_to_run
+from normswap.running import call
 
 
 def check_run(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.drift import device_of, evaluating
 from normswap.errors import TrainingError, in_short
 from normswap.provenance import add_history
+from normswap.running import evaluating, placed
 from normswap.training import execution
 from normswap.training.batches import (
     Share,
@@ -174,12 +174,8 @@ def _teacher_at_work(teacher: nn.Module | None, device: torch.device) -> Iterato
     if teacher is None:
         yield
         return
-    home = device_of(teacher)
-    try:
-        with evaluating(teacher.to(device)):
-            yield
-    finally:
-        teacher.to(home)
+    with placed(device, teacher), evaluating(teacher):
+        yield
 
 
 @dataclass(frozen=True)

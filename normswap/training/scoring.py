@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.drift import device_of, evaluating
 from normswap.errors import DataError
+from normswap.running import evaluating, placed
 from normswap.training.batches import Share, evaluation_batches
 from normswap.training.execution import usable_device
 from normswap.training.options import FineTune
@@ -50,17 +50,13 @@ def evaluate(
         >>> evaluate(net, (torch.zeros(6, 1, 2, 2), torch.zeros(6, dtype=torch.long))).images
         6
     """
-    home = device_of(model)
-    where = home if device is None else usable_device(device)
+    where = None if device is None else usable_device(device)
     batches, _ = evaluation_batches(
         data, batch_size=batch_size, workers=workers, on_broken=on_broken, share=Share()
     )
-    try:
-        model.to(where)
+    with placed(where, model) as there:
         task = Classification(FineTune())
-        return metrics_from(task, added_up(task, model, batches, where, progress=progress))
-    finally:
-        model.to(home)
+        return metrics_from(task, added_up(task, model, batches, there, progress=progress))
 
 
 def added_up(
