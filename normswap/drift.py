@@ -19,36 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap import pictures
 from normswap.errors import CalibrationError
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
 from normswap.plain import plain
 from normswap.recipes import recipe_of
 from normswap.running import (
     call,
-)
-from normswap.running import (
-    copied as copied,
-)
-from normswap.running import (
-    device_of as device_of,
-)
-from normswap.running import (
-    entries as entries,
-)
-from normswap.running import (
-    evaluating as evaluating,
-)
-from normswap.running import (
-    hooked as hooked,
-)
-from normswap.running import (
-    input_of as input_of,
-)
-from normswap.running import (
-    leaves as leaves,
-)
-from normswap.running import (
-    moved as moved,
+    copied,
+    device_of,
+    entries,
+    evaluating,
+    hooked,
+    input_of,
+    leaves,
+    moved,
 )
 
 TRUST = 0.9
@@ -273,20 +258,11 @@ class Drift:
 
     def draw(self, path: str | Path) -> Path:
         """Write a picture of the three errors along the network."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for field, style in (("predicted", ":"), ("alone", "--"), ("measured", "-")):
-            values = [getattr(site, field) for site in self.sites]
-            if all(value is None for value in values):
-                continue
-            shown = [float("nan") if v is None else v for v in values]
-            axes.plot(range(len(shown)), shown, style, marker=".", label=field)
-        axes.set(xlabel="site", ylabel="relative error", title=self.summary, ylim=(0, None))
-        axes.legend()
-        figure.savefig(path)
-        return Path(path)
+        errors = {
+            field: [getattr(site, field) for site in self.sites]
+            for field in ("predicted", "alone", "measured")
+        }
+        return pictures.drift(errors, self.summary, path)
 
 
 def _share(value: float | None) -> str:
@@ -507,3 +483,23 @@ def predicted_drift(module: nn.Module, original: nn.Module) -> float | None:
         return None
     recipe = recipe_of(module)
     return None if recipe is None else recipe.drift(state)
+
+
+__all__ = [
+    "Drift",
+    "Pair",
+    "SiteDrift",
+    "batches",
+    "copied",
+    "device_of",
+    "entries",
+    "evaluating",
+    "hooked",
+    "input_of",
+    "leaves",
+    "measure_drift",
+    "moved",
+    "paired_sites",
+    "predict_drift",
+    "predicted_drift",
+]

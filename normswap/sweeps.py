@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from normswap import pictures
 from normswap.copying import copied
 from normswap.errors import NormSwapError, TrainingError
 from normswap.plain import write_whole
@@ -29,7 +30,6 @@ from normswap.regular import read_text
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
 from normswap.training.batches import in_memory
 from normswap.training.options import fingerprint
-from normswap.training.records import save_figure
 from normswap.training.samples import rng_kept, seed_everything
 
 log = logging.getLogger("normswap")
@@ -422,29 +422,15 @@ def draw_sweep(found: Sweep, path: str | Path) -> Path:
         found: what ``sweep`` returned.
         path: of the PNG; it is replaced whole.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, PercentFormatter
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
+    lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for target in found.targets:
         points = [found.point(target, size) for size in found.batch_sizes]
-        points = [point for point in points if point.mean is not None]
-        sizes = [point.batch_size for point in points]
-        style = {"color": "black", "linestyle": "--"} if target == "bn" else {}
-        (line,) = axes.plot(sizes, [p.mean for p in points], marker="o", label=target, **style)
-        low, high = [p.low for p in points], [p.high for p in points]
-        axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(found.batch_sizes, [str(size) for size in found.batch_sizes])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(xlabel="batch size", ylabel="top-1")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return save_figure(figure, path)
+        lines[target] = [
+            (point.batch_size, point.mean, point.low, point.high)
+            for point in points
+            if point.mean is not None and point.low is not None and point.high is not None
+        ]
+    return pictures.accuracy_by_batch(lines, found.batch_sizes, "bn", path)
 
 
 def _scaled_rate(options: FineTune, batch_size: int) -> float:

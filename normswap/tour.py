@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap
+from normswap import pictures
 from normswap.copying import copied
 from normswap.data import Preprocessing, labelled_dataset
 from normswap.errors import InstallationError
@@ -33,7 +34,6 @@ SPEC = "python:normswap.tour:digits_net"
 
 _logger = logging.getLogger("normswap")
 _LATENCY_RUNS = 300
-_COLOURS = ("0.35", "tab:blue")
 _TRAINING_IMAGES = 1297  # of 1797; the other 500 are the test
 _ORIGINAL, _COPIED, _MATCHED = "BN original", "GN, copied", "GN, matched"
 _CALIBRATED = "GN, matched, calibrated without labels"
@@ -311,23 +311,7 @@ def latency(files: Mapping[str, Path], image: Tensor) -> dict[str, float]:
 
 def draw(stages: Sequence[Stage], path: Path) -> Path:
     """Accuracy per stage, as horizontal bars, into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.45 * len(stages) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    names = [stage.name for stage in stages]
-    bars = axes.barh(names, [100 * stage.accuracy for stage in stages], color=_COLOURS[1])
-    bars[0].set_color(_COLOURS[0])
-    axes.bar_label(bars, [f"{100 * stage.accuracy:.1f} %" for stage in stages], padding=4)
-    axes.axvline(10, color="0.4", linewidth=1, linestyle=":")
-    axes.text(11, len(stages) - 0.35, "chance", color="0.4", fontsize="small", va="center")
-    axes.invert_yaxis()
-    axes.set_xlim(0, 112)
-    axes.set_xticks(range(0, 101, 20))
-    axes.set_title("ResNet-20 after each swap", loc="left")
-    axes.set_xlabel("accuracy on 500 handwritten digits, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    shares = {stage.name: stage.accuracy for stage in stages}
+    axis = "accuracy on 500 handwritten digits, %"
+    pictures.accuracy_bars(shares, 0.1, "ResNet-20 after each swap", axis, path)
     return path

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from normswap import checks
 from normswap.data.images import (
     UNREADABLE,
     channels_of,
@@ -22,7 +23,7 @@ from normswap.data.images import (
     read_image,
     transform,
 )
-from normswap.data.preprocessing import Preprocessing, is_number
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError, InstallationError, NormSwapError, in_short
 from normswap.libraries import library
 from normswap.regular import open_regular
@@ -294,7 +295,7 @@ def _take(
 ) -> list[Path]:
     if val_split is None:
         return files
-    if not is_number(val_split) or not 0 < val_split < 1:
+    if not checks.above(val_split, 0) or val_split >= 1:
         raise DataError(
             "val_split", got=repr(val_split), need="a share between 0 and 1", hint="val_split=0.2"
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from normswap import checks
 from normswap.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,7 +56,7 @@ class Preprocessing:
             object.__setattr__(self, name, values)
         if min(self.std) <= 0:
             raise _bad_field("std", str(self.std), "positive numbers")
-        if not is_number(self.crop_pct) or not 0 < self.crop_pct <= 2:
+        if not checks.above(self.crop_pct, 0) or self.crop_pct > 2:
             raise _bad_field("crop_pct", repr(self.crop_pct), "a number above 0, at most 2")
         if self.interpolation not in _INTERPOLATIONS:
             raise _bad_field(
@@ -106,19 +106,14 @@ def _bad_field(name: str, got: str, need: str) -> DataError:
     return DataError(f"preprocessing.{name}", got=got, need=need, hint="correcting that field")
 
 
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number, booleans left out."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _positive_ints(name: str, values: Any) -> tuple[int, ...]:
     good = isinstance(values, list | tuple) and 1 <= len(values) <= 4
-    if not good or any(type(v) is not int or v < 1 for v in values):
+    if not good or not all(checks.whole(v, 1) for v in values):
         raise _bad_field(name, repr(values), "one to four positive integers, channels first")
     return tuple(values)
 
 
 def _finite_floats(name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list | tuple) or not all(is_number(v) for v in values):
+    if not isinstance(values, list | tuple) or not all(checks.number(v) for v in values):
         raise _bad_field(name, repr(values), "a list of finite numbers")
     return tuple(float(v) for v in values)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from normswap import checks
 from normswap.errors import SpecError
 from normswap.factories.timm_models import is_hub_option
 from normswap.libraries import library
@@ -26,7 +27,7 @@ def _flag(value: Any) -> bool:
 
 
 def _edge(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_PIXELS
+    return checks.whole(value, 1, MOST_PIXELS)
 
 
 def _size(value: Any) -> bool:

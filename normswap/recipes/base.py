@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -203,17 +202,6 @@ class Recipe(ABC):
     def __getitem__(self, name: str) -> Any:
         # version 0.1 had a dict in the place of the recipe in a plan
         return self.to_json()[name]
-
-
-def whole(value: Any, least: int) -> bool:
-    """Whether ``value`` is an integer of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def number(value: Any, least: float, most: float = math.inf) -> bool:
-    """Whether ``value`` is a finite number between two bounds."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and math.isfinite(value) and least <= value <= most
 
 
 def ranked(family: str, rank: int) -> type[nn.Module]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from normswap import checks
 from normswap.graph.norms import state_of
 from normswap.graph.sites import Site
 from normswap.recipes import base
@@ -44,11 +45,11 @@ class BatchRenorm(base.Recipe):
     d_ramp: int = 0
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield "r_max", base.number(self.r_max, 1), "a number of at least 1"
-        yield "d_max", base.number(self.d_max, 0), "a number of at least 0"
-        yield "momentum", base.number(self.momentum, 0, 1), "a number from 0 to 1"
+        yield "r_max", checks.number(self.r_max, 1), "a number of at least 1"
+        yield "d_max", checks.number(self.d_max, 0), "a number of at least 0"
+        yield "momentum", checks.number(self.momentum, 0, 1), "a number from 0 to 1"
         for name in ("warmup", "r_ramp", "d_ramp"):
-            yield name, base.whole(getattr(self, name), 0), "an integer of at least 0"
+            yield name, checks.whole(getattr(self, name), 0), "an integer of at least 0"
 
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         del model

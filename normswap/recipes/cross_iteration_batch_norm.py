@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from normswap import checks
 from normswap.graph.norms import state_of
 from normswap.graph.sites import Site
 from normswap.layers import producer_problem
@@ -44,8 +45,8 @@ class CrossIterationBatchNorm(base.Recipe):
     through_history: bool = False
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield "window", base.whole(self.window, 1), "a positive integer"
-        yield "burn_in", base.whole(self.burn_in, 0), "an integer of at least 0"
+        yield "window", checks.whole(self.window, 1), "a positive integer"
+        yield "burn_in", checks.whole(self.burn_in, 0), "an integer of at least 0"
         yield "variance_rule", self.variance_rule in ("max", "drop"), "'max' or 'drop'"
         yield "through_history", isinstance(self.through_history, bool), "True or False"
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from normswap import layers
+from normswap import checks, layers
 from normswap.graph.norms import BatchNormState, fused_parts, state_of
 from normswap.graph.sites import Site
 from normswap.recipes import base
@@ -59,8 +59,8 @@ class FilterResponseNorm(base.Recipe):
         return self.tlu is True
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield "eps", base.number(self.eps, 0) and self.eps > 0, "a number above 0"
-        yield "eps_share", base.number(self.eps_share, 0), "a number of at least 0"
+        yield "eps", checks.above(self.eps, 0), "a number above 0"
+        yield "eps_share", checks.number(self.eps_share, 0), "a number of at least 0"
         for name in ("tlu", "learnable_eps"):
             value = getattr(self, name)
             yield name, isinstance(value, bool) or value == "auto", "True, False or 'auto'"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap import checks
 from normswap.errors import PlanError
 from normswap.graph.norms import BatchNormState, state_of
 from normswap.graph.sites import Site
@@ -35,7 +36,7 @@ def nearest_groups(channels: int, most: int = PAPER_GROUPS) -> int:
 
 
 def _eps_limit(eps: float | None) -> tuple[str, bool, str]:
-    return "eps", eps is None or base.number(eps, 0), "a number of at least 0, or None"
+    return "eps", eps is None or checks.number(eps, 0), "a number of at least 0, or None"
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class GroupNorm(_Grouped):
     eps: float | None = None
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
-        known = self.groups in (None, "auto") or base.whole(self.groups, 1)
+        known = self.groups in (None, "auto") or checks.whole(self.groups, 1)
         yield "groups", known, "a positive integer, 'auto' or None"
-        yield "max_groups", base.whole(self.max_groups, 1), "a positive integer"
+        yield "max_groups", checks.whole(self.max_groups, 1), "a positive integer"
         yield _eps_limit(self.eps)
 
     @classmethod

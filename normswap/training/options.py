@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from normswap.checks import above, number, whole
 from normswap.errors import TrainingError
 
 _FREE_ON_RESUME = frozenset(
@@ -105,16 +105,16 @@ class FineTune:
             if isinstance(value, np.generic):
                 object.__setattr__(self, item.name, value.item())
         for name in ("batch_size", "epochs", "gradient_accumulation", "log_every"):
-            _require(name, getattr(self, name), _whole(getattr(self, name), 1), "an integer ≥ 1")
-        _require("eval_batch_size", self.eval_batch_size, _whole(self.eval_batch_size, 1), "≥ 1")
+            _require(name, getattr(self, name), whole(getattr(self, name), 1), "an integer ≥ 1")
+        _require("eval_batch_size", self.eval_batch_size, whole(self.eval_batch_size, 1), "≥ 1")
         for name in ("workers", "seed"):
-            _require(name, getattr(self, name), _whole(getattr(self, name), 0), "an integer ≥ 0")
+            _require(name, getattr(self, name), whole(getattr(self, name), 0), "an integer ≥ 0")
         for name in ("weight_decay", "checkpoint_every", "mixup", "cutmix"):
             value = getattr(self, name)
-            _require(name, value, _number(value) and value >= 0, "a number ≥ 0")
+            _require(name, value, number(value, 0), "a number ≥ 0")
         for name in ("learning_rate", "clip_grad"):
             value = getattr(self, name)
-            fine = value is None or (_number(value) and value > 0)
+            fine = value is None or above(value, 0)
             _require(name, value, fine, "a number > 0, or None")
         self._check_shares()
         self._check_choices()
@@ -122,20 +122,20 @@ class FineTune:
     def _check_shares(self) -> None:
         for name in ("label_smoothing", "momentum", "distillation_weight"):
             value = getattr(self, name)
-            _require(name, value, _number(value) and 0 <= value <= 1, "a number from 0 to 1")
-        fine = self.ema is None or (_number(self.ema) and 0 < self.ema < 1)
+            _require(name, value, number(value, 0, 1), "a number from 0 to 1")
+        fine = self.ema is None or (above(self.ema, 0) and self.ema < 1)
         _require("ema", self.ema, fine, "between 0 and 1, or None")
         _require(
             "distillation_temperature",
             self.distillation_temperature,
-            _number(self.distillation_temperature) and self.distillation_temperature > 0,
+            above(self.distillation_temperature, 0),
             "a number > 0",
         )
         _require(
             "warmup_epochs",
             self.warmup_epochs,
             self.warmup_epochs is None
-            or (_number(self.warmup_epochs) and 0 <= self.warmup_epochs < self.epochs),
+            or (number(self.warmup_epochs, 0) and self.warmup_epochs < self.epochs),
             f"0 or more and less than epochs={self.epochs}",
         )
 
@@ -196,14 +196,6 @@ class FineTune:
             for name in now
             if name not in _FREE_ON_RESUME and now[name] != earlier.get(name)
         ]
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _require(name: str, got: Any, fine: bool, need: str) -> None:

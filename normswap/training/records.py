@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from normswap import pictures
 from normswap.plain import write_whole
 from normswap.regular import read_text
 
@@ -193,40 +194,13 @@ def draw_learning_curve(epochs: Sequence[Epoch], path: str | Path) -> Path:
         epochs: ``History.epochs``.
         path: of the PNG; it is replaced whole.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    numbers = [item.epoch for item in epochs]
-    left, right = figure.subplots(1, 2)
-    score: tuple[str, list[Any], list[Any]] = (
-        "top-1",
-        [e.train_top1 for e in epochs],
-        [e.val_top1 for e in epochs],
-    )
-    if any(e.val_metric is not None for e in epochs):
-        score = ("metric", [], [e.val_metric for e in epochs])
+    panels: dict[str, tuple[pictures.Values, pictures.Values]] = {
+        "loss": ([e.train_loss for e in epochs], [e.val_loss for e in epochs])
+    }
+    own_metric = any(e.val_metric is not None for e in epochs)
+    if own_metric:
+        panels["metric"] = ([], [e.val_metric for e in epochs])
     else:
-        right.yaxis.set_major_formatter(PercentFormatter(1.0))
-    losses = ("loss", [e.train_loss for e in epochs], [e.val_loss for e in epochs])
-    for axes, (title, train, val) in ((left, losses), (right, score)):
-        for label, values in (("training", train), ("validation", val)):
-            if any(value is not None for value in values):
-                axes.plot(numbers, values, marker=".", label=label)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    return save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a figure as PNG; an earlier one under that name is replaced whole."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
-    return path
+        panels["top-1"] = ([e.train_top1 for e in epochs], [e.val_top1 for e in epochs])
+    numbers = [item.epoch for item in epochs]
+    return pictures.learning_curve(numbers, panels, path, percent=not own_metric)

@@ -1,0 +1,147 @@
+"""Every picture of the project. Only here is matplotlib imported, and only when something is drawn.
+
+Takes plain numbers and a path. A picture is written beside its name and renamed: what stands there
+is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Values = Sequence[float | None]
+
+_FIRST, _OTHERS = "0.35", "tab:blue"
+
+
+def drift(errors: Mapping[str, Values], title: str, path: str | Path) -> Path:
+    """The errors of all sites along a network, one line each.
+
+    Args:
+        errors: label → a value per site; None where there is none.
+        title: above the picture.
+        path: ``.png``, ``.svg`` or ``.pdf``.
+    """
+    figure = _figure(9, 3.5)
+    axes = figure.subplots()
+    for (label, values), style in zip(errors.items(), (":", "--", "-"), strict=False):
+        if any(value is not None for value in values):
+            shown = [float("nan") if v is None else v for v in values]
+            axes.plot(range(len(shown)), shown, style, marker=".", label=label)
+    axes.set(xlabel="site", ylabel="relative error", title=title, ylim=(0, None))
+    axes.legend()
+    return _save(figure, path)
+
+
+def learning_curve(
+    epochs: Sequence[int],
+    panels: Mapping[str, tuple[Values, Values]],
+    path: str | Path,
+    *,
+    percent: bool,
+) -> Path:
+    """What was measured over the epochs, in training and in validation.
+
+    Args:
+        epochs: their numbers.
+        panels: title → (training, validation), side by side.
+        path: of the PNG.
+        percent: the last panel is a share.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = _figure(4.5 * len(panels), 3.6)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    if percent:
+        row[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes, (title, (train, val)) in zip(row, panels.items(), strict=True):
+        for label, values in (("training", train), ("validation", val)):
+            if any(value is not None for value in values):
+                axes.plot(epochs, values, marker=".", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    return _save(figure, path)
+
+
+def accuracy_by_batch(
+    lines: Mapping[str, Sequence[tuple[int, float, float, float]]],
+    sizes: Sequence[int],
+    control: str,
+    path: str | Path,
+) -> Path:
+    """Accuracy against batch size: a line per target, from worst to best seed shaded.
+
+    Args:
+        lines: label → (batch size, mean, lowest, highest).
+        sizes: all batch sizes.
+        control: the label that is drawn in black.
+        path: of the PNG.
+    """
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    figure = _figure(6.4, 4.4)
+    axes = figure.subplots()
+    for label, points in lines.items():
+        at, mean, low, high = ([point[i] for point in points] for i in range(4))
+        style = {"color": "black", "linestyle": "--"} if label == control else {}
+        (line,) = axes.plot(at, mean, marker="o", label=label, **style)
+        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(xlabel="batch size", ylabel="top-1")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def accuracy_bars(
+    shares: Mapping[str, float], chance: float, title: str, axis: str, path: str | Path
+) -> Path:
+    """Accuracies as horizontal bars, the first in another colour.
+
+    Args:
+        shares: label → accuracy from 0 to 1.
+        chance: what guessing gives, drawn as a line.
+        title: above the picture.
+        axis: below it.
+        path: of the PNG.
+    """
+    figure = _figure(8, 0.45 * len(shares) + 1.2)
+    axes = figure.subplots()
+    values = [100 * share for share in shares.values()]
+    bars = axes.barh(list(shares), values, color=_OTHERS)
+    bars[0].set_color(_FIRST)
+    axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=4)
+    axes.axvline(100 * chance, color="0.4", linewidth=1, linestyle=":")
+    at = (100 * chance + 1, len(shares) - 0.35)
+    axes.text(*at, "chance", color="0.4", fontsize="small", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 112)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(axis)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format=path.suffix.lstrip(".").lower() or "png", dpi=120)
+    part.replace(path)
+    return path
