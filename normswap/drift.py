@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from normswap import pictures
 from normswap.errors import CalibrationError
+from normswap.files import write_whole
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
 from normswap.plain import plain
 from normswap.recipes import recipe_of
@@ -248,13 +249,11 @@ class Drift:
     def write(self, path: str | Path) -> Path:
         """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         kind = path.suffix.lower()
         if kind in (".png", ".svg", ".pdf"):
             return self.draw(path)
         text = json.dumps(plain(self.to_json()), indent=1) if kind == ".json" else str(self)
-        path.write_text(text + "\n", encoding="utf-8")
-        return path
+        return write_whole(path, text + "\n")
 
     def draw(self, path: str | Path) -> Path:
         """Write a picture of the three errors along the network."""

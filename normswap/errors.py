@@ -14,6 +14,7 @@
     ├── TrainingError         fine-tuning that cannot start or has failed
     ├── ExportError           a model that cannot be exported, or a file that is no ONNX model
     │   └── ParityError       an ONNX file that is not the model (exit code 3)
+    ├── BusyError             an output that another run is writing
     └── InstallationError     packages that do not fit together
 
 Every message reads ``where: got X; need Y. Try Z.``
@@ -109,6 +110,10 @@ class ParityError(ExportError):
     """An ONNX file that is not the model it claims to be; ``parity`` is the whole report."""
 
     parity: Any = None
+
+
+class BusyError(NormSwapError):
+    """An output that another run is writing."""
 
 
 class InstallationError(NormSwapError):

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from normswap.files import write_whole
+
 Values = Sequence[float | None]
 
 _FIRST, _OTHERS = "0.35", "tab:blue"
@@ -140,8 +142,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format=path.suffix.lstrip(".").lower() or "png", dpi=120)
-    part.replace(path)
-    return path
+    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    return write_whole(path, lambda part: figure.savefig(part, format=kind, dpi=120))

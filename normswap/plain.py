@@ -1,10 +1,9 @@
-"""Plain data: what every JSON reader takes; files that are whole or not there. No torch."""
+"""Plain data: what every JSON reader takes. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -21,10 +20,3 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return str(value)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under its name only when all of it is there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

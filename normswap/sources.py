@@ -9,16 +9,15 @@ room refuses to guess: a checkpoint fits in every key and shape or is an error.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normswap import running
+from normswap import files, running
 from normswap.checkpoints import fit_checkpoint, load_checkpoint
 from normswap.data import Preprocessing
 from normswap.errors import CheckpointError, NormSwapError, SpecError
@@ -300,14 +299,7 @@ def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a model's state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return files.weights_digest(model.state_dict())
 
 
 def resize_head(

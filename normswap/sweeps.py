@@ -7,10 +7,10 @@ done, so a sweep that was broken off goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from normswap import pictures
 from normswap.copying import copied
 from normswap.errors import NormSwapError, TrainingError
-from normswap.plain import write_whole
+from normswap.files import json_digest, remove, sole_writer, write_whole
 from normswap.provenance import provenance_of
 from normswap.regular import read_text
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
@@ -219,6 +219,7 @@ def sweep(
             recipes under the same labels; two labels that would share a file; options that no cell
             can take.
         TrainingInterrupted: Ctrl-C or SIGTERM; the same call goes on from there.
+        BusyError: another run is writing ``out``.
     """
     options = FineTune() if options is None else options
     if isinstance(train_data, DataLoader):
@@ -249,21 +250,14 @@ def sweep(
         dict(convert_options or {}),
         None if out is None else Path(out),
     )
-    bench.check_settings()
     wanted = [
         Cell(target, size, seed, _scaled_rate(options, size))
         for seed in numbers  # seed by seed, so that a first picture is there early
         for size in batch_sizes
         for target in named
     ]
-    done = [bench.run(cell, at, len(wanted), progress) for at, cell in enumerate(wanted)]
-    order = {name: at for at, name in enumerate(named)}
-    done.sort(key=lambda cell: (order[cell.target], cell.batch_size, cell.seed))
-    found = Sweep(tuple(done), bench.settings())
-    if bench.out is not None:
-        _write(bench.out / TABLE, found.to_json())
-        draw_sweep(found, bench.out / PICTURE)
-    return found
+    with contextlib.nullcontext() if bench.out is None else sole_writer(bench.out):
+        return bench.sweep(wanted, progress)
 
 
 @dataclass(frozen=True)
@@ -279,6 +273,18 @@ class _Bench:
     example_inputs: Any
     convert_options: dict[str, Any]
     out: Path | None
+
+    def sweep(self, wanted: list[Cell], progress: SweepProgress | None) -> Sweep:
+        """All cells, table and picture."""
+        self.check_settings()
+        done = [self.run(cell, at, len(wanted), progress) for at, cell in enumerate(wanted)]
+        order = {name: at for at, name in enumerate(self.targets)}
+        done.sort(key=lambda cell: (order[cell.target], cell.batch_size, cell.seed))
+        found = Sweep(tuple(done), self.settings())
+        if self.out is not None:
+            _write(self.out / TABLE, found.to_json())
+            draw_sweep(found, self.out / PICTURE)
+        return found
 
     def settings(self) -> dict[str, Any]:
         options = self.options.to_json()
@@ -297,7 +303,8 @@ class _Bench:
         """A folder belongs to one sweep; more targets, sizes and seeds may join it later."""
         if self.out is None:
             return
-        (self.out / "cells").mkdir(parents=True, exist_ok=True)
+        with sole_writer(self.out / "cells"):  # puts right what a killed sweep left there
+            (self.out / "cells").mkdir(parents=True, exist_ok=True)
         path, now = self.out / "settings.json", json.loads(json.dumps(self.settings()))
         if not path.exists():
             _write(path, now)
@@ -316,7 +323,7 @@ class _Bench:
         """The finished cell, from its file or by training."""
         path = None if self.out is None else self.out / "cells" / f"{cell.name}.json"
         if path is not None and path.exists():
-            stored = json.loads(read_text(path))
+            stored = _read_cell(path)
             made_with = stored.pop("recipe", None)
             if made_with != _recipe(self.targets[cell.target]):
                 raise TrainingError(
@@ -326,6 +333,7 @@ class _Bench:
                     hint="another label for this target, or another folder",
                 )
             if stored["failure"] is None:
+                remove(path.with_suffix(""))  # a sweep that was killed had no time for it
                 return Cell(**stored)
         log.info("cell %d of %d: %s", done + 1, total, cell.name)
 
@@ -335,8 +343,9 @@ class _Bench:
 
         finished = self._train(cell, inner)
         if path is not None:
-            _write(path, asdict(finished) | {"recipe": _recipe(self.targets[cell.target])})
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            data = asdict(finished) | {"recipe": _recipe(self.targets[cell.target])}
+            _write(path, data | {"sha256": json_digest(json.loads(json.dumps(data)))})
+            remove(path.with_suffix(""))
         return finished
 
     def _train(self, cell: Cell, progress: Callable[[Progress], None]) -> Cell:
@@ -491,6 +500,19 @@ def _reset(model: nn.Module) -> None:
     if callable(initialise):
         with torch.no_grad():
             initialise()
+
+
+def _read_cell(path: Path) -> dict[str, Any]:
+    """A finished cell, as it was written."""
+    stored: dict[str, Any] = json.loads(read_text(path))
+    if stored.pop("sha256", None) != json_digest(stored):
+        raise TrainingError(
+            str(path),
+            got="content that does not agree with its own SHA-256",
+            need="the cell as a sweep wrote it",
+            hint="removing the file, which trains this cell again",
+        )
+    return stored
 
 
 def _write(path: Path, data: Any) -> None:

@@ -25,6 +25,7 @@ from normswap import pictures
 from normswap.copying import copied
 from normswap.data import Preprocessing, labelled_dataset
 from normswap.errors import InstallationError
+from normswap.files import write_whole
 
 Digits = tuple[Tensor, Tensor]  # images, labels
 
@@ -174,7 +175,7 @@ def take_tour(
         stages = _stages(folder, seed, calibration_seconds, report)
     picture = draw(stages, folder / PICTURE)
     tour = Tour(stages, folder, picture, time.monotonic() - start)
-    (folder / RESULTS).write_text(json.dumps(tour.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / RESULTS, json.dumps(tour.to_json(), indent=2) + "\n")
     return tour
 
 
@@ -259,8 +260,7 @@ def train_original(path: Path, train: Digits, seed: int) -> Path:
     model = digits_net()
     recipe = normswap.FineTune(batch_size=32, epochs=8, learning_rate=0.1, mixup=0.4, seed=seed)
     normswap.finetune(model, train, None, recipe)
-    save_file(model.state_dict(), path)
-    return path
+    return write_whole(path, lambda part: save_file(model.state_dict(), part))
 
 
 def conversions(bn: nn.Module, example: Tensor) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from normswap import artifact, swap
+from normswap import artifact, files, swap
 from normswap.artifact import record, writing
 from normswap.errors import ArtifactError, SpecError
 from normswap.provenance import add_history, provenance_of, remember
@@ -291,7 +291,14 @@ def test_a_mounted_folder_is_filled_in_place(saved, source, tmp_path, monkeypatc
 
     (target / "mine.txt").write_text("mine")
     monkeypatch.setattr(Path, "stat", other_device)
-    monkeypatch.setattr(Path, "rename", None)
+    rename = Path.rename
+
+    def inside_alone(path, new):  # nothing can be renamed into a mounted volume
+        assert target in path.parents
+        assert target in Path(new).parents
+        return rename(path, new)
+
+    monkeypatch.setattr(Path, "rename", inside_alone)
     artifact.save(source.model, target, force=True)
     assert artifact.load(target) is not None
     assert not list(tmp_path.glob(".*"))
@@ -465,7 +472,7 @@ def _fail_with(number):
     ("owner", "name"),
     [
         (writing, "save_file"),
-        (writing, "_flush"),
+        (files, "flush"),
         (writing.Path, "write_text"),
         (writing.Path, "mkdir"),
         (writing.Path, "rename"),
@@ -480,6 +487,7 @@ def test_full_disk_and_no_permission_leave_nothing_behind(
     target.parent.mkdir()
     if force:
         artifact.save(source.model, target)
+        (target / "mine.txt").write_text("mine")  # so that names cannot simply be exchanged
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, _fail_with(number))
         with pytest.raises(ArtifactError, match=os.strerror(number)) as caught:
@@ -496,7 +504,7 @@ def test_interruption_leaves_nothing_behind(source, tmp_path, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "_flush", interrupt)
+    monkeypatch.setattr(files, "flush", interrupt)
     with pytest.raises(KeyboardInterrupt):
         artifact.save(source.model, tmp_path / "out")
     _only(tmp_path)

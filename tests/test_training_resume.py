@@ -15,21 +15,14 @@ import pytest
 import torch
 import training_runs
 from torch.utils.data import DataLoader
-from training_runs import HARD, Augmented, Net, hard_run, samples, weights
+from training_runs import HARD, HEAVY, Augmented, Net, hard_run, samples, weights
 
+from normswap import files
 from normswap.errors import TrainingError
 from normswap.training import FineTune, TrainingInterrupted, finetune, read_metrics
 from normswap.training.checkpoints import read_checkpoint, write_checkpoint
 
 KILLS = int(os.environ.get("NORMSWAP_KILLS", "1"))  # 20 shows more and takes minutes
-HEAVY = [
-    "accelerate",
-    "timm.optim",
-    "timm.scheduler",
-    "timm.utils",
-    "timm.data",
-    "matplotlib.figure",
-]
 NORMS = ("gn", "frn", "brn", "cbn")
 QUIET = {"tensorboard": False}
 
@@ -214,8 +207,9 @@ def test_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")  # noqa: PTH110
-def test_full_disk_in_the_middle_of_a_write(tmp_path):
-    (tmp_path / "last.pt.part").symlink_to("/dev/full")
+def test_full_disk_in_the_middle_of_a_write(tmp_path, monkeypatch):
+    (tmp_path / "full").symlink_to("/dev/full")
+    monkeypatch.setattr(files, "_fresh", lambda *_: tmp_path / "full")
     with pytest.raises(TrainingError, match="need room for the checkpoint"):
         write_checkpoint(tmp_path / "last.pt", {"format": 1, "tensor": torch.zeros(1000)})
 

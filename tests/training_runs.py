@@ -7,12 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import Dataset
 
 from normswap import layers
+from normswap.cli.app import app
+from normswap.sweeps import sweep
 from normswap.training import FineTune, finetune
 
+HEAVY = [  # what a process that trains would otherwise load each time
+    "accelerate",
+    "timm.optim",
+    "timm.scheduler",
+    "timm.utils",
+    "timm.data",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "normswap.swap",
+    "normswap.artifact",
+]
 SIZE = 8
 CLASSES = 3
 
@@ -109,6 +123,19 @@ def hard_run(norm, out, resume=True, progress=None):
         progress=progress,
     )
     return model, history
+
+
+def small_sweep(folder):
+    """Two cells, on which a killed sweep goes on."""
+    options = FineTune(epochs=1, batch_size=3, checkpoint_every=0, tensorboard=False)
+    shape = {"targets": ["bn", "gn"], "batch_sizes": [3], "seeds": 1}
+    return sweep(Net(), samples(6), samples(4, seed=1), out=folder / "s", options=options, **shape)
+
+
+def command_line(*arguments):
+    """``normswap …`` in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
 
 
 def child_run(norm, out, result):

@@ -9,6 +9,6 @@ SHA-256) and to leave half an artefact: everything is written to a sibling direc
 """
 
 from normswap.artifact.reading import load, load_model
-from normswap.artifact.writing import save
+from normswap.artifact.writing import check_target, save
 
-__all__ = ["load", "load_model", "save"]
+__all__ = ["check_target", "load", "load_model", "save"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from normswap.artifact.rebuilding import fill, same_model
-from normswap.artifact.record import RECORD, WEIGHTS, Document, file_digest, read_record
+from normswap.artifact.record import RECORD, WEIGHTS, Document, read_record
 from normswap.data import Preprocessing
 from normswap.errors import ArtifactError
+from normswap.files import current, file_digest
 from normswap.provenance import provenance_of, remember
 from normswap.sources import Source, build
 from normswap.trust import Trust, trusted
@@ -111,9 +113,7 @@ def load(
             source that needs ``trust``.
     """
     consent = trusted(trust)
-    folder = Path(directory)
-    document = Document(folder, read_record(folder))
-    state = _read_weights(document)
+    document, state = _read(Path(directory))
     record = document.provenance()
     model = same_model(document, record, into, state, consent)
     fill(model, state, document)
@@ -129,8 +129,33 @@ def load(
     return model.to(device).eval()
 
 
+def _read(folder: Path) -> tuple[Document, dict[str, Tensor]]:
+    """Record and weights of one artefact, also while another one takes its place."""
+    while True:
+        before = _stamp(folder)
+        try:
+            document = Document(folder, read_record(folder))
+            state = _read_weights(document)
+        except ArtifactError:
+            if _stamp(folder) == before:
+                raise
+        else:
+            if _stamp(folder) == before:
+                return document, state
+
+
+def _stamp(folder: Path) -> list[tuple[int, ...]]:
+    """Which files lie there now; nobody changes one in place, each writing makes new ones."""
+    found: list[tuple[int, ...]] = []
+    for name in (RECORD, WEIGHTS):
+        with contextlib.suppress(OSError):
+            facts = current(folder, name).stat()
+            found.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+    return found
+
+
 def _read_weights(document: Document) -> dict[str, Tensor]:
-    path = document.folder / WEIGHTS
+    path = current(document.folder, WEIGHTS)
     expected = document.get("sha256", str)
     try:
         found = file_digest(path)

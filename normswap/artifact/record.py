@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 import normswap
 from normswap.data import Preprocessing
 from normswap.errors import ArtifactError, DataError
+from normswap.files import current, json_digest
 from normswap.provenance import Provenance
-from normswap.regular import open_regular, read_text
+from normswap.regular import read_text
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -82,7 +82,7 @@ class Document:
 
 def read_record(folder: Path) -> Mapping[str, Any]:
     """Read ``normswap.json``; check its version, then its digest."""
-    path = folder / RECORD
+    path = current(folder, RECORD)
     if not path.exists():
         raise ArtifactError(
             str(folder),
@@ -124,12 +124,4 @@ def read_record(folder: Path) -> Mapping[str, Any]:
 
 def record_digest(document: Mapping[str, Any]) -> str:
     """SHA-256 of a record's content."""
-    content = {key: value for key, value in document.items() if key != "record_sha256"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a regular file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return json_digest(document, seal="record_sha256")

@@ -6,10 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +25,11 @@ from normswap.artifact.record import (
     OWN_FILES,
     RECORD,
     WEIGHTS,
-    file_digest,
     read_record,
     record_digest,
 )
 from normswap.errors import ArtifactError, NormSwapError, SpecError
+from normswap.files import contents, draft_folder, file_digest, final_name, sole_writer
 from normswap.plain import plain
 from normswap.provenance import Provenance, provenance_of
 from normswap.sources import canonical, rebuild
@@ -65,39 +62,46 @@ def save(
     Raises:
         ArtifactError: the directory cannot be written, is not empty, or the model's source does
             not build this model.
+        BusyError: another run is writing the directory.
     """
     target = Path(directory).resolve()
-    _check_target(target, force)
+    check_target(target, force=force)
     if source is not None and source.startswith("python:"):
         with contextlib.suppress(SpecError):  # which _check_source explains
             source = canonical(source)
     document, tensors = _describe(model, source, class_names)
     _check_source(model, document, str(target), explicit=source is not None)
-    with _one_clear_error(target), _sibling(target) as draft:
-        (draft / WEIGHTS).touch()
-        mode = (draft / WEIGHTS).stat().st_mode
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
-        (draft / WEIGHTS).chmod(mode)  # safetensors makes files for the owner alone
-        document["sha256"] = file_digest(draft / WEIGHTS)
-        document["record_sha256"] = record_digest(document)
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-        (draft / CARD).write_text(model_card(document, target.name), encoding="utf-8")
-        (draft / RECORD).write_text(text + "\n", encoding="utf-8")
-        for name in OWN_FILES:
-            _flush(draft / name)
-        _put_in_place(draft, target)
+    with _one_clear_error(target), sole_writer(target):
+        check_target(target, force=force)  # again: somebody may have been there meanwhile
+        with draft_folder(target, OWN_FILES) as draft:
+            _write(draft, document, tensors, final_name(target))
     return Path(directory)
 
 
-def _check_target(target: Path, force: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
+def _write(draft: Path, document: dict[str, Any], tensors: dict[str, Tensor], title: str) -> None:
+    (draft / WEIGHTS).touch()
+    mode = (draft / WEIGHTS).stat().st_mode
+    save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+    (draft / WEIGHTS).chmod(mode)  # safetensors makes files for the owner alone
+    document["sha256"] = file_digest(draft / WEIGHTS)
+    document["record_sha256"] = record_digest(document)
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    (draft / CARD).write_text(model_card(document, title), encoding="utf-8")
+    (draft / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def check_target(directory: str | Path, *, force: bool) -> None:
+    """Find out whether ``save`` may write there.
+
+    Raises:
+        ArtifactError: a file; a directory that is not empty, without ``force``; one that is no
+            artefact and has files of an artefact's names.
+    """
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
         raise ArtifactError(str(target), got="a file", need="a directory", hint="another name")
-    present = {path.name for path in target.iterdir()}
-    if not present:
-        return
-    if not force:
+    present = contents(target)
+    if present and not force:
         raise ArtifactError(
             str(target),
             got="a directory that is not empty",
@@ -318,48 +322,3 @@ def _one_clear_error(target: Path) -> Iterator[None]:
             need="a place where a directory can be made, with room for the weights",
             hint="another directory, or freeing space",
         ) from error
-
-
-@contextlib.contextmanager
-def _sibling(target: Path) -> Iterator[Path]:
-    """A draft directory beside the target, gone at the end whatever happens."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mounted = target.exists() and target.stat().st_dev != target.parent.stat().st_dev
-    home = target if mounted else target.parent  # nothing can be renamed into a mounted volume
-    draft = home / f".{target.name}.{secrets.token_hex(4)}.draft"
-    draft.mkdir()  # not tempfile's: that one would be closed to other users for good
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _put_in_place(draft: Path, target: Path) -> None:
-    if not target.exists():
-        draft.rename(target)
-    elif draft.parent == target or not (target / RECORD).exists():
-        (target / RECORD).unlink(missing_ok=True)
-        for name in OWN_FILES:  # the record comes last: without it there is no artefact
-            (draft / name).replace(target / name)
-    else:
-        _exchange(draft, target)
-
-
-def _exchange(draft: Path, target: Path) -> None:
-    """The new artefact takes the old one's name; what else lay there moves along."""
-    old = draft.with_suffix(".old")
-    target.rename(old)
-    try:
-        draft.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    for path in old.iterdir():
-        if path.name not in OWN_FILES:
-            path.rename(target / path.name)
-    shutil.rmtree(old)

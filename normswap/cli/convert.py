@@ -156,10 +156,7 @@ def command(
     Every layer is planned before any is changed: --dry-run shows what becomes what, and why not.
     """
     _check_usage(click.get_current_context())
-    if output is not None and not dry_run:
-        check_output(output, force=force)
-    if drift is not None:
-        check_file(drift, force=force)
+    _check_places(output if not dry_run else None, drift, force=force)
     import normswap
     from normswap.copying import copied
     from normswap.drift import predict_drift
@@ -207,6 +204,17 @@ def _planned(model: nn.Module, recipe: Any, options: dict[str, Any]) -> Plan:
     import normswap
 
     return recipe if isinstance(recipe, normswap.Plan) else normswap.plan(model, recipe, **options)
+
+
+def _check_places(output: Path | None, drift: Path | None, *, force: bool) -> None:
+    """Find out before long work whether the results can be written."""
+    if output is not None:
+        check_output(output, force=force)
+        from normswap.artifact import check_target
+
+        check_target(output, force=force)
+    if drift is not None:
+        check_file(drift, force=force)
 
 
 def _calibrate(

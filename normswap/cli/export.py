@@ -50,7 +50,6 @@ def command(
     and the exit code is 3.
     """
     check_file(output, force=force)
-    check_file(output.with_name(f"{output.name}.data"), force=force)  # weights beyond 2 GB go there
     source = chosen.load()
     batch = chosen.images(source, images) if images else None
     import normswap

@@ -21,6 +21,7 @@ from normswap.cli.options import (
 )
 from normswap.cli.training import RunChoice, run_options
 from normswap.errors import NormSwapError
+from normswap.files import contents, next_folder, put_in_place, remove
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,14 +86,12 @@ def command(
     first = int(os.environ.get("RANK", "0")) == 0  # under a launcher, one process writes
     if force and resume:
         raise click.UsageError("--resume goes on with a run, --force starts it anew.")
-    check_output(
-        output,
-        force=resume or force or not first,
-        hint="--resume to go on with the run in it, --force to replace it, or another -o",
-    )
+    work = _workplace(output, first=first, force=force, resume=resume)
     import normswap
-    from normswap.training.checkpoints import discard
+    from normswap.artifact import check_target
+    from normswap.training.checkpoints import RUN_FILES
 
+    check_target(output, force=True)
     source = chosen.load()
     model = source.model
     images = run.open(source, chosen.image_size, chosen.seed)
@@ -104,21 +103,36 @@ def command(
         device=check_device(chosen.device) if chosen.device else None,
         teacher=_teacher(teacher, source, chosen.trust, new_head=images.new_head),
     )
-    if force and first:  # not before everything that the new run needs is there
-        discard(output)
+    if first and not resume:  # not before everything that the new run needs is there
+        remove(next_folder(output))
     with progress("fine-tuning") as show:
         history = normswap.finetune(
             model,
             images.train,
             images.val,
             options,
-            out=output,
+            out=work,
             resume=resume,
             progress=lambda now: show(now.step, now.steps, _facts(now)),
         )
     if first:
-        normswap.save(model.cpu(), output, force=True)
+        normswap.save(model.cpu(), work, force=True)
+        if work != output:
+            put_in_place(work, output, RUN_FILES)
         _print(history, output, as_json=as_json)
+
+
+def _workplace(output: Path, *, first: bool, force: bool, resume: bool) -> Path:
+    """Where the run is worked out: in the output itself, or beside one that it shall replace.
+
+    The earlier run stands until the new one has ended; --resume goes on with the new one.
+    """
+    if first:
+        hint = "--resume to go on with the run in it, --force to replace it, or another -o"
+        check_output(output, force=resume or force, hint=hint)
+    beside = next_folder(output)
+    replaces = beside.is_dir() if resume else force and bool(contents(output))
+    return beside if replaces else output
 
 
 def _teacher(

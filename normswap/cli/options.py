@@ -14,6 +14,7 @@ import click
 from normswap.children import FOREVER, SECONDS, safe_path
 from normswap.cli.console import quiet_libraries, results_alone
 from normswap.errors import NormSwapError, in_short
+from normswap.files import contents, sole_writer
 from normswap.targets import FALLBACKS, TARGETS, read_target, split_targets
 
 if TYPE_CHECKING:
@@ -277,31 +278,29 @@ def check_target(text: str, how_many: str) -> None:
 def check_output(
     path: Path, *, force: bool, hint: str = "--force, which replaces it, or another -o"
 ) -> None:
-    """Find out before long work whether a directory can be written.
+    """Find out before long work whether a directory can be written, and keep others out of it.
 
     Raises:
-        NormSwapError: it exists and is not an empty directory, or cannot be made.
+        NormSwapError: it exists and is not an empty directory, cannot be made, or another run is
+            writing it.
     """
-    if path.is_dir():
-        if any(path.iterdir()) and not force:
-            raise NormSwapError(
-                str(path),
-                got="a directory that is not empty",
-                need="a new or an empty one",
-                hint=hint,
-            )
-    elif path.exists():
+    if path.exists() and not path.is_dir():
         raise NormSwapError(
             str(path), got="a file", need="a new or an empty directory", hint="another -o"
         )
     check_parent(path)
+    keep_others_out(path)
+    if contents(path) and not force:
+        raise NormSwapError(
+            str(path), got="a directory that is not empty", need="a new or an empty one", hint=hint
+        )
 
 
 def check_file(path: Path, *, force: bool) -> None:
-    """Find out before long work whether a file can be written.
+    """Find out before long work whether a file can be written, and keep others off it.
 
     Raises:
-        NormSwapError: it exists, or its folder may not be written to.
+        NormSwapError: it exists, its folder may not be written to, or another run is writing it.
     """
     if path.is_dir():
         raise NormSwapError(
@@ -310,6 +309,8 @@ def check_file(path: Path, *, force: bool) -> None:
             need="the name of a file",
             hint=f"-o {path / 'model.onnx'}",
         )
+    check_parent(path)
+    keep_others_out(path)
     if path.exists() and not force:
         raise NormSwapError(
             str(path),
@@ -317,7 +318,15 @@ def check_file(path: Path, *, force: bool) -> None:
             need="a new one",
             hint="--force, which replaces it, or another path",
         )
-    check_parent(path)
+
+
+def keep_others_out(path: Path) -> None:
+    """Be the only one who writes there until the command ends.
+
+    Raises:
+        BusyError: another run is writing it.
+    """
+    click.get_current_context().with_resource(sole_writer(path))
 
 
 def check_parent(path: Path) -> None:

@@ -14,6 +14,7 @@ from normswap.cli.options import (
     check_parent,
     cli_command,
     json_option,
+    keep_others_out,
     known_targets,
     model_options,
 )
@@ -83,6 +84,7 @@ def command(
     the batch size. --lr holds at the largest batch size.
     """
     check_parent(output)
+    keep_others_out(output)
     from normswap.sweeps import PICTURE, sweep
 
     source = chosen.load()

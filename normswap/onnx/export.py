@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import shutil
-import tempfile
+import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normswap.errors import ExportError, ParityError
+from normswap.files import put_files_in_place, scratch_folder
 from normswap.onnx.file.metadata import write_metadata
 from normswap.onnx.file.parity import Parity, check_tolerance
-from normswap.onnx.file.parsing import read_onnx
+from normswap.onnx.file.parsing import OnnxFile, external, is_external, read_onnx, tensors
 from normswap.onnx.file.selftest import MAX_STORED, MAX_TOLERANCE, Expected, SelfTest, TestInput
 from normswap.onnx.proving.proof import prove_draft
 from normswap.onnx.proving.trials import GroundTruth, Trial
@@ -90,10 +90,11 @@ def export_onnx(
             raise _failure(target, parity)
         test = _self_test(subject, options, parity, tolerance)
         fields = _fields(model, subject, options, parity, test)
+        _name_data_anew(draft.file, target)
         write_metadata(draft.file, fields)
         save(draft.file)
         read_onnx(draft.file.path)
-        _publish(folder, target)
+        put_files_in_place(folder, target, gone=_external_data(target))
     return parity
 
 
@@ -128,10 +129,6 @@ def _destination(path: Path, opset: int) -> Path:
         raise ExportError(
             "opset", got=str(opset), need=f"{MIN_OPSET} to {MAX_OPSET}", hint="opset=20"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
     return path
 
 
@@ -147,21 +144,38 @@ def _unwritable(path: Path, error: OSError) -> ExportError:
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A folder beside the target, on the same disk, gone afterwards whatever happens."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder(target))
+        except OSError as error:
+            raise _unwritable(target, error) from error
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(folder: Path, target: Path) -> None:
-    """Rename into place: first the external data, then the file that refers to them."""
-    names = sorted((item.name for item in folder.iterdir()), key=lambda name: name == target.name)
-    for name in names:
-        (folder / name).replace(target.parent / name)
+def _external_data(path: Path) -> set[str]:
+    """The names of the files that belong to an ONNX file and to no other."""
+    if not path.is_file():
+        return set()
+    try:
+        file = read_onnx(path)
+    except ExportError:  # whatever it is, nothing beside it is known to be its own
+        return set()
+    places = {external(file, tensor).path for tensor in tensors(file.proto) if is_external(tensor)}
+    own = f"{path.name}."
+    return {p.name for p in places if p.parent == file.folder and p.name.startswith(own)}
+
+
+def _name_data_anew(file: OnnxFile, target: Path) -> None:
+    """Data beside the file get a name that is free, so that an old file keeps its own till then."""
+    old = file.path.with_name(f"{target.name}.data")
+    if not old.exists() or not (target.parent / old.name).exists():
+        return
+    new = old.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
+    old.rename(new)
+    for tensor in tensors(file.proto):
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value == old.name:
+                entry.value = new.name
 
 
 def _failure(target: Path, parity: Parity) -> ParityError:

@@ -1,23 +1,25 @@
-"""Checkpoints of a run: plain data, whole or not there; which of them a run may go on from."""
+"""Checkpoints of a run: plain data and its hash, whole or not there; which a run may go on from."""
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from normswap.artifact.record import OWN_FILES
 from normswap.checkpoints import check_archive
 from normswap.errors import TrainingError, in_short
+from normswap.files import content_digest, current, write_whole
 from normswap.training.options import FineTune
-from normswap.training.records import CURVE, METRICS
+from normswap.training.records import CURVE, EVENTS, METRICS
 
 FORMAT = 1
 LAST = "last.pt"
 BEST = "best.pt"
-_PART = ".part"
+RUN_FILES = (LAST, BEST, METRICS, CURVE, EVENTS, *OWN_FILES)
+"""What a run and its artefact leave in their folder."""
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -31,21 +33,16 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         TrainingError: it cannot be written, for example because the disk is full. The earlier
             checkpoint under that name is untouched then.
     """
-    part = path.with_name(path.name + _PART)
+    sealed = {**state, "sha256": content_digest(state)}
     try:
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
+        write_whole(path, lambda part: torch.save(sealed, part))
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
-        part.unlink(missing_ok=True)
+        earlier = "; the checkpoint written before is still whole, resume from it"
         raise TrainingError(
             str(path),
             got=f"{type(error).__name__}: {in_short(error)}",
             need="room for the checkpoint and the right to write it",
-            hint="freeing disk space; the checkpoint written before is still whole, resume from it",
+            hint="freeing disk space" + (earlier if path.is_file() else ""),
         ) from error
 
 
@@ -53,11 +50,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without unpickling code.
 
     Raises:
-        TrainingError: the file is damaged or no checkpoint of a fine-tune.
+        TrainingError: the file is damaged, has been changed or is no checkpoint of a fine-tune.
     """
     try:
-        check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        place = current(path.parent, path.name)
+        check_archive(place)
+        state = torch.load(place, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch's own text for a broken pickle advises to run whatever code is in it
         broken = isinstance(error, pickle.UnpicklingError)
@@ -68,13 +66,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise _unreadable(path, f"format {found!r}")
+    seal = state.pop("sha256", None)
+    if seal is None:
+        raise _unreadable(path, "no hash of its content, as version 0.1 wrote it")
+    if seal != content_digest(state):
+        raise _unreadable(path, "content that does not agree with its own SHA-256")
     return state
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what a killed process left half written."""
-    for name in (LAST, BEST):
-        (folder / (name + _PART)).unlink(missing_ok=True)
+    """Remove what version 0.1 left beside its files when it was killed."""
+    for path in folder.glob("*.part"):
+        if path.stem in RUN_FILES:
+            path.unlink()
 
 
 def earlier_run(folder: Path | None, resume: bool, options: FineTune) -> dict[str, Any] | None:
@@ -104,12 +108,6 @@ def earlier_run(folder: Path | None, resume: bool, options: FineTune) -> dict[st
     return found
 
 
-def discard(folder: Path) -> None:
-    """Remove what an earlier run left in its folder, so that another one can start there."""
-    for name in (LAST, BEST, METRICS, CURVE):
-        (folder / name).unlink(missing_ok=True)
-
-
 def check_same(folder: Path, changes: list[str]) -> None:
     """Raise if anything has changed since the earlier run."""
     if changes:
@@ -132,16 +130,6 @@ def check_fit(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def _shape(value: Any) -> Any:
     return getattr(value, "shape", None)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there, and a rename needs no help
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unreadable(path: Path, got: str) -> TrainingError:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import TrainingError, in_short
+from normswap.files import sole_writer
 from normswap.provenance import add_history
 from normswap.running import evaluating, placed
 from normswap.training import execution
@@ -117,6 +118,7 @@ def finetune(
             finite (with step and layer), memory or disk that ran out.
         TrainingInterrupted: Ctrl-C or SIGTERM; the step was finished and a checkpoint written.
         DataError: samples that cannot be read, labels that the model has no class for.
+        BusyError: another run is writing ``out``.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -150,10 +152,12 @@ def finetune(
             work.check_data(pair[1])
     if folder is not None and folder.exists() and not folder.is_dir():
         raise TrainingError("out", got=f"{folder}, a file", need="a folder", hint="another name")
-    found = earlier_run(folder, resume, options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(rng_kept())
         accelerator = stack.enter_context(borrowed_accelerator(options))
+        if folder is not None and accelerator.is_main_process:
+            stack.enter_context(sole_writer(folder))
+        found = earlier_run(folder, resume, options)
         stack.enter_context(
             training_mode(
                 model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from normswap.checks import above, number, whole
 from normswap.errors import TrainingError
+from normswap.files import weights_digest
 
 _FREE_ON_RESUME = frozenset(
     {"checkpoint_every", "device", "eval_batch_size", "log_every", "tensorboard", "workers"}
@@ -205,14 +205,4 @@ def _require(name: str, got: Any, fine: bool, need: str) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """The class of a model and a hash of its weights."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=_bytes()).numpy())
-    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
+    return f"{type(model).__name__} {weights_digest(model.state_dict())[:16]}"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from normswap import pictures
-from normswap.plain import write_whole
+from normswap.files import write_whole
 from normswap.regular import read_text
 
 METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _board(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
 
 
 CURVE = "learning_curve.png"

@@ -1,0 +1,180 @@
+"""Whole or not there, one writer at a time, and what a killed writer leaves is put right."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from normswap import files
+from normswap.errors import BusyError
+
+OWN = ("a", "b")
+
+
+def put(target, **contents):
+    with files.draft_folder(target, OWN) as draft:
+        for name, text in contents.items():
+            (draft / name).write_text(text)
+
+
+def read(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_takes_the_whole_content_of_its_draft(tmp_path):
+    target = tmp_path / "above" / "out"
+    put(target, a="1", b="1")
+    put(target, a="2")
+    assert read(target) == {"a": "2"}
+    target.chmod(0o750)
+    put(target, b="3")
+    assert target.stat().st_mode & 0o777 == 0o750
+    assert left(target.parent) == ["out"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_is_not_ours_stays_where_it_is(exchange, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    target = tmp_path / "out"
+    put(target, a="1", b="1")
+    (target / "mine").mkdir()
+    (target / "mine" / "notes.txt").write_text("notes")
+    before = (target / "mine").stat().st_ino
+    put(target, a="2")
+    assert left(target) == ["a", "mine"]
+    assert (target / "mine").stat().st_ino == before
+    assert (target / "mine" / "notes.txt").read_text() == "notes"
+    assert left(tmp_path) == ["out"]
+
+
+def test_a_draft_that_fails_changes_nothing(tmp_path):
+    put(tmp_path / "out", a="1")
+    with pytest.raises(ZeroDivisionError), files.draft_folder(tmp_path / "out", OWN) as draft:
+        (draft / "a").write_text(str(1 / 0))
+    with pytest.raises(KeyError), files.draft_folder(tmp_path / "new" / "out", OWN):
+        raise KeyError
+    assert read(tmp_path / "out") == {"a": "1"}
+    assert left(tmp_path) == ["out"]
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = files.write_whole(tmp_path / "new" / "x.txt", "héllo")
+    assert path.read_text(encoding="utf-8") == "héllo"
+    files.write_whole(path, b"bytes")
+    files.write_whole(path, lambda part: part.write_text("by itself"))
+    assert path.read_text() == "by itself"
+    with pytest.raises(ZeroDivisionError):
+        files.write_whole(path, lambda part: part.write_text(str(1 / 0)))
+    assert left(path.parent) == ["x.txt"]
+    assert path.read_text() == "by itself"
+    with pytest.raises(OSError, match="no regular file"):
+        files.write_whole(os.devnull, "")
+
+
+def test_leftovers_of_killed_writers_go_and_what_was_ready_is_completed(tmp_path):
+    target = tmp_path / "out"
+    put(target, a="1", b="1")
+    (target / "mine").write_text("mine")
+    (tmp_path / ".out.0123abcd.draft").mkdir()
+    (tmp_path / ".out.0123abcd.draft" / "a").write_text("half")
+    (target / ".b.0123abcd.part").write_text("half")
+    (tmp_path / ".out.lock").touch()  # nobody holds it any more
+    other = tmp_path / ".outer.0123abcd.draft"  # somebody else's
+    other.mkdir()
+    ready = tmp_path / ".out.89abcdef.ready"
+    ready.mkdir()
+    (ready / "a").write_text("2")
+    (ready / ".whole").write_text("b")
+    assert files.current(target, "a").read_text() == "2"
+    assert files.current(target, "mine") == target / "mine"
+    assert files.contents(target) == {"a", "b", "mine"}
+    with files.sole_writer(target):
+        pass
+    assert read(target) == {"a": "2", "mine": "mine"}
+    assert left(tmp_path) == [".outer.0123abcd.draft", "out"]
+
+
+def test_what_was_exchanged_does_not_come_back(tmp_path):
+    target = tmp_path / "out"
+    put(target, a="new")
+    (target / ".whole").write_text("")
+    old = tmp_path / ".out.89abcdef.ready"
+    old.mkdir()
+    (old / "a").write_text("old")
+    assert files.current(target, "a").read_text() == "new"
+    with files.sole_writer(target):
+        pass
+    assert read(target) == {"a": "new"}
+    assert left(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_version_0_1_moved_away_comes_back(there, tmp_path):
+    target, old = tmp_path / "out", tmp_path / ".out.0123abcd.old"
+    if there:
+        put(target, a="new")
+    old.mkdir()
+    (old / "a").write_text("old")
+    (old / "mine").write_text("mine")
+    with files.sole_writer(target):
+        pass
+    assert read(target) == {"a": "new" if there else "old", "mine": "mine"}
+    assert left(tmp_path) == ["out"]
+
+
+def test_the_second_writer_is_told(tmp_path):
+    target = tmp_path / "out"
+    refusals = []
+
+    def second():
+        try:
+            put(target, a="second")
+        except BusyError as error:
+            refusals.append(str(error))
+
+    with files.sole_writer(target):
+        put(target, a="first")  # the same writer, still
+        files.write_whole(target / "b", "first")
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        child = os.fork()
+        if child == 0:
+            files._held.clear()  # as a process that was not forked
+            code = 1
+            try:
+                put(target, a="second")
+            except BusyError:
+                code = 7
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert refusals == [
+        f"{target}: got another run that is writing it; need one at a time. "
+        "Try again when that one has ended, or another output."
+    ]
+    assert read(target) == {"a": "first", "b": "first"}
+    put(target, a="later")
+    assert left(tmp_path) == ["out"]
+
+
+def test_digests_tell_values_types_shapes_and_places_apart():
+    zero, one = torch.zeros(2), torch.ones(2)
+    values = [
+        {"a": zero}, {"a": one}, {"b": zero}, {"a": zero.double()}, {"a": torch.zeros(2, 1)},
+        {"a": zero, "b": one}, {"b": one, "a": zero}, [zero], (zero,), [[zero]], 1, 1.0, True, "1",
+        None, {"a": 1}, {"a": "1"}, ["ab", "c"], ["a", "bc"], torch.tensor(float("nan")), -5, 5,
+    ]  # fmt: skip
+    assert len({files.content_digest(value) for value in values}) == len(values)
+    assert files.content_digest({"a": [zero]}) == files.content_digest({"a": [torch.zeros(2)]})
+    assert files.weights_digest({"a": zero, "b": one}) == files.weights_digest(
+        {"b": one, "a": zero}
+    )
+    half = torch.zeros(3, dtype=torch.bfloat16)
+    assert files.weights_digest({"a": half}) != files.weights_digest({"a": half.half()})
