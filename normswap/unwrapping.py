@@ -12,8 +12,6 @@ import ast
 import inspect
 import json
 import runpy
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import nn
 
 from normswap import __version__, standalone
 from normswap.errors import ArtifactError, in_short
+from normswap.files import contents, draft_folder
 from normswap.graph.norms import is_batchnorm
 from normswap.layers import ThresholdedLinearUnit
 from normswap.provenance import provenance_of
@@ -96,24 +95,18 @@ def unwrap(
         )
     found = _differences(rebuild(origin), model)
     text = _text(origin, found, model)
-    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.draft"
-    draft.mkdir(parents=True)
-    try:
+    with draft_folder(target, (WEIGHTS, MODEL)) as draft:
+        _check_target(target, force)  # again: somebody may have been there meanwhile
         torch.save(_plain_state(model), draft / WEIGHTS)
         (draft / MODEL).write_text(text, encoding="utf-8")
         _check(draft / MODEL, model, example_inputs, str(target))
-        target.mkdir(exist_ok=True)
-        for name in (WEIGHTS, MODEL):
-            (draft / name).replace(target / name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
 def _check_target(target: Path, force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ArtifactError(str(target), got="a file", need="a folder", hint="another name")
-    if target.exists() and any(target.iterdir()) and not force:
+    if contents(target) and not force:
         raise ArtifactError(
             str(target),
             got="a folder that is not empty",
