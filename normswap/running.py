@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from normswap.modes import refuse_other_meanings
+
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """Call ``model`` on example inputs.
@@ -35,7 +37,13 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode; every module's own flag comes back."""
+    """Put models in eval mode; every module's own flag comes back.
+
+    Raises:
+        WalkError: ``eval`` or ``train`` of a model means something else.
+    """
+    for model in models:
+        refuse_other_meanings(model)
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:

@@ -159,7 +159,7 @@ class Seen(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_batch_norm_is_converted_or_named(name):
+def test_every_batch_norm_is_converted_or_named(name, record_property):
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
     model, x = build().eval(), torch.randn(shape)
@@ -178,7 +178,7 @@ def test_every_batch_norm_is_converted_or_named(name):
     assert len(result.replaced) + len(result.kept) == len(graph.sites) + len(graph.others)
     with torch.no_grad():
         call(result.model.eval(), x)
-    print(f"{name}: {count} seen, {len(result.replaced)} converted, {len(result.kept)} kept")
+    record_property("seen, converted, kept", (count, len(result.replaced), len(result.kept)))
 
 
 def test_opacus_trains_a_conversion_with_frozen_fallbacks():
@@ -190,7 +190,7 @@ def test_opacus_trains_a_conversion_with_frozen_fallbacks():
     )
     x = torch.randn(4, 3, 8, 8)
     plan = normswap.plan(model, "gn", example_inputs=x)
-    assert any("FrozenBatchNorm(trainable=False)" in note for e in plan for note in e.notes)
+    assert any("FrozenBatchNorm(trainable=False)" in note for note in plan.notes)
     fallback = normswap.recipes.FrozenBatchNorm(trainable=False)
     result = normswap.convert(model, "gn", example_inputs=x, fallback=fallback)
     assert result.plan.counts() == {"gn": 1, "frozen": 1}

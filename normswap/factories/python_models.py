@@ -16,6 +16,7 @@ from normswap.data import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from normswap.errors import NormSwapError, SpecError, in_short
 from normswap.factories.request import Built, Request
 from normswap.factories.timm_models import timm_preprocessing
+from normswap.modes import refuse_other_meanings
 from normswap.trust import current_folder_importable
 
 
@@ -50,6 +51,7 @@ def from_python(request: Request) -> Built:
             need="a factory that returns a torch.nn.Module",
             hint="naming the function that builds the model",
         )
+    refuse_other_meanings(model)
     names = getattr(model, "class_names", None)
     return Built(
         model,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap.graph.callsites import MethodSource, method_source
@@ -49,6 +50,8 @@ def _is_patched(module: nn.Module) -> bool:
 def class_depends_on_mode(cls: type[nn.Module]) -> bool:
     """Whether ``forward``, or a function that it calls by name, torch's own apart, may do so."""
     known: Any = cls
+    if issubclass(cls, torch.jit.ScriptModule):
+        return True  # its code is not Python's
     return _class_depends_on_mode(known, cls.forward, cls.train)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.graph import norms
 from normswap.graph.modes import any_depends_on_mode, class_depends_on_mode
@@ -75,6 +75,10 @@ class _Reader:
 
     def __init__(self, model: nn.Module, names: Names, found: Names, runs: Sequence[Run]) -> None:
         self._found = found
+        self._holders: dict[int, list[str]] = defaultdict(list)
+        for module, found_names in found.items():
+            for tensor in _affine(module).values():
+                self._holders[id(tensor)].append(found_names[0])
         self._runs = runs
         self._names = {module: found_names[0] for module, found_names in names.items()}
         complete = len(runs) > 1 or not any_depends_on_mode(names)
@@ -127,6 +131,7 @@ class _Reader:
             producer, reason = None, "a hook of the BatchNorm may change its input"
         notes = [] if run.mode == "eval" else ["ran in training mode only"]
         notes += [_USED_APART] if module in run.trace.stray_norms else []
+        notes += self._tied(module)
         if any(vars(module).get(name) for name in _STATE_HOOKS):
             notes.append("its state-dict hooks stay behind with it")
         return replace(
@@ -141,6 +146,18 @@ class _Reader:
             activation=self._activation(module, run, calls),
             notes=tuple(notes),
         )
+
+    def _tied(self, module: nn.Module) -> list[str]:
+        """A note for each of γ and β that other BatchNorms hold too."""
+        notes = []
+        for letter, tensor in _affine(module).items():
+            others = [name for name in self._holders[id(tensor)] if name != self._names[module]]
+            if others:
+                notes.append(
+                    f"its {letter} is also that of {', '.join(others)}: per-sample targets give "
+                    "each its own"
+                )
+        return notes
 
     # producers ---------------------------------------------------------------------------------
 
@@ -215,6 +232,13 @@ class _Reader:
         uses = len(trace.by_module[user.module])
         name = user.slot or self._names[user.module]
         return Activation(op, name, uses=uses, ways=self._taken.ways(user))
+
+
+def _affine(module: nn.Module) -> dict[str, Tensor]:
+    """γ and β, as far as a BatchNorm has them."""
+    state = norms.state_of(module)
+    pairs = (("γ", state.weight), ("β", state.bias))
+    return {letter: tensor for letter, tensor in pairs if tensor is not None}
 
 
 class _ActivationCalls:

@@ -8,7 +8,6 @@ comes back exactly as it was.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,16 +27,8 @@ from normswap.graph.preserved import preserved
 from normswap.graph.reading import Names, Run, read_others, read_sites
 from normswap.graph.recorder import recording
 from normswap.graph.sites import Graph
+from normswap.graph.wrappers import eagerly, refuse_wrapped
 from normswap.running import call, device_of, moved
-
-_WRAPPERS = {
-    "DistributedDataParallel": "convert the module inside it before wrapping it",
-    "FullyShardedDataParallel": "convert the model before sharding it",
-    "DataParallel": "convert the module inside it (model.module)",
-    "OptimizedModule": "convert the original model, then torch.compile the result",
-    "ScriptModule": "convert the Python model, then script the result",
-    "RecursiveScriptModule": "convert the Python model, then script the result",
-}
 
 _NO_TRAINING = "the model did not run in training mode on these inputs"
 
@@ -117,41 +108,6 @@ def _batchnorms(names: Names, exclude: str | Sequence[str] | None) -> Names:
     return found
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise if the model, or a part of it, is wrapped in a way that hides its modules.
-
-    Raises:
-        WalkError: with the advice that fits the wrapper; for lazy modules without parameters, too.
-    """
-    if not isinstance(model, nn.Module):
-        raise WalkError(
-            "the model",
-            got=f"a {type(model).__name__}",
-            need="a torch.nn.Module",
-            hint="normswap.load_model(name).model for a model by name",
-        )
-    for name, module in model.named_modules():
-        cls: Any = type(module)
-        norms.check_initialised(module, name)
-        wrapper = _wrapper(cls)
-        if wrapper is None and getattr(module, "_compiled_call_impl", None) is not None:
-            wrapper = "OptimizedModule"  # compiled in place by Module.compile
-        if wrapper is not None:
-            kind = cls.__name__
-            raise WalkError(
-                name or "the model",
-                got=f"a {wrapper}" + ("" if kind == wrapper else f" ({kind})"),
-                need="a plain eager module",
-                hint=f"to {_WRAPPERS[wrapper]}",
-            )
-
-
-@functools.cache
-def _wrapper(cls: type[nn.Module]) -> str | None:
-    known = (c for c in cls.__mro__ if c.__name__ in _WRAPPERS and c.__module__.startswith("torch"))
-    return next((c.__name__ for c in known), None)
-
-
 def _runs(model: nn.Module, example_inputs: Any, names: Names, found: Names) -> list[Run]:
     """The eval run, and the training run where it can show anything else."""
     eval_run = _eval_run(model, example_inputs, names)
@@ -167,11 +123,11 @@ def _eval_run(model: nn.Module, example_inputs: Any, names: Names) -> Run:
         return _run(model, example_inputs, names, mode="eval", meta=True)
     except Exception as error:
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-            raise _cannot_run(error) from error
+            raise _cannot_run(error, example_inputs) from error
     try:
         return _run(model, example_inputs, names, mode="eval", meta=False)
     except Exception as error:
-        raise _cannot_run(error) from error
+        raise _cannot_run(error, example_inputs) from error
 
 
 def _training_run(model: nn.Module, example_inputs: Any, names: Names, *, meta: bool) -> Run | None:
@@ -191,13 +147,21 @@ def _batched(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 1
 
 
-def _cannot_run(error: Exception) -> WalkError:
+def _cannot_run(error: Exception, example_inputs: Any) -> WalkError:
+    hint = (
+        "a tensor of the model's input size, a tuple of positional arguments, or a dict of "
+        "keyword arguments, in the model's dtype"
+    )
+    if isinstance(example_inputs, dict):
+        hint = (
+            "(inputs,) where the dictionary is the one argument: its entries were taken for "
+            "keyword arguments"
+        )
     return WalkError(
         "example inputs",
         got=f"{type(error).__name__}: {in_short(error)}",
         need="inputs that the model can be called with in eval mode",
-        hint="a tensor of the model's input size, a tuple of positional arguments, or a dict of "
-        "keyword arguments, in the model's dtype",
+        hint=hint,
     )
 
 
@@ -230,6 +194,7 @@ def ready_to_run(
         stack.enter_context(torch.inference_mode(mode=False))  # its tensors count no versions
         stack.enter_context(preserved(list(names), values=not meta))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(eagerly(names))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what the model has to say, it says when it is used
         if any(module.training != (mode == "train") for module in names):

@@ -96,7 +96,8 @@ def plan(
     modules = {n: m for m, found in every.items() for n in found}
     planner = _Planner(model, modules, choice, include, init)
     entries = _settle_removals(graph, planner)
-    return Plan(choice.label, (*entries, *left_alone), graph.notes)
+    entries = [*entries, *left_alone]
+    return Plan(choice.label, tuple(entries), (*graph.notes, *_notes_on_fallbacks(entries)))
 
 
 class _Choice:
@@ -308,6 +309,19 @@ def _unreachable(graph: Graph) -> tuple[PlanEntry, ...]:
             reason=other.reason,
         )
         for other in graph.others
+    )
+
+
+def _notes_on_fallbacks(entries: list[PlanEntry]) -> tuple[str, ...]:
+    """What private training (Opacus) needs to know of a per-sample conversion."""
+    fallen = [e.recipe for e in entries if e.recipe is not None and e.reason is not None]
+    count = sum(recipe.buffers_beside_parameters for recipe in fallen)
+    if not count or not any(e.recipe is not None and e.recipe.per_sample for e in entries):
+        return ()
+    layers = "1 layer keeps" if count == 1 else f"{count} layers keep"
+    return (
+        f"{layers} trainable γ and β beside running statistics, which Opacus does not take: as the "
+        "fallback it takes frozen(trainable=False), in Python FrozenBatchNorm(trainable=False)",
     )
 
 

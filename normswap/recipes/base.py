@@ -85,6 +85,11 @@ class Recipe(ABC):
                     hint=f"{self.target}({name}={usual})",
                 )
 
+    @property
+    def buffers_beside_parameters(self) -> bool:
+        """Whether its layer holds running statistics beside a γ and β that may be trained."""
+        return not self.per_sample
+
     def limits(self) -> Iterator[tuple[str, bool, str]]:
         """Every hyper-parameter with whether its value is usable, and what would be."""
         yield from ()

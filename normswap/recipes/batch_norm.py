@@ -54,6 +54,11 @@ class FrozenBatchNorm(base.Recipe):
 
     trainable: bool = True
 
+    @property
+    def buffers_beside_parameters(self) -> bool:
+        """Only while γ and β are trained."""
+        return self.trainable
+
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         del model
         return base.needs_running_statistics(site)

@@ -69,6 +69,8 @@ class GroupNorm(_Grouped):
             in a group, and so does ``"auto"`` for a BN that was never trained.
         max_groups: the bound to use in place of the paper's 32.
         eps: ε; None keeps BN's.
+        channels_per_group: in the place of ``groups``: how many channels a group has, which must
+            divide C at every site.
 
     Reference:
         Wu & He 2018, Group Normalization, arXiv 1803.08494.
@@ -80,8 +82,13 @@ class GroupNorm(_Grouped):
     groups: int | Literal["auto"] | None = "auto"
     max_groups: int = PAPER_GROUPS
     eps: float | None = None
+    channels_per_group: int | None = None
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
+        size = self.channels_per_group
+        yield "channels_per_group", size is None or checks.whole(size, 1), "a positive integer"
+        alone = size is None or self.groups == "auto"
+        yield "groups", alone, "either groups or channels_per_group"
         known = self.groups in (None, "auto") or checks.whole(self.groups, 1)
         yield "groups", known, "a positive integer, 'auto' or None"
         yield "max_groups", checks.whole(self.max_groups, 1), "a positive integer"
@@ -94,10 +101,13 @@ class GroupNorm(_Grouped):
     def settle(self, site: Site, norm: nn.Module) -> Self:
         state = state_of(norm)
         eps = state.eps if self.eps is None else self.eps
-        return replace(self, groups=self.groups_for(state, site.name), eps=eps)
+        groups = self.groups_for(state, site.name)
+        return replace(self, groups=groups, eps=eps, channels_per_group=None)
 
     def groups_for(self, state: BatchNormState, where: str = "the plan") -> int:
         """The number of groups in the place of a BatchNorm."""
+        if self.channels_per_group is not None:
+            return _groups_of(self.channels_per_group, state.channels, where)
         if self.groups is None:
             return nearest_groups(state.channels, self.max_groups)
         if self.groups == "auto":
@@ -120,6 +130,18 @@ class GroupNorm(_Grouped):
 
     def standardise(self, layer: Any, x: Tensor) -> Tensor:
         return F.group_norm(x, layer.num_groups, None, None, layer.eps)
+
+
+def _groups_of(size: int, channels: int, where: str) -> int:
+    if channels % size:
+        below = [n for n in divisors(channels) if n <= size][-2:]
+        raise PlanError(
+            where,
+            got=f"channels_per_group={size} for {channels} channels",
+            need=f"a divisor of {channels}",
+            hint="channels_per_group=" + " or ".join(map(str, below)),
+        )
+    return channels // size
 
 
 def _dividing(groups: int, channels: int, where: str) -> int:

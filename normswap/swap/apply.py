@@ -14,7 +14,7 @@ from torch import nn
 from normswap.errors import PlanError, SwapError
 from normswap.graph import CallSite, norms, qualified_names
 from normswap.graph.vocabulary import REPLACEABLE, replaceable_op
-from normswap.graph.walker import refuse_wrapped
+from normswap.graph.wrappers import refuse_wrapped
 from normswap.planning import Patterns, Plan, PlanEntry, Target, plan
 from normswap.provenance import Provenance, provenance_of
 from normswap.recipes import Recipe, recipe_of

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import ExportError, in_short
+from normswap.graph.norms import is_batchnorm, state_of
 from normswap.onnx.file.metadata import Metadata
 from normswap.onnx.file.parity import (
     Array,
@@ -75,11 +76,29 @@ def prove_draft(
         notes += _overflow_notes(subject, trials)
     if bad is None:
         return summarise(cases, notes=notes)
-    divergence = None
+    divergence, problem = None, _batch_statistics(subject.model, bad)
     if evidence.failing is not None:
         limit = tolerance_for(0.0, half=options.half)
         divergence = blame.against_program(draft, evidence.failing.inputs, subject, limit)
-    return _failed(cases, bad, divergence, None, notes)
+    return _failed(cases, bad, divergence, problem, notes)
+
+
+def _batch_statistics(model: nn.Module, bad: Case) -> str | None:
+    """Why a sample's output depends on the others of its batch, where a norm makes it do so."""
+    if bad.stage != "row independence":
+        return None
+    untracked = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if is_batchnorm(module) and state_of(module).mean is None
+    ]
+    if not untracked:
+        return None
+    return (
+        f"{', '.join(untracked[:3])}: a BatchNorm without running statistics "
+        "(track_running_stats=False) normalises by the batch's own, so that a sample's output "
+        "depends on the others in its batch; replace it, or train it with running statistics"
+    )
 
 
 def _overflow_notes(subject: Subject, trials: Sequence[Trial]) -> tuple[str, ...]:
@@ -149,6 +168,8 @@ def _failed(
     notes: tuple[str, ...],
 ) -> Parity:
     parts = [f"function: {bad.describe()}"]
+    if problem is not None and bad.stage == "row independence":
+        parts, problem = [problem, *parts], None
     if divergence is not None:
         parts.append(divergence.describe())
     if problem is not None:
