@@ -8,6 +8,7 @@ This room holds the record; it never reads files and never builds models.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from torch import nn
@@ -46,6 +47,19 @@ def remember(model: nn.Module, **changes: Any) -> None:
     """Replace fields of the model's record."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is no place to keep it
     object.__setattr__(model, _ATTRIBUTE, replace(provenance_of(model), **changes))
+
+
+def portable(source: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A source as it may leave this machine: of a checkpoint the file's name, not its folder.
+
+    Example:
+        >>> portable({"spec": "timm/resnet18", "checkpoint": "/home/me/secret/best.pth"})
+        {'spec': 'timm/resnet18', 'checkpoint': 'best.pth'}
+    """
+    checkpoint = (source or {}).get("checkpoint")
+    if source is None or not isinstance(checkpoint, str):
+        return source
+    return {**source, "checkpoint": PurePath(checkpoint).name}
 
 
 def add_history(model: nn.Module, step: str, **facts: Any) -> None:

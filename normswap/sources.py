@@ -286,6 +286,13 @@ def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
     checkpoint = origin.get("checkpoint")
     if not isinstance(checkpoint, str | type(None)):
         raise _bad_record("checkpoint")
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise CheckpointError(
+            checkpoint,
+            got="no such file here",
+            need="the checkpoint that the original's weights came from",
+            hint="working in the folder that holds it, or giving that file with --teacher",
+        )
     source = _build(spec, checkpoint=checkpoint, num_classes=classes, recorded=True)
     if source.origin is None or source.origin["sha256"] != origin.get("sha256"):
         raise CheckpointError(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from normswap import artifact, files, swap
+import normswap
+from normswap import artifact, files, sources, swap
 from normswap.artifact import record, writing
-from normswap.errors import ArtifactError, SpecError
+from normswap.errors import ArtifactError, CheckpointError, SpecError
 from normswap.provenance import add_history, provenance_of, remember
 
 SPEC = "timm/test_resnet"
@@ -608,3 +609,24 @@ def test_class_names_given_at_save(source, saved):
     remember(source.model, class_names=("x", "y", "z"))
     artifact.save(source.model, saved, force=True)
     assert artifact.load_model(saved).class_names == ("x", "y", "z")
+
+
+def test_no_folder_of_this_machine_leaves_it(tmp_path, monkeypatch):
+    home = tmp_path / "secret_home"
+    home.mkdir()
+    torch.save(
+        sources.build("timm/test_resnet", pretrained=False).model.state_dict(), home / "w.pth"
+    )
+    source = sources.build("timm/test_resnet", checkpoint=home / "w.pth")
+    x = source.example_inputs()
+    normswap.convert(source.model, "gn", example_inputs=x)
+    normswap.save(source.model, tmp_path / "gn")
+    normswap.export_onnx(source.model, tmp_path / "gn.onnx", example_inputs=x)
+    for file in [*(tmp_path / "gn").iterdir(), tmp_path / "gn.onnx"]:
+        assert b"secret_home" not in file.read_bytes(), file
+    origin = normswap.load_model(tmp_path / "gn").origin
+    assert origin["checkpoint"] == "w.pth"
+    with pytest.raises(CheckpointError, match=r"w\.pth: got no such file here.*--teacher"):
+        sources.original(origin)
+    monkeypatch.chdir(home)
+    assert sources.weights_digest(sources.original(origin)) == origin["sha256"]

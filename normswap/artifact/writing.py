@@ -31,7 +31,7 @@ from normswap.artifact.record import (
 from normswap.errors import ArtifactError, NormSwapError, SpecError
 from normswap.files import contents, draft_folder, file_digest, final_name, sole_writer
 from normswap.plain import plain
-from normswap.provenance import Provenance, provenance_of
+from normswap.provenance import Provenance, portable, provenance_of
 from normswap.sources import canonical, rebuild
 from normswap.trust import typed
 
@@ -175,7 +175,7 @@ def _describe(
 
 def _explicit_source(record: Provenance, source: str | None) -> dict[str, Any] | None:
     if source is None:
-        return record.source
+        return portable(record.source)
     return {
         "spec": source,
         "num_classes": (record.source or {}).get("num_classes"),

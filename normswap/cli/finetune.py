@@ -42,10 +42,11 @@ _logger = logging.getLogger("normswap")
 @run_options
 @click.option(
     "--teacher",
-    metavar="MODEL|auto|none",
+    metavar="MODEL|FILE|auto|none",
     default="auto",
     show_default=True,
-    help="Whose logits to keep; auto: the BN original, if its weights can be had again.",
+    help="Whose logits to keep; auto: the BN original, if its weights can be had again; FILE: the "
+    "original with the checkpoint that it came from.",
 )
 @click.option(
     "--keep",
@@ -145,6 +146,9 @@ def _teacher(
 
     if name == "none":
         return None
+    if Path(name).is_file() and source.origin is not None:  # the original's checkpoint
+        recorded = {**source.origin, "checkpoint": name, "weights": "checkpoint"}
+        return original(recorded, trust=provenance_of(source.model).trusted)
     if name != "auto":
         return load_model(name, trust=trust).model
     converted, origin = provenance_of(source.model).plans, source.origin

@@ -192,12 +192,12 @@ def _failure(target: Path, parity: Parity) -> ParityError:
 def _fields(
     model: nn.Module, subject: Subject, options: Options, parity: Parity, test: SelfTest
 ) -> dict[str, Any]:
-    from normswap.provenance import provenance_of
+    from normswap.provenance import portable, provenance_of
 
     record = provenance_of(model)
     names = list(record.class_names) if record.class_names is not None else None
     return {
-        "source": record.source,
+        "source": portable(record.source),
         "plans": list(record.plans),
         "preprocessing": _preprocessing(record.preprocessing, subject, options),
         "class_names": names,
