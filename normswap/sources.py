@@ -34,6 +34,7 @@ from normswap.factories import (
 from normswap.libraries import library
 from normswap.provenance import provenance_of, remember
 from normswap.trust import Trust, check_consent, trusted, typed
+from normswap.whereabouts import find_checkpoint, note_checkpoint
 
 __all__ = [
     "Source",
@@ -211,6 +212,8 @@ def _recorded(
         "checkpoint": None if checkpoint is None else str(Path(checkpoint).resolve()),
         "sha256": None if weights == "none" else weights_digest(built.model),
     }
+    if checkpoint is not None:
+        note_checkpoint(str(origin["sha256"]), checkpoint)
     model = built.model.eval()
     remember(
         model,
@@ -286,6 +289,8 @@ def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
     checkpoint = origin.get("checkpoint")
     if not isinstance(checkpoint, str | type(None)):
         raise _bad_record("checkpoint")
+    if checkpoint is not None:
+        checkpoint = str(find_checkpoint(str(origin.get("sha256")), checkpoint))
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise CheckpointError(
             checkpoint,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap import artifact, files, sources, swap
+from normswap import artifact, files, sources, swap, whereabouts
 from normswap.artifact import record, writing
 from normswap.errors import ArtifactError, CheckpointError, SpecError
 from normswap.provenance import add_history, provenance_of, remember
@@ -626,7 +626,23 @@ def test_no_folder_of_this_machine_leaves_it(tmp_path, monkeypatch):
         assert b"secret_home" not in file.read_bytes(), file
     origin = normswap.load_model(tmp_path / "gn").origin
     assert origin["checkpoint"] == "w.pth"
+    original = sources.original(origin)  # this machine remembers the place, another does not
+    assert sources.weights_digest(original) == origin["sha256"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     with pytest.raises(CheckpointError, match=r"w\.pth: got no such file here.*--teacher"):
         sources.original(origin)
     monkeypatch.chdir(home)
     assert sources.weights_digest(sources.original(origin)) == origin["sha256"]
+
+
+def test_a_remembered_place_is_a_hint_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    whereabouts.note_checkpoint("abc", tmp_path / "w.pth")
+    assert whereabouts.find_checkpoint("abc", "w.pth") == Path("w.pth")  # it is not there
+    (tmp_path / "w.pth").touch()
+    assert whereabouts.find_checkpoint("abc", "w.pth") == tmp_path / "w.pth"
+    for spoilt in ("[1]", "{", "[" * 100_000, '{"abc": 3}'):
+        (tmp_path / "normswap" / "checkpoints.json").write_text(spoilt)
+        assert whereabouts.find_checkpoint("abc", "w.pth") == Path("w.pth")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "w.pth"))  # a file: no cache to be had
+    whereabouts.note_checkpoint("abc", tmp_path / "w.pth")
