@@ -19,6 +19,7 @@ TARGETS: dict[str, str] = {
     "brn": "Batch Renormalization; exactly BN in eval mode, for batch 4-16",
     "cbn": "Cross-Iteration BN; exactly BN in eval mode, for batch 2-8",
     "naive-cbn": "Cross-Iteration BN without its Taylor compensation, for comparison",
+    "gbn": "Ghost BN; BN over parts of a batch that is too large, exactly BN in eval mode",
     "syncbn": "BN over all processes; trains on GPUs only",
     "frozen": "BN in eval form for good; exact and independent of the batch",
     "bn": "back to plain BN from brn, cbn, frozen or syncbn, exactly",

@@ -41,6 +41,7 @@ def test_every_setting_of_every_target_can_be_written():
         "brn": "r_max=2, d_max=1.5, momentum=0.1, warmup=1, r_ramp=2, d_ramp=3",
         "cbn": "window=4, burn_in=2, variance_rule=drop, through_history=True",
         "naive-cbn": "window=4, burn_in=2, variance_rule='drop', through_history=False",
+        "gbn": "size=4",
         "frozen": "trainable=False",
     }
     for name, settings in other.items():

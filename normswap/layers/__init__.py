@@ -34,6 +34,12 @@ from normswap.layers.frozen_batch_norm import (
     FrozenBatchNormAct2d,
 )
 from normswap.layers.fused import GroupNormAct, InstanceNormAct2d, fuse, fused_classes
+from normswap.layers.ghost_batch_norm import (
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    GhostBatchNormAct2d,
+)
 from normswap.layers.producers import producer_problem
 from normswap.layers.thresholded_linear_unit import ThresholdedLinearUnit
 from normswap.layers.training_state import load_training_state, training_state
@@ -59,6 +65,10 @@ __all__ = [
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
     "FrozenBatchNormAct2d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "GhostBatchNormAct2d",
     "GroupNormAct",
     "InstanceNormAct2d",
     "ThresholdedLinearUnit",

@@ -19,6 +19,7 @@ from normswap.recipes.cross_iteration_batch_norm import (
 )
 from normswap.recipes.evo_norm import EvoNorm
 from normswap.recipes.filter_response_norm import FilterResponseNorm
+from normswap.recipes.ghost_batch_norm import GhostBatchNorm
 from normswap.recipes.group_norm import GroupNorm, InstanceNorm, LayerNorm
 from normswap.targets import TARGETS, read_target
 
@@ -105,6 +106,7 @@ __all__ = [
     "EvoNorm",
     "FilterResponseNorm",
     "FrozenBatchNorm",
+    "GhostBatchNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",

@@ -1,0 +1,55 @@
+"""GBN: batch statistics over parts of a large batch in training; BN in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from normswap import checks
+from normswap.graph.norms import state_of
+from normswap.graph.sites import Site
+from normswap.recipes import base
+
+
+@dataclass(frozen=True)
+class GhostBatchNorm(base.Recipe):
+    """Ghost Batch Normalization; exactly BN in eval mode.
+
+    Args:
+        size: samples whose statistics are taken together.
+
+    Reference:
+        Hoffer, Hubara & Soudry 2017, Train longer, generalize better, arXiv 1705.08741,
+        algorithm 1.
+    """
+
+    target: ClassVar[str] = "gbn"
+    layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("GhostBatchNorm")
+    apart: ClassVar[str | None] = "GBN: each process splits its own batch"
+
+    size: int = 32
+
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield "size", checks.whole(self.size, 1), "a positive integer"
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        del model
+        return base.needs_running_statistics(site)
+
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del init, activation
+        state = state_of(norm)
+        new = base.ranked("GhostBatchNorm", rank)(
+            state.channels,
+            eps=state.eps,
+            momentum=base.origin_of(norm)["momentum"],
+            affine=state.weight is not None,
+            size=self.size,
+            **base.factory(norm),
+        )
+        return base.take_over(norm, base.share_tensors(norm, new))
