@@ -50,6 +50,7 @@ _HOME = {
     "export_onnx": "onnx",
     "load_onnx": "onnx",
     "verify_onnx": "onnx",
+    "Passage": "passage",
     "Plan": "planning",
     "PlanEntry": "planning",
     "plan": "planning",
@@ -101,6 +102,7 @@ __all__ = [
     "OnnxModel",
     "Parity",
     "ParityError",
+    "Passage",
     "Plan",
     "PlanEntry",
     "PlanError",
@@ -171,6 +173,7 @@ if TYPE_CHECKING:
     from normswap.onnx import export_onnx as export_onnx
     from normswap.onnx import load_onnx as load_onnx
     from normswap.onnx import verify_onnx as verify_onnx
+    from normswap.passage import Passage as Passage
     from normswap.planning import Plan as Plan
     from normswap.planning import PlanEntry as PlanEntry
     from normswap.planning import plan as plan

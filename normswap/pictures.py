@@ -6,6 +6,7 @@ is whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def learning_curve(
     path: str | Path,
     *,
     percent: bool,
+    levels: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """What was measured over the epochs, in training and in validation.
 
@@ -50,6 +52,7 @@ def learning_curve(
         panels: title → (training, validation), side by side.
         path: of the PNG.
         percent: the last panel is a share.
+        levels: label → title of a panel → where a horizontal line stands in it.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -61,6 +64,10 @@ def learning_curve(
         for label, values in (("training", train), ("validation", val)):
             if any(value is not None for value in values):
                 axes.plot(epochs, values, marker=".", label=label)
+        for style, (label, heights) in zip(("--", ":", "-."), (levels or {}).items(), strict=False):
+            if math.isfinite(heights.get(title, math.nan)):
+                line = {"color": "black", "linewidth": 1, "linestyle": style}
+                axes.axhline(heights[title], label=label, **line)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

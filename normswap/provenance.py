@@ -1,17 +1,18 @@
 """What a model remembers of where it came from and what was done to it.
 
-Plain JSON data that hangs on the module object, so that it survives ``deepcopy`` and travels with
-the model from ``load_model`` through ``convert``, ``calibrate`` and ``finetune`` into ``save``.
+Plain data that hangs on the module object, so that it survives ``deepcopy`` and travels with the
+model from ``load_model`` through ``convert``, ``calibrate`` and ``finetune`` into ``save``.
 This room holds the record; it never reads files and never builds models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _ATTRIBUTE = "_normswap_provenance"
 
@@ -27,6 +28,8 @@ class Provenance:
         plans: the JSON form of every plan applied, in order.
         history: one entry per later step: calibrated, fine-tuned, evaluated.
         trusted: the sources that the user typed, here and now; never written to a file.
+        statistics: what a passage needs of every BatchNorm that a per-sample layer replaced, by
+            the layer's name; the only tensors here, and no part of the model.
     """
 
     source: dict[str, Any] | None = None
@@ -35,6 +38,9 @@ class Provenance:
     plans: tuple[dict[str, Any], ...] = ()
     history: tuple[dict[str, Any], ...] = field(default=())
     trusted: frozenset[str] = frozenset()
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
 
 def provenance_of(model: nn.Module) -> Provenance:

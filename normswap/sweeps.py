@@ -25,6 +25,7 @@ from normswap import pictures
 from normswap.copying import copied
 from normswap.errors import NormSwapError, TrainingError
 from normswap.files import json_digest, remove, sole_writer, write_whole
+from normswap.passage import needs_passage
 from normswap.provenance import provenance_of
 from normswap.regular import read_text
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
@@ -359,6 +360,8 @@ class _Bench:
                 tensorboard=False,
             )
             model = self._start(cell)
+            if not needs_passage(model):
+                options = replace(options, passage=None)
             start = None
             if not self.from_scratch:
                 start = self._score(model).top1

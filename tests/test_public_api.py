@@ -34,6 +34,7 @@ PUBLIC = [
     "OnnxModel",
     "Parity",
     "ParityError",
+    "Passage",
     "Plan",
     "PlanEntry",
     "PlanError",

@@ -133,8 +133,20 @@ def test_validation_data_are_looked_at_before_the_training(val_data):
 
 
 def test_an_epoch_survives_a_failed_validation(tmp_path):
+    labels = LABELS.clone()
+
+    def spoil(now):  # before training it was sound
+        labels.copy_(LABELS + 3)
+
     with pytest.raises(DataError, match="class 5"):
-        run((IMAGES, LABELS), (IMAGES, LABELS + 3), out=tmp_path)
+        finetune(
+            net(),
+            (IMAGES, LABELS),
+            (IMAGES, labels),
+            FineTune(epochs=1),
+            out=tmp_path,
+            progress=spoil,
+        )
     history = run((IMAGES, LABELS), (IMAGES, LABELS), out=tmp_path, resume=True)
     assert (history.resumed_from, history.steps) == (6, 6)
 

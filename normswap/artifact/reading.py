@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normswap.artifact.rebuilding import fill, same_model
 from normswap.artifact.record import RECORD, WEIGHTS, Document, read_record
+from normswap.artifact.statistics import Sites, check_channels, unpacked
 from normswap.data import Preprocessing
 from normswap.errors import ArtifactError
 from normswap.files import current, file_digest
@@ -113,10 +114,11 @@ def load(
             source that needs ``trust``.
     """
     consent = trusted(trust)
-    document, state = _read(Path(directory))
+    document, state, statistics = _read(Path(directory))
     record = document.provenance()
     model = same_model(document, record, into, state, consent)
     fill(model, state, document)
+    check_channels(str(directory), model, statistics)
     remember(
         model,
         source=record.source,
@@ -124,24 +126,25 @@ def load(
         class_names=record.class_names,
         plans=record.plans,
         history=record.history,
+        statistics=statistics,
         trusted=consent,
     )
     return model.to(device).eval()
 
 
-def _read(folder: Path) -> tuple[Document, dict[str, Tensor]]:
+def _read(folder: Path) -> tuple[Document, dict[str, Tensor], Sites]:
     """Record and weights of one artefact, also while another one takes its place."""
     while True:
         before = _stamp(folder)
         try:
             document = Document(folder, read_record(folder))
-            state = _read_weights(document)
+            state, statistics = _read_weights(document)
         except ArtifactError:
             if _stamp(folder) == before:
                 raise
         else:
             if _stamp(folder) == before:
-                return document, state
+                return document, state, statistics
 
 
 def _stamp(folder: Path) -> list[tuple[int, ...]]:
@@ -154,7 +157,7 @@ def _stamp(folder: Path) -> list[tuple[int, ...]]:
     return found
 
 
-def _read_weights(document: Document) -> dict[str, Tensor]:
+def _read_weights(document: Document) -> tuple[dict[str, Tensor], Sites]:
     path = current(document.folder, WEIGHTS)
     expected = document.get("sha256", str)
     try:
@@ -169,6 +172,7 @@ def _read_weights(document: Document) -> dict[str, Tensor]:
         # copies, because tensors in a mapped file lie at odd addresses, where CPU kernels round
         # differently
         state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        statistics = unpacked(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(
             str(path), got=str(error), need="the saved weights", hint="copying the artefact again"
@@ -177,4 +181,4 @@ def _read_weights(document: Document) -> dict[str, Tensor]:
         if name not in state:
             raise document.malformed("aliases", {alias: name})
         state[alias] = state[name]
-    return state
+    return state, statistics

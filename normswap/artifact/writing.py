@@ -28,8 +28,10 @@ from normswap.artifact.record import (
     read_record,
     record_digest,
 )
+from normswap.artifact.statistics import packed
 from normswap.errors import ArtifactError, NormSwapError, SpecError
 from normswap.files import contents, draft_folder, file_digest, final_name, sole_writer
+from normswap.passage import refuse_crossing
 from normswap.plain import plain
 from normswap.provenance import Provenance, portable, provenance_of
 from normswap.sources import canonical, rebuild
@@ -64,6 +66,7 @@ def save(
             not build this model.
         BusyError: another run is writing the directory.
     """
+    refuse_crossing(model, str(directory))
     target = Path(directory).resolve()
     check_target(target, force=force)
     if source is not None and source.startswith("python:"):
@@ -74,14 +77,26 @@ def save(
     with _one_clear_error(target), sole_writer(target):
         check_target(target, force=force)  # again: somebody may have been there meanwhile
         with draft_folder(target, OWN_FILES) as draft:
-            _write(draft, document, tensors, final_name(target))
+            _write(draft, document, tensors, final_name(target), packed(_known(model)))
     return Path(directory)
 
 
-def _write(draft: Path, document: dict[str, Any], tensors: dict[str, Tensor], title: str) -> None:
+def _known(model: nn.Module) -> dict[str, Any]:
+    """The statistics of the BatchNorms that stood where a layer still stands."""
+    names = {name for name, _ in model.named_modules()}
+    return {n: site for n, site in provenance_of(model).statistics.items() if n in names}
+
+
+def _write(
+    draft: Path,
+    document: dict[str, Any],
+    tensors: dict[str, Tensor],
+    title: str,
+    more: dict[str, str],
+) -> None:
     (draft / WEIGHTS).touch()
     mode = (draft / WEIGHTS).stat().st_mode
-    save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", **more})
     (draft / WEIGHTS).chmod(mode)  # safetensors makes files for the owner alone
     document["sha256"] = file_digest(draft / WEIGHTS)
     document["record_sha256"] = record_digest(document)

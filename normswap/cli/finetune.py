@@ -51,9 +51,7 @@ _logger = logging.getLogger("normswap")
 @click.option(
     "--keep",
     type=click.Choice(["last", "best"]),
-    default="last",
-    show_default=True,
-    help="Which weights to keep.",
+    help="Which weights to keep. [default: the best on the validation images, the start included]",
 )
 @click.option(
     "--checkpoint-every",
@@ -73,7 +71,7 @@ def command(
     output: Path,
     batch_size: int,
     teacher: str,
-    keep: str,
+    keep: str | None,
     checkpoint_every: float,
     resume: bool,
     force: bool,
@@ -175,7 +173,8 @@ def _facts(now: Progress) -> str:
 
 def _print(history: History, output: Path, *, as_json: bool) -> None:
     if as_json:
-        print_json({"output": output, **history.to_json()})
+        facts = {"gain": history.gain, "verdict": history.verdict}
+        print_json({"output": output, **history.to_json(), **facts})
         return
     columns = ("epoch", "train loss", "train top-1", "val loss", "val top-1", "images/s")
     print_table(
@@ -193,4 +192,5 @@ def _print(history: History, output: Path, *, as_json: bool) -> None:
         ],
         numeric=columns,
     )
+    say(history.verdict)
     say(f"wrote {output}: the {history.kept} weights, checkpoints, metrics and learning curve")

@@ -146,6 +146,12 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--ema", type=_SHARE, help="Decay of the weights' moving average."),
     click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Mixed precision."),
     click.option("--freeze-backbone", is_flag=True, help="Train the classifier only."),
+    click.option(
+        "--passage",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="Share of the run over which gn, ln, in, frn go from their BatchNorm original to"
+        " themselves.",
+    ),
     click.option("--norms-only", is_flag=True, help="Train the normalisers only."),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
     click.option("--skip-broken", is_flag=True, help="Skip broken images instead of stopping."),
@@ -153,5 +159,5 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 _RECIPE = (
     "epochs", "learning_rate", "optimizer", "weight_decay", "warmup_epochs",
     "gradient_accumulation", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "amp",
-    "freeze_backbone", "norms_only", "workers",
+    "freeze_backbone", "passage", "norms_only", "workers",
 )  # fmt: skip

@@ -23,6 +23,7 @@ from normswap.onnx.proving.proof import prove_draft
 from normswap.onnx.proving.trials import GroundTruth, Trial
 from normswap.onnx.writing.program import MAX_OPSET, MIN_OPSET, Draft, Options, save, write_program
 from normswap.onnx.writing.subject import Subject, as_array, subject_of
+from normswap.passage import refuse_crossing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +77,7 @@ def export_onnx(
             ``tolerance`` is not between 0 and 1.
     """
     check_tolerance(tolerance)
+    refuse_crossing(model, str(path))
     target = _destination(Path(path), opset)
     options = Options(opset, static_batch, dynamic_size, half)
     subject = subject_of(model, example_inputs)

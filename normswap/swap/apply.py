@@ -15,6 +15,7 @@ from normswap.errors import PlanError, SwapError
 from normswap.graph import CallSite, norms, qualified_names
 from normswap.graph.vocabulary import REPLACEABLE, replaceable_op
 from normswap.graph.wrappers import refuse_wrapped
+from normswap.passage import statistics_of
 from normswap.planning import Patterns, Plan, PlanEntry, Target, plan
 from normswap.provenance import Provenance, provenance_of
 from normswap.recipes import Recipe, recipe_of
@@ -149,7 +150,7 @@ def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) 
         if optimizer is not None:
             names = {parameter: name for name, parameter in converted.named_parameters()}
             move_optimizer(optimizer, replacements, journal, names)
-        _record(converted, record, plan, journal)
+        _record(converted, record, plan, old, journal)
         if example_inputs is not None and replacements:
             check_run(converted, example_inputs, replacements)
     # Nothing can fail any more: layers that are gone let go of what they were wired to.
@@ -255,10 +256,28 @@ def _wire(model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Jour
             journal.on_undo(functools.partial(recipe.unwire, layer))
 
 
-def _record(model: nn.Module, record: Provenance, plan: Plan, journal: Journal) -> None:
-    if plan.swapped:
-        plans = (*record.plans, plan.to_json())
-        journal.put(vars(model), "_normswap_provenance", replace(record, plans=plans))
+def _record(
+    model: nn.Module, record: Provenance, plan: Plan, old: dict[str, nn.Module], journal: Journal
+) -> None:
+    if not plan.swapped:
+        return
+    found = {
+        entry.name: statistics_of(
+            norms.state_of(old[entry.name]),
+            entry.recipe,
+            entry.rank,
+            None if entry.removal is None else entry.removal.op,
+        )
+        for entry in plan.swapped
+        if entry.recipe is not None
+    }
+    known = {name: item for name, item in found.items() if item is not None}
+    changed = replace(
+        record,
+        plans=(*record.plans, plan.to_json()),
+        statistics={**record.statistics, **known},
+    )
+    journal.put(vars(model), "_normswap_provenance", changed)
 
 
 __all__ = ["Conversion", "apply_plan", "convert"]

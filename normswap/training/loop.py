@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from normswap.errors import TrainingError, in_short
 from normswap.files import sole_writer
+from normswap.passage import Passage, as_original, forget_statistics, needs_passage
+from normswap.plain import plain
 from normswap.provenance import add_history
 from normswap.running import evaluating, placed
 from normswap.training import execution
@@ -130,6 +132,8 @@ def finetune(
     """
     options = FineTune() if options is None else options
     folder = None if out is None else Path(out)
+    if options.keep is None:
+        options = replace(options, keep="last" if val_data is None else "best")
     if options.keep == "best" and val_data is None:
         raise TrainingError(
             "FineTune.keep",
@@ -168,7 +172,7 @@ def finetune(
         stack.enter_context(_teacher_at_work(options.teacher, accelerator.device))
         stop = stack.enter_context(stop_on_signals())
         job = Job(model, train_data, val_data, options, work, folder, progress)
-        run = Run(job, accelerator, stop)
+        run = Run(job, accelerator, stop, fresh=found is None)
         stack.callback(run.close)
         return run.go(found)
 
@@ -232,6 +236,8 @@ class Record:
     best_weights: dict[str, Tensor] | None = None
     broken: set[int] = field(default_factory=set)
     resumed_from: int | None = None
+    original: Metrics | None = None
+    start: Metrics | None = None
 
     def state(self) -> dict[str, Any]:
         """Plain data; the best weights have a file of their own."""
@@ -239,6 +245,8 @@ class Record:
             "epochs": [asdict(row) for row in self.epochs],
             "best": None if self.best is None else asdict(self.best),
             "broken": sorted(self.broken),
+            "original": None if self.original is None else asdict(self.original),
+            "start": None if self.start is None else asdict(self.start),
         }
 
     @classmethod
@@ -248,6 +256,8 @@ class Record:
             epochs=[Epoch(**row) for row in state["epochs"]],
             best=None if state["best"] is None else Epoch(**state["best"]),
             broken=set(state["broken"]),
+            original=None if state["original"] is None else Metrics(**state["original"]),
+            start=None if state["start"] is None else Metrics(**state["start"]),
         )
 
 
@@ -263,7 +273,7 @@ class Clock:
 class Run:
     """One run of ``finetune``, from its parts to its end."""
 
-    def __init__(self, job: Job, accelerator: Any, stop: StopRequest) -> None:
+    def __init__(self, job: Job, accelerator: Any, stop: StopRequest, *, fresh: bool) -> None:
         self.job, self.options, self.model, self.task = job, job.options, job.model, job.task
         self.accelerator, self.stop = accelerator, stop
         self.share = Share(accelerator.process_index, accelerator.num_processes)
@@ -278,8 +288,10 @@ class Run:
             workers=self.options.workers,
             on_broken=self.options.on_broken,
         )
-        seed_everything(self.options.seed + self.share.rank)
         self.model.to(self.device)
+        self.record = self._looked_before() if fresh else Record()
+        seed_everything(self.options.seed + self.share.rank)
+        self.passage = self._make_passage()
         self.updates = Updates(
             self.model,
             self.options,
@@ -287,9 +299,11 @@ class Run:
             learning_rate=self.learning_rate,
             per_epoch=self.updates_per_epoch,
         )
+        if self.passage is not None and self.updates.shown is not self.model:
+            self.passage.follow(self.updates.shown)
         self.wrapped = execution.wrap(self.model, accelerator)
         scale_schedules(self.model, self.steps * self.options.gradient_accumulation)
-        self.place, self.meter, self.record, self.clock = Place(), Meter(), Record(), Clock()
+        self.place, self.meter, self.clock = Place(), Meter(), Clock()
         self.recorder = Recorder(None, step=0, tensorboard=False)
         self._begun = False
         self._say()
@@ -313,6 +327,26 @@ class Run:
     def learning_rate(self) -> float:
         """At the top of the schedule."""
         return self.options.learning_rate_for(self.images_per_update)
+
+    def _looked_before(self) -> Record:
+        """The BatchNorm original and the start on the validation data."""
+        if self.job.val_data is None:
+            return Record()
+        start = self._validate(self.model)
+        original = None
+        with as_original(self.model) as possible:
+            if possible:
+                same = not needs_passage(self.model)  # with running statistics it is the start
+                original = start if same else self._validate(self.model)
+        for name, found in (("the BatchNorm original", original), ("the start", start)):
+            if found is not None:
+                log.info("%s on the validation data: %s", name, found)
+        return Record(original=original, start=start)
+
+    def _make_passage(self) -> Passage | None:
+        if self.options.passage is None:
+            return None
+        return Passage(self.model, steps=max(1, round(self.options.passage * self.steps)))
 
     def _say(self) -> None:
         options = self.options
@@ -342,6 +376,8 @@ class Run:
         if found is not None:
             self._resume(found)
         self._open_records()
+        if found is None:
+            self._record_start()
         if found is not None and found["finished"]:
             log.info("the run in %s had finished; nothing to do", self.job.folder)
             return self._finish()
@@ -378,6 +414,8 @@ class Run:
         if seen:
             self.place.step += 1
             self.updates.update(self.place.step)
+            if self.passage is not None:
+                self.passage.step()
         return seen
 
     def _forward_backward(self, batch: Batch, parts: int) -> None:
@@ -479,7 +517,7 @@ class Run:
         loss, hits, images, judged = execution.added_up(self.accelerator, totals)
         self._check_weights()
         try:
-            score = self._validate()
+            score = None if self.job.val_data is None else self._validate(self.updates.shown)
         except Exception:
             if self.share.world == 1:  # the epoch is not lost: a resumed run validates it first
                 self._save()
@@ -494,6 +532,7 @@ class Run:
             val_top1=_or_none(score.top1) if score else None,
             val_top5=_or_none(score.top5) if score else None,
             val_metric=score.metric if score else None,
+            passage=None if self.passage is None else self.passage.share,
             seconds=self.meter.seconds,
             images_per_second=images / max(self.meter.seconds, 1e-9),
         )
@@ -508,10 +547,7 @@ class Run:
         self.meter = Meter()
         self._save()
 
-    def _validate(self) -> Metrics | None:
-        if self.job.val_data is None:
-            return None
-        shown = self.updates.shown
+    def _validate(self, shown: nn.Module) -> Metrics:
         execution.share_buffers(shown, self.accelerator)
         batches, shared = evaluation_batches(
             self.job.val_data,
@@ -525,10 +561,13 @@ class Run:
                 self.task, shown, batches, self.device, autocast=self.accelerator.autocast
             )
         if shared:
-            totals = torch.tensor(execution.added_up(self.accelerator, totals.tolist()))
+            sums = execution.added_up(self.accelerator, totals.tolist())
+            totals = torch.tensor(sums, dtype=torch.float64)
         return metrics_from(self.task, totals)
 
     def _finish(self) -> History:
+        if self.passage is not None:  # a loader may have had fewer batches than it said
+            self.passage.finish()
         execution.share_buffers(self.model, self.accelerator)
         if self.updates.shown is not self.model:
             self.model.load_state_dict(self.updates.shown.state_dict())
@@ -537,7 +576,9 @@ class Run:
         self._draw()
         if self.record.broken:
             log.warning("%d samples could not be read and were replaced", len(self.record.broken))
+        forget_statistics(self.model)
         history = self._history()
+        log.info("%s", history.verdict)
         best = history.best if self.options.keep == "best" else None
         row = best or history.epochs[-1]
         add_history(
@@ -550,9 +591,18 @@ class Run:
             learning_rate=self.learning_rate,
             val_top1=row.val_top1,
             val_loss=row.val_loss,
-            **({} if row.val_metric is None else {"val_metric": row.val_metric}),
+            **self._compared(row),
         )
         return history
+
+    def _compared(self, row: Epoch) -> dict[str, Any]:
+        found = {"val_metric": row.val_metric, "passage": self.options.passage}
+        for name in ("original", "start"):
+            metrics = getattr(self.record, name)
+            if metrics is not None:
+                found[f"{name}_top1"] = _or_none(metrics.top1)
+                found[f"{name}_metric"] = metrics.metric
+        return {key: value for key, value in found.items() if value is not None}
 
     # what it reports
 
@@ -562,9 +612,11 @@ class Run:
             steps=self.place.step,
             learning_rate=self.learning_rate,
             best=self.record.best,
-            kept=self.options.keep,
+            kept=self.options.keep or "last",
             broken=tuple(sorted(self.record.broken)),
             resumed_from=self.record.resumed_from,
+            original=self.record.original,
+            start=self.record.start,
         )
 
     def _progress(self) -> Progress:
@@ -590,7 +642,12 @@ class Run:
 
     def _draw(self) -> None:
         if self._writes() and self.job.folder is not None and self.record.epochs:
-            draw_learning_curve(self.record.epochs, self.job.folder / CURVE)
+            draw_learning_curve(
+                self.record.epochs,
+                self.job.folder / CURVE,
+                original=self.record.original,
+                start=self.record.start,
+            )
 
     def _writes(self) -> bool:
         return self.job.folder is not None and bool(self.accelerator.is_main_process)
@@ -610,23 +667,59 @@ class Run:
 
     # checkpoints
 
+    def _record_start(self) -> None:
+        """What was there before the first step: epoch 0, which the others must come up to."""
+        start, original = self.record.start, self.record.original
+        if start is None:
+            return
+        known = (("start", start), ("original", original))
+        scores = {f"{name}_{k}": v for name, m in known if m for k, v in m.to_json().items()}
+        self.recorder.write("start", {"step": 0, **plain(scores)})
+        row = Epoch(
+            epoch=0,
+            step=0,
+            learning_rate=self.updates.learning_rate,
+            train_loss=None,
+            train_top1=None,
+            val_loss=start.loss,
+            val_top1=_or_none(start.top1),
+            val_top5=_or_none(start.top5),
+            seconds=0.0,
+            images_per_second=None,
+            val_metric=start.metric,
+        )
+        if self.options.keep == "best" and _better(row, None):
+            self._keep_best(row)
+
     def _keep_best(self, row: Epoch) -> None:
         weights = self.updates.shown.state_dict()
         self.record.best = row
         if self.options.keep == "best":
             self.record.best_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
-        if self._writes() and self.job.folder is not None:
-            state = {"format": FORMAT, "model": weights, "epoch": asdict(row)}
+        if row.epoch:
+            self._write_best(weights)
+
+    def _write_best(self, weights: dict[str, Tensor]) -> None:
+        if self._writes() and self.job.folder is not None and self.record.best is not None:
+            state = {"format": FORMAT, "model": weights, "epoch": asdict(self.record.best)}
             write_checkpoint(self.job.folder / BEST, state)
 
     def _save(self) -> None:
         """Write all of the run, from every process, into one file."""
         if self.job.folder is not None:
+            if self.record.best_weights is not None and self._starts_best():
+                self._write_best(self.record.best_weights)  # not before there is a last one too
             everyone = execution.gathered(self.accelerator, self._own_state())
             if self.accelerator.is_main_process:
                 write_checkpoint(self.job.folder / LAST, self.state() | {"processes": everyone})
             execution.wait_for_all(self.accelerator)  # who starts again must find this one
         self.clock.saved = time.monotonic()
+
+    def _starts_best(self) -> bool:
+        best, folder = self.record.best, self.job.folder
+        return (
+            best is not None and best.epoch == 0 and not (folder or Path()).joinpath(BEST).exists()
+        )
 
     def state(self) -> dict[str, Any]:
         """What all processes have in common, as plain data."""
@@ -638,6 +731,7 @@ class Run:
             "place": asdict(self.place),
             **self.record.state(),
             **self.updates.state(),
+            "passage": None if self.passage is None else self.passage.state(),
         }
 
     def _own_state(self) -> dict[str, Any]:
@@ -660,6 +754,8 @@ class Run:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave, and what this process had for itself."""
         self.updates.load_state(state)
+        if self.passage is not None:
+            self.passage.load_state(state["passage"])
         own = state["processes"][self.share.rank]
         self.place, self.meter = Place(**state["place"]), Meter(**own["meter"])
         self.record = Record.from_state(state)
@@ -719,7 +815,12 @@ def _numbers(loss: Tensor, right: Tensor | None) -> tuple[float, float | None]:
 def _better(row: Epoch, best: Epoch | None) -> bool:
     if row.score is None or not math.isfinite(row.val_loss or 0.0) or math.isnan(row.score):
         return False
-    return best is None or best.score is None or row.score > best.score
+    if row.passage is not None and row.passage < 1:
+        return False
+    if best is None or best.score is None:
+        return True
+    # an epoch that comes up to the start is taken: it has seen the data
+    return row.score >= best.score if best.epoch == 0 else row.score > best.score
 
 
 def _or_none(value: float) -> float | None:

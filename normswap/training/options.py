@@ -48,11 +48,15 @@ class FineTune:
         amp: ``"bf16"``, ``"fp16"``, or None for what ``accelerate launch`` says, else full
             precision.
         freeze_backbone: train the classifier only; the rest stands still, running statistics too.
+        passage: share of the run, between 0 and 1, over which per-sample layers (gn, ln, in, frn)
+            go from their BatchNorm original to themselves; None trains the pure layers from the
+            start. See ``normswap.Passage``.
         norms_only: train the parameters of normalisation layers only.
         teacher: a network whose logits the model shall keep, usually the BN original.
         distillation_weight: share of the teacher in the loss, 0 to 1.
         distillation_temperature: T of the softened softmax.
-        keep: which weights the model holds at the end: ``"last"``, or ``"best"`` on ``val_data``.
+        keep: which weights the model holds at the end: ``"last"``, or ``"best"`` on ``val_data``,
+            those of the start included; None takes the best where there is validation data.
         checkpoint_every: seconds between two writes of the last checkpoint (besides the end of
             every epoch); 0 writes one after each update.
         log_every: updates between two lines in ``metrics.jsonl``.
@@ -85,11 +89,12 @@ class FineTune:
     ema: float | None = None
     amp: str | None = None
     freeze_backbone: bool = False
+    passage: float | None = None
     norms_only: bool = False
     teacher: nn.Module | None = field(default=None, repr=False)
     distillation_weight: float = 0.5
     distillation_temperature: float = 2.0
-    keep: str = "last"
+    keep: str | None = None
     checkpoint_every: float = 300.0
     log_every: int = 50
     seed: int = 0
@@ -123,6 +128,8 @@ class FineTune:
         for name in ("label_smoothing", "momentum", "distillation_weight"):
             value = getattr(self, name)
             _require(name, value, number(value, 0, 1), "a number from 0 to 1")
+        fine = self.passage is None or (above(self.passage, 0) and self.passage < 1)
+        _require("passage", self.passage, fine, "between 0 and 1, or None")
         fine = self.ema is None or (above(self.ema, 0) and self.ema < 1)
         _require("ema", self.ema, fine, "between 0 and 1, or None")
         _require(
@@ -147,7 +154,7 @@ class FineTune:
             "'constant', which warms up",
         )
         _require("amp", self.amp, self.amp in (None, "bf16", "fp16"), "'bf16', 'fp16' or None")
-        _require("keep", self.keep, self.keep in ("last", "best"), "'last' or 'best'")
+        _require("keep", self.keep, self.keep in (None, "last", "best"), "'last', 'best' or None")
         _require(
             "on_broken", self.on_broken, self.on_broken in ("error", "skip"), "'error' or 'skip'"
         )

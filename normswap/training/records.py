@@ -11,6 +11,7 @@ from typing import Any
 from normswap import pictures
 from normswap.files import write_whole
 from normswap.regular import read_text
+from normswap.training.tasks.base import Metrics
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -54,7 +55,8 @@ class Epoch:
         epoch: its number, from 1.
         step: updates done at its end.
         learning_rate: at its end.
-        train_loss: mean over the epoch, as optimised (smoothing and teacher included).
+        train_loss: mean over the epoch, as optimised (smoothing and teacher included); None for
+            epoch 0, the start.
         train_top1: over the epoch, in training mode; None where labels are no classes.
         val_loss: after the epoch; None without validation data.
         val_top1: likewise.
@@ -62,19 +64,21 @@ class Epoch:
         seconds: of training, without validation.
         images_per_second: of training, all processes together.
         val_metric: the mean of the caller's own metric; None without one.
+        passage: how much of the passage was behind the model; None without one.
     """
 
     epoch: int
     step: int
     learning_rate: float
-    train_loss: float
+    train_loss: float | None
     train_top1: float | None
     val_loss: float | None
     val_top1: float | None
     val_top5: float | None
     seconds: float
-    images_per_second: float
+    images_per_second: float | None
     val_metric: float | None = None
+    passage: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -94,11 +98,16 @@ class History:
         epochs: one entry per finished epoch, those before a resume included.
         steps: updates done.
         learning_rate: at the top of the schedule.
-        best: the epoch with the highest score on the validation data, or None without any.
+        best: the epoch with the highest score on the validation data, or None without any. Epoch 0
+            is the start, if none of the epochs came up to it. One in the middle of a passage does
+            not count: it is no pure network.
         kept: ``"last"`` or ``"best"``: which weights the model holds.
         broken: indices of samples that could not be read and were replaced.
         resumed_from: the step at which this call took over, or None.
         interrupted: the signal that ended it early, or None.
+        original: the BatchNorm original on the validation data, where it could be had; None
+            otherwise.
+        start: the model on the validation data before the first step; None without such data.
     """
 
     epochs: tuple[Epoch, ...]
@@ -109,10 +118,68 @@ class History:
     broken: tuple[int, ...] = ()
     resumed_from: int | None = None
     interrupted: str | None = None
+    original: Metrics | None = None
+    start: Metrics | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """Score of the kept weights less that of the start; None where one is not known."""
+        kept = self.best if self.kept == "best" else self.epochs[-1] if self.epochs else None
+        if kept is None or kept.score is None or self.start is None:
+            return None
+        return kept.score - self.start.score
+
+    @property
+    def verdict(self) -> str:
+        """Original, start, best and last side by side, and what to try where training did harm."""
+        last = self.epochs[-1] if self.epochs else None
+        found: list[tuple[str, Metrics | Epoch | None]] = [
+            ("BatchNorm original", self.original),
+            ("start", self.start),
+            (f"best {_when(self.best)}", self.best),
+            ("last", last),
+        ]
+        scores = [(name, item.score) for name, item in found if item is not None]
+        metric = last is not None and (last.val_metric is not None or last.val_top1 is None)
+        parts = [f"{name} {_shown(score, metric)}" for name, score in scores if score is not None]
+        if not parts:
+            return "nothing was validated"
+        text = f"{'score' if metric else 'top-1'}: {', '.join(parts)}; kept: {self.kept}"
+        if self.gain is not None:
+            text += f", {_points(self.gain, metric)} against the start"
+        return text + self._advice(last)
+
+    def _advice(self, last: Epoch | None) -> str:
+        if last is None or last.score is None or self.start is None:
+            return ""
+        if last.score >= self.start.score - HARM:
+            return ""
+        return (
+            ". Training did harm: try a smaller learning rate, more epochs, or training the norms "
+            "alone"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``."""
         return asdict(self)
+
+
+HARM = 0.005
+"""A score that falls by less than this is noise."""
+
+
+def _when(best: Epoch | None) -> str:
+    if best is None:
+        return ""
+    return f"(epoch {best.epoch})" if best.epoch else "(the start)"
+
+
+def _shown(score: float, metric: bool) -> str:
+    return f"{score:.4g}" if metric else f"{100 * score:.2f} %"
+
+
+def _points(difference: float, metric: bool) -> str:
+    return f"{difference:+.4g}" if metric else f"{100 * difference:+.2f} points"
 
 
 class Recorder:
@@ -188,12 +255,20 @@ def _board(folder: Path, step: int) -> Any:
 CURVE = "learning_curve.png"
 
 
-def draw_learning_curve(epochs: Sequence[Epoch], path: str | Path) -> Path:
+def draw_learning_curve(
+    epochs: Sequence[Epoch],
+    path: str | Path,
+    *,
+    original: Metrics | None = None,
+    start: Metrics | None = None,
+) -> Path:
     """Draw loss and accuracy over the epochs, training and validation.
 
     Args:
         epochs: ``History.epochs``.
         path: of the PNG; it is replaced whole.
+        original: drawn as a horizontal line: the BatchNorm original on the validation data.
+        start: likewise: the model before the first step.
     """
     panels: dict[str, tuple[pictures.Values, pictures.Values]] = {
         "loss": ([e.train_loss for e in epochs], [e.val_loss for e in epochs])
@@ -204,4 +279,9 @@ def draw_learning_curve(epochs: Sequence[Epoch], path: str | Path) -> Path:
     else:
         panels["top-1"] = ([e.train_top1 for e in epochs], [e.val_top1 for e in epochs])
     numbers = [item.epoch for item in epochs]
-    return pictures.learning_curve(numbers, panels, path, percent=not own_metric)
+    levels = {
+        name: {title: found.loss if title == "loss" else found.score for title in panels}
+        for name, found in (("original", original), ("start", start))
+        if found is not None
+    }
+    return pictures.learning_curve(numbers, panels, path, percent=not own_metric, levels=levels)
