@@ -233,3 +233,23 @@ def test_fused_threshold_is_the_separate_one():
         bare.bias.copy_(fused.bias)
         tlu.tau.copy_(fused.tau)
     assert torch.equal(fused(x), tlu(bare(x)))
+
+
+@pytest.mark.parametrize("learnable_eps", [False, True])
+def test_a_backward_inside_autocast_is_the_one_outside(learnable_eps):
+    """Some people call it there, and autocast would take a row's products in bfloat16."""
+
+    def gradients(inside):
+        torch.manual_seed(0)
+        layer = FilterResponseNorm2d(8, learnable_eps=learnable_eps)
+        x, weight = torch.randn(3, 8, 16, 16, requires_grad=True), torch.randn(3, 8, 16, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (layer(x) * weight).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+    for mine, right in zip(gradients(inside=True), gradients(inside=False), strict=True):
+        assert torch.equal(mine, right)

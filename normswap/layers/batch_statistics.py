@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,13 @@ def in_eager(function: _Function) -> _Function:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics are computed in float32 at least: squares above 256² overflow float16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Autocast would run the contractions in the low precision."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:

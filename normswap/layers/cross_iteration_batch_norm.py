@@ -8,7 +8,6 @@ Shapes: k entries of history, G groups, C channels, F weights of one channel.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +20,7 @@ from normswap.layers.batch_statistics import (
     centred_moments,
     check_positive,
     check_rank,
+    full_precision,
     in_eager,
     is_recomputation,
     per_channel,
@@ -376,7 +376,7 @@ class _CrossIterationBatchNorm(TracksBatches):
 
     @in_eager
     def _train(self, x: Tensor) -> Tensor:
-        with torch.no_grad(), _full_precision(x.device.type):
+        with torch.no_grad(), full_precision(x.device.type):
             mean, window, reach = self._window_statistics(x.detach())
         self._recent.remember(mean, (*window, *(reach or ())))
         centre, spread = window.mean, window.variance
@@ -489,13 +489,6 @@ class _CrossIterationBatchNorm(TracksBatches):
             f"compensate={self.compensate}, variance_rule={self.variance_rule!r}"
             + (", through_history=True" if self.through_history else "")
         )
-
-
-def _full_precision(device: str) -> AbstractContextManager[Any]:
-    """Autocast would run the contractions in the low precision."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _no_entries(mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from normswap.layers.batch_statistics import check_rank, per_channel, statistics_dtype
+from normswap.layers.batch_statistics import (
+    check_rank,
+    full_precision,
+    per_channel,
+    statistics_dtype,
+)
 from normswap.layers.fused import Fused
 
 _FRESH_LEARNT_EPS = 1e-4
@@ -155,6 +160,11 @@ class _FilterResponse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(grad.device.type):
+            return _FilterResponse._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse_root, weight, bias, tau, eps_l = ctx.saved_tensors
         dtype = inverse_root.dtype
         scale = inverse_root if weight is None else inverse_root * weight

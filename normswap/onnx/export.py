@@ -181,11 +181,16 @@ def _name_data_anew(file: OnnxFile, target: Path) -> None:
 
 
 def _failure(target: Path, parity: Parity) -> ParityError:
+    need, hint = "a file that computes what the model computes", "the report"
+    if parity.stage == "model":
+        need, hint = "a model that gives numbers", "looking at that layer's weights and statistics"
+    elif parity.cause == "network":
+        need, hint = "a network that is exact enough in its own precision", "another target"
     error = ParityError(
         str(target),
         got=parity.failure or "a failed proof",
-        need="a file that computes what the model computes",
-        hint="the report; allow_mismatch=True writes the file all the same",
+        need=need,
+        hint=f"{hint}; allow_mismatch=True writes the file all the same",
     )
     error.parity = parity
     return error

@@ -21,8 +21,11 @@ FLOOR = 1e-4
 """Errors up to here pass whatever torch's own rounding is."""
 CEILING = 1e-3
 """Errors above this fail whatever torch's own rounding is."""
+MARGIN = 3.0
+"""How much further from float64 than torch onnxruntime may be."""
 HALF_FLOOR = 1e-2
 HALF_CEILING = 5e-2
+NOT_FINITE = "the model itself gives NaN or Inf"
 MAX_LINES = 8
 """Failed cases that a printed report shows."""
 
@@ -41,7 +44,7 @@ def tolerance_for(torch_error: float, *, half: bool = False) -> float:
     floor, ceiling = (HALF_FLOOR, HALF_CEILING) if half else (FLOOR, CEILING)
     if not np.isfinite(torch_error):
         return floor
-    return min(ceiling, max(floor, 3 * torch_error))
+    return min(ceiling, max(floor, MARGIN * torch_error))
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def compare(value: Array, reference: Array, *, tie: float) -> Comparison:
         return Comparison(float("inf"), 0.0, problem=problem)
     wide, ref = _wide(value), _wide(reference)
     if not np.isfinite(ref).all():
-        return Comparison(float("inf"), 0.0, problem="the model itself gives NaN or Inf")
+        return Comparison(float("inf"), 0.0, problem=NOT_FINITE)
     if not np.isfinite(wide).all():
         return Comparison(float("inf"), 0.0, problem="NaN or Inf")
     decided, agreed, ties = _winners(wide, ref, tie)
@@ -245,6 +248,8 @@ class Parity:
         identity: whether the hash of nodes, attributes and initializers is the recorded one;
             None if the file carries none.
         notes: facts worth a line in a report.
+        cause: what failed: ``"file"``, or ``"network"`` where no file could pass, because the model
+            itself gives NaN, or rounds more in its own precision than a proof allows.
 
     Example:
         >>> Parity(True, 2e-6, 1.0).passed
@@ -260,6 +265,7 @@ class Parity:
     divergence: Divergence | None = None
     identity: bool | None = None
     notes: tuple[str, ...] = field(default=())
+    cause: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``: infinities and NaN become strings."""
@@ -291,13 +297,15 @@ def summarise(
     divergence: Divergence | None = None,
     identity: bool | None = None,
     notes: tuple[str, ...] = (),
+    cause: str | None = None,
 ) -> Parity:
     """Gather cases into a verdict."""
     every = tuple(cases)
     runs = [case for case in every if case.stage.startswith(("onnxruntime", "self-test"))]
     decided = sum(case.decided for case in runs)
+    passed = failure is None and all(case.passed for case in every)
     return Parity(
-        passed=failure is None and all(case.passed for case in every),
+        passed=passed,
         max_relative_error=max((case.error for case in runs), default=0.0),
         top1_agreement=sum(case.agreed for case in runs) / decided if decided else 1.0,
         cases=every,
@@ -306,6 +314,7 @@ def summarise(
         divergence=divergence,
         identity=identity,
         notes=notes,
+        cause=None if passed else cause or "file",
     )
 
 

@@ -14,6 +14,8 @@ from normswap.errors import ExportError, in_short
 from normswap.graph.norms import is_batchnorm, state_of
 from normswap.onnx.file.metadata import Metadata
 from normswap.onnx.file.parity import (
+    MARGIN,
+    NOT_FINITE,
     Array,
     Case,
     Divergence,
@@ -28,6 +30,7 @@ from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.session import LEVELS, Failed, Here, Outputs, Runner
 from normswap.onnx.proving import blame
 from normswap.onnx.proving.overflow import wide_inputs
+from normswap.onnx.proving.soundness import unsound
 from normswap.onnx.proving.trials import (
     GroundTruth,
     Reference,
@@ -65,6 +68,9 @@ def prove_draft(
         dynamic_size=options.dynamic_size,
         images=images,
     )
+    nonsense = unsound(subject, trials)
+    if nonsense is not None:
+        return _no_proof(nonsense)
     truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
     evidence = _examine(draft.file.path, truth, trials, Here())
     cases = _program_cases(draft, truth, trials) + evidence.cases
@@ -76,11 +82,11 @@ def prove_draft(
         notes += _overflow_notes(subject, trials)
     if bad is None:
         return summarise(cases, notes=notes)
-    divergence, problem = None, _batch_statistics(subject.model, bad)
-    if evidence.failing is not None:
+    divergence, explained = None, _batch_statistics(subject.model, bad) or _sensitive(cases)
+    if evidence.failing is not None and explained is None:
         limit = tolerance_for(0.0, half=options.half)
         divergence = blame.against_program(draft, evidence.failing.inputs, subject, limit)
-    return _failed(cases, bad, divergence, problem, notes)
+    return _failed(cases, bad, divergence, explained, None, notes)
 
 
 def _batch_statistics(model: nn.Module, bad: Case) -> str | None:
@@ -140,6 +146,9 @@ def prove_file(
         dynamic_size=options.dynamic_size,
         images=images,
     )
+    nonsense = unsound(subject, trials)
+    if nonsense is not None:
+        return _no_proof(nonsense)
     truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
     evidence = _examine(file.path, truth, trials, runner)
     cases, notes = evidence.cases, evidence.notes
@@ -154,28 +163,55 @@ def prove_file(
     if bad is None:
         stage = "identity" if problem else None
         return summarise(cases, failure=problem, stage=stage, identity=identity, notes=notes)
-    divergence = None
-    if evidence.failing is not None:
+    divergence, explained = None, _batch_statistics(subject.model, bad) or _sensitive(cases)
+    if evidence.failing is not None and explained is None:
         divergence = _blame(file, subject, options, evidence.failing, runner)
-    return replace(_failed(cases, bad, divergence, problem, notes), identity=identity)
+    return replace(_failed(cases, bad, divergence, explained, problem, notes), identity=identity)
+
+
+def _no_proof(nonsense: str) -> Parity:
+    """The verdict on a model that nothing can be compared with."""
+    failure = f"the model itself: {nonsense}; a proof against that is no proof"
+    return summarise([], failure=failure, stage="model", cause="network")
+
+
+def _sensitive(cases: Sequence[Case]) -> str | None:
+    """That torch is as far from float64 as the file, where that alone is what failed."""
+    errors: dict[str, float] = {}
+    for case in cases:
+        errors[case.output] = max(case.torch_error, errors.get(case.output, 0.0))
+    bad = [case for case in cases if not case.passed]
+    if any(case.problem or case.error > MARGIN * errors[case.output] for case in bad):
+        return None
+    worst = max(errors[case.output] for case in bad)
+    return (
+        f"this is the network and not the file: torch's own run is {worst:.1e} from float64 on "
+        "such inputs, and the file is no further away than rounding explains"
+    )
 
 
 def _failed(
     cases: list[Case],
     bad: Case,
     divergence: Divergence | None,
+    explained: str | None,
     problem: str | None,
     notes: tuple[str, ...],
 ) -> Parity:
     parts = [f"function: {bad.describe()}"]
-    if problem is not None and bad.stage == "row independence":
-        parts, problem = [problem, *parts], None
+    if explained is not None:
+        parts.insert(0, explained)
     if divergence is not None:
         parts.append(divergence.describe())
     if problem is not None:
         parts.append(problem)
     return summarise(
-        cases, failure="; ".join(parts), stage=bad.stage, divergence=divergence, notes=notes
+        cases,
+        failure="; ".join(parts),
+        stage=bad.stage,
+        divergence=divergence,
+        notes=notes,
+        cause="file" if explained is None and bad.problem != NOT_FINITE else "network",
     )
 
 
