@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from normswap import pictures
 from normswap.errors import CalibrationError
 from normswap.files import write_whole
+from normswap.graph import movable_producers
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
 from normswap.plain import plain
 from normswap.recipes import recipe_of
@@ -176,12 +177,15 @@ class Drift:
             cannot be compared.
         agreement: share of equal top-1 choices (per pixel in dense prediction), or None.
         images: number of batches' entries seen; 0 where only predictions are known.
+        sure_agreement: the same share among those choices of which the original is sure (it gives
+            them more than half of the softmax), or None.
     """
 
     sites: tuple[SiteDrift, ...]
     output_error: float | None
     agreement: float | None
     images: int
+    sure_agreement: float | None = None
 
     @property
     def trusted(self) -> bool:
@@ -220,7 +224,9 @@ class Drift:
             layers = "1 layer" if unknown == 1 else f"{unknown} layers"
             parts.append(f"nothing can be predicted of {layers} (no running statistics)")
         if self.agreement is not None:
-            parts.append(f"top-1 agreement {self.agreement:.1%}")
+            sure = self.sure_agreement
+            among = "" if sure is None else f" ({sure:.1%} of those the original is sure of)"
+            parts.append(f"top-1 agreement {self.agreement:.1%}{among}")
         if self.output_error is not None:
             parts.append(f"output error {self.output_error:.1%}")
         return ", ".join(parts) or "outputs that cannot be compared"
@@ -336,8 +342,8 @@ class _OutputError:
 class _Recorder:
     """Hooks that compare every site of two models, call by call."""
 
-    def __init__(self, pairs: tuple[Pair, ...]) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: tuple[Pair, ...], scales: Mapping[str, Tensor]) -> None:
+        self.pairs, self.scales = pairs, scales
         self.alone = {pair.name: _Error() for pair in pairs}
         self.measured = {pair.name: _Error() for pair in pairs}
         self._kept: dict[str, list[Tensor]] = {}
@@ -357,10 +363,12 @@ class _Recorder:
         ) -> None:
             reference = pair.reference(output)
             self._kept.setdefault(pair.name, []).append(reference)
+            x = input_of(args, kwargs).clone()
+            scale = self.scales.get(pair.name)
+            if scale is not None:
+                x *= scale.view(-1, *[1] * (x.dim() - 2)).to(x)
             # .forward: the hooks of the converted layer are for the converted model's own pass
-            self.alone[pair.name].add(
-                pair.module.forward(input_of(args, kwargs).clone()), reference
-            )
+            self.alone[pair.name].add(pair.module.forward(x), reference)
 
         return hook
 
@@ -375,19 +383,26 @@ class _Recorder:
 
 class _Agreement:
     def __init__(self) -> None:
-        self.same = self.count = 0
+        self.same = self.count = self.sure_same = self.sure_count = 0
 
     def add(self, found: list[Tensor], reference: list[Tensor]) -> None:
         for ours, theirs in zip(found, reference, strict=False):
             if theirs.dim() >= 2 and theirs.shape[1] > 1 and ours.shape == theirs.shape:
                 same = ours.argmax(1) == theirs.argmax(1)
+                sure = theirs.float().softmax(1).amax(1) > 0.5
                 self.same += int(same.sum())
                 self.count += same.numel()
+                self.sure_same += int((same & sure).sum())
+                self.sure_count += int(sure.sum())
                 return  # the first output that can hold classes; others are auxiliary
 
     @property
     def value(self) -> float | None:
         return self.same / self.count if self.count else None
+
+    @property
+    def sure(self) -> float | None:
+        return self.sure_same / self.sure_count if self.sure_count else None
 
 
 @torch.no_grad()
@@ -426,12 +441,13 @@ def measure_drift(
         0.0
     """
     pairs = paired_sites(model, teacher)
-    recorder, whole, agreement, seen = _Recorder(pairs), _OutputError(), _Agreement(), 0
-    device = device_of(model)
+    found_batches, device = batches(images, batch_size), device_of(model)
+    scales = _scales(pairs, model, teacher, moved(found_batches[0], device))
+    recorder, whole, agreement, seen = _Recorder(pairs, scales), _OutputError(), _Agreement(), 0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, teacher))
         recorder.install(stack)
-        for batch in batches(images, batch_size):
+        for batch in found_batches:
             inputs = moved(batch, device)
             reference = [leaf.clone() for leaf in leaves(call(teacher, copied(inputs)))]
             found = leaves(call(model, copied(inputs)))
@@ -448,7 +464,26 @@ def measure_drift(
         )
         for pair in pairs
     )
-    return Drift(sites, whole.value, agreement.value, seen)
+    return Drift(sites, whole.value, agreement.value, seen, agreement.sure)
+
+
+def _scales(
+    pairs: tuple[Pair, ...], model: nn.Module, teacher: nn.Module, batch: Any
+) -> dict[str, Tensor]:
+    """By what the channels before each site are louder than the original's, where weights moved."""
+    ours, theirs = dict(model.named_parameters()), dict(teacher.named_parameters())
+    shared = ours.keys() & theirs.keys() - {f"{pair.name}.{n}" for pair in pairs for n in _OWN}
+    if all(_equal(ours[name], theirs[name]) for name in shared):
+        return {}
+    producers, _ = movable_producers((pair.name for pair in pairs), model, teacher, batch)
+    return {name: producer.loudness() for name, producer in producers.items()}
+
+
+_OWN = ("weight", "bias")
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.to(theirs), theirs)
 
 
 def predict_drift(model: nn.Module, originals: Mapping[str, nn.Module]) -> Drift:

@@ -28,6 +28,9 @@ from normswap.drift import Drift, device_of, measure_drift
 from normswap.errors import CalibrationError
 from normswap.provenance import add_history
 
+PARAMETERS = ("norms", "producers", "all")
+"""What may move."""
+
 _log = logging.getLogger("normswap")
 
 
@@ -43,8 +46,9 @@ class Calibration:
         steps: optimiser steps.
         best_loss: held-out loss of the state that was kept.
         first_loss: held-out loss of the model as it came.
-        stopped: ``budget``, ``plateau``, ``steps`` or ``not finite``.
-        parameters: ``norms`` or ``all``.
+        stopped: ``budget``, ``plateau``, ``steps`` or ``not finite``; ``no better`` where what was
+            found kept fewer decisions on the held-out images, and the model is as it came.
+        parameters: ``norms``, ``producers`` or ``all``.
         history: (seconds, held-out loss) along the way.
     """
 
@@ -77,7 +81,7 @@ def calibrate(
     images: Tensor | Iterable[Any],
     *,
     seconds: float = 60,
-    parameters: Literal["norms", "all"] = "norms",
+    parameters: Literal["norms", "producers", "all"] | None = None,
     batch_size: int = 32,
     steps: int | None = None,
     seed: int = 0,
@@ -102,8 +106,10 @@ def calibrate(
         images: a preprocessed tensor, or an iterable of batches (a tuple is the positional
             arguments, a dict the keyword arguments). No labels. Tensors are flipped and mixed.
         seconds: time budget, everything included.
-        parameters: ``"norms"`` moves γ, β and τ of the replaced layers only; ``"all"`` moves every
-            parameter that requires a gradient too.
+        parameters: ``"norms"`` moves γ, β and τ of the replaced layers only; ``"producers"`` the
+            convolutions too whose output such a layer alone reads; ``"all"`` every parameter that
+            requires a gradient. None takes what measured best: ``"producers"`` where channels
+            share statistics (GN, LN), else ``"norms"``.
         batch_size: images per step when they come as tensors.
         steps: most optimiser steps, 0 for the closed form alone, or None.
         seed: of the drawing and mixing of images; the global generators are left alone.
@@ -148,6 +154,9 @@ def calibrate(
             deadline = begun + seconds - (clock() - looked)  # the last look costs what this one did
             search(run, (begun, deadline), steps, clock, progress)
             after = measure_drift(model, teacher, pool.held_out())
+            if after.agreement is not None and after.agreement < (before.agreement or 0.0):
+                initial.restore()  # a smaller loss that keeps fewer decisions is no gain
+                run.best, run.stopped, after = run.history[0][1], "no better", before
         except BaseException:
             initial.restore()
             raise
@@ -160,19 +169,21 @@ def calibrate(
         first_loss=run.history[0][1],
         best_loss=run.best,
         stopped=run.stopped,
-        parameters=parameters,
+        parameters=run.parameters,
         history=tuple(run.history),
     )
     _log.info("%s", report)
     facts = {k: getattr(report, k) for k in ("images", "seconds", "steps", "stopped", "parameters")}
-    add_history(model, "calibrated", agreement=after.agreement, **facts)
+    facts |= {"agreement": after.agreement, "sure_agreement": after.sure_agreement}
+    add_history(model, "calibrated", moved=run.moved(initial), **facts)
     return report
 
 
-def _check(seconds: float, parameters: str, batch_size: int, steps: int | None) -> None:
+def _check(seconds: float, parameters: str | None, batch_size: int, steps: int | None) -> None:
     wrong = None
-    if parameters not in ("norms", "all"):
-        wrong = ("parameters", repr(parameters), "'norms' or 'all'", "parameters='norms'")
+    if parameters is not None and parameters not in PARAMETERS:
+        known = ", ".join(map(repr, PARAMETERS))
+        wrong = ("parameters", repr(parameters), f"one of {known}", "parameters='producers'")
     elif not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         wrong = ("seconds", repr(seconds), "a positive, finite number", "seconds=60")
     elif steps is not None and steps < 0:

@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.calibration.closed_form import in_lockstep, steady
 from normswap.calibration.coordinates import Coordinates
 from normswap.calibration.distance import Distance
 from normswap.calibration.flow import Scale, match_in_flow, own_parameters
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
-from normswap.drift import entries, evaluating, paired_sites
+from normswap.drift import Pair, entries, evaluating, paired_sites
 from normswap.errors import CalibrationError, NormSwapError, in_short
+from normswap.graph import Movable, movable_producers
+from normswap.recipes import recipe_of
 
 _HEAD_START = 1.1
 """How much worse than the best the last state may look on the held-out images and yet stay."""
 _PATIENCE = 8
 """Checks without progress before the time is called wasted; there are ten in a budget."""
 _LOOK, _FLOW = 0.02, 0.05
-"""Largest share of the time for one look at the held-out images, and for the closed form."""
+"""Largest share of the time for one look at the held-out images, and for γ and β in one pass."""
+_LOCKSTEP = 0.1
+"""The same for one walk of both models in lockstep."""
 _REST_SCALE = 0.01
 """Learning rate of convolutions over that of the normalisers', with ``parameters="all"``."""
 
@@ -34,6 +39,10 @@ class State:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._kept = [(p, p.detach().clone()) for p in parameters]
+
+    def changed(self) -> list[nn.Parameter]:
+        """Those whose values are others now."""
+        return [parameter for parameter, value in self._kept if not torch.equal(parameter, value)]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -73,7 +82,7 @@ class Run:
         model: nn.Module,
         teacher: nn.Module,
         pool: Pool,
-        parameters: str,
+        parameters: str | None,
         tuning: Tuning,
         *,
         amp: bool,
@@ -90,11 +99,20 @@ class Run:
         self.own = list(
             {id(p): p for pair in self.pairs for p in own_parameters(pair.module).values()}.values()
         )
-        self.rest = _rest(model, self.own, parameters)
+        self.parameters = parameters or _default(self.pairs)
+        self.producers: dict[str, Movable] = {}
+        self.once: tuple[Pair, ...] = ()
+        if self.parameters != "norms":
+            names = [pair.name for pair in self.pairs]
+            self.producers, once = movable_producers(names, model, teacher, pool.first())
+            self.once = tuple(pair for pair in self.pairs if pair.name in once)
+        tensors = [p for producer in self.producers.values() for p in producer.tensors]
+        self.rest = _rest(model, self.own, tensors, self.parameters)
         self.moving = [*self.own, *self.rest]
         self.distance = Distance(self.pairs, model, teacher, tuning.site_weight)
         self.amp = amp
         self.steps, self.stopped = 0, "budget"
+        self._fitting, self._shorter = 128, 1.0
         self.history: list[tuple[float, float]] = []
         self.best, self.best_state = math.inf, State(self.moving)
 
@@ -116,6 +134,12 @@ class Run:
             self.best, self.best_state = loss, State(self.moving)
         return loss
 
+    def moved(self, since: State) -> list[str]:
+        """Names of the parameters beside the replaced layers' own that are not as they were."""
+        own = {id(p) for p in self.own}
+        changed = {id(p) for p in since.changed() if id(p) not in own}
+        return [name for name, p in self.model.named_parameters() if id(p) in changed]
+
     def fit_to(self, seconds: float, clock: Callable[[], float]) -> None:
         """Time one small batch, and let no look at many images cost a large part of the time."""
         batch = next(self.pool.held_out())
@@ -124,11 +148,37 @@ class Run:
             self.distance(batch)
         pace = max(clock() - begun, 1e-9) / max(entries(batch), 1)
         self.pool.limit(held=int(_LOOK * seconds / pace), wide=int(_FLOW * seconds / pace))
+        self._fitting = max(16, int(_LOCKSTEP * seconds / pace))
 
     @torch.no_grad()
     def flow(self) -> dict[str, Scale]:
-        """The closed form."""
+        """γ and β in closed form."""
         return match_in_flow(self.pairs, self.model, self.teacher, self.pool.widest())
+
+    @torch.no_grad()
+    def solve(self, expired: Callable[[], bool], look: Callable[[], float]) -> dict[str, Scale]:
+        """The closed form: γ and β, and the producers where they may move; ends in the best."""
+        if not self.producers:
+            scales = self.flow()
+            look()
+            return scales
+        batches = self.pool.lanes(self._fitting)
+        steady(self.pairs, self.producers, self.teacher, batches)
+        scales = {}
+        for moving in ({}, self.producers):
+            found = in_lockstep(
+                self.once,
+                moving,
+                (self.model, self.teacher),
+                batches,
+                draw=self.pool.dice,
+                expired=expired,
+            )
+            before = self.best
+            if found is not None and look() < before:
+                scales = found
+            self.best_state.restore()
+        return scales
 
     def distil(
         self,
@@ -140,6 +190,8 @@ class Run:
         if not self.moving:
             self.stopped = "nothing to move"
             return
+        # who starts nearer takes shorter steps
+        self._shorter = min(1.0, max(0.05, self.best / max(self.history[0][1], 1e-12)))
         coordinates = Coordinates(self.pairs, scales)
         optimizer = self._optimizer(coordinates)
         lowest, stale, next_check = math.inf, 0, 0.1
@@ -165,7 +217,7 @@ class Run:
         return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, share: float) -> None:
-        rate = min(self.tuning.most, self.tuning.rate / len(self.pairs))
+        rate = min(self.tuning.most, self.tuning.rate / len(self.pairs)) * self._shorter
         rate *= 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (self.steps + 1) / 10) * group["scale"]
@@ -230,8 +282,7 @@ def search(
         stack.enter_context(only(run.model, run.moving))
         stack.enter_context(only(run.teacher, []))
         came = run.check(clock() - begun)
-        scales = run.flow()
-        run.check(clock() - begun)
+        scales = run.solve(lambda: clock() >= deadline, lambda: run.check(clock() - begun))
         run.best_state.restore()
         run.distil(scales, Budget(clock, begun, deadline, clock(), steps), progress)
         if run.best <= came:
@@ -241,10 +292,19 @@ def search(
             run.best = came
 
 
-def _rest(model: nn.Module, own: list[nn.Parameter], parameters: str) -> list[nn.Parameter]:
+def _default(pairs: tuple[Pair, ...]) -> str:
+    """Producers where their scales count: in front of norms whose channels share statistics."""
+    recipes = [(recipe_of(pair.module), pair.module) for pair in pairs]
+    shared = any(r is not None and r.sharing(layer) is not None for r, layer in recipes)
+    return "producers" if shared else "norms"
+
+
+def _rest(
+    model: nn.Module, own: list[nn.Parameter], producers: list[nn.Parameter], parameters: str
+) -> list[nn.Parameter]:
     """What moves besides the replaced layers' own parameters."""
-    if parameters == "norms":
-        return []
+    if parameters != "all":
+        return producers
     taken = {id(p) for p in own}
     return [
         p

@@ -22,7 +22,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {k: p for k, p in module.named_parameters(recurse=False) if k in _PER_CHANNEL}
 
 
-def _linear_output(bn: nn.Module, x: Tensor) -> Tensor:
+def linear_output(bn: nn.Module, x: Tensor) -> Tensor:
     """What BatchNorm computes in eval mode, without a fused activation."""
     s = state_of(bn)
     return F.batch_norm(x, s.mean, s.var, s.weight, s.bias, s.mean is None, 0.0, s.eps)
@@ -60,7 +60,7 @@ def _targets(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if pair.name in found:  # one (γ, β) cannot serve each of several calls alone
                 repeated.add(pair.name)
-            aim = _linear_output(pair.original, input_of(args, kwargs))
+            aim = linear_output(pair.original, input_of(args, kwargs))
             recipe = recipe_of(pair.module)
             found[pair.name] = _moments(aim if recipe is None else recipe.aim(pair.module, aim))
 

@@ -29,6 +29,7 @@ class Pool:
         self.images: Tensor | list[Any] = found
         self.size, self.device = size, device
         self._draw = torch.Generator().manual_seed(seed)
+        self.dice = torch.Generator().manual_seed(seed)
         self._order: list[int] = []
         units = len(found)
         few = units < 16  # too few to set any aside
@@ -66,6 +67,20 @@ class Pool:
             return self._at(self._used[:1])
         fitting = max(_FEWEST, numbers // max(self.images[0].numel(), 1))
         return self._at(self._used[: min(fitting, self._wide)])
+
+    def first(self) -> Any:
+        """One image, or one batch where they come in batches."""
+        return self._at([0])
+
+    def lanes(self, count: int, numbers: int = 30_000_000) -> list[Any]:
+        """Up to ``count`` images in four batches at least, of ``numbers`` input values in all."""
+        if not isinstance(self.images, Tensor):
+            per_unit = max(1, self.count // len(self.images))
+            return [self._at([i]) for i in self._used[: max(2, count // per_unit)]]
+        fitting = max(_FEWEST, numbers // max(self.images[0].numel(), 1))
+        chosen = self._used[: max(_FEWEST, min(count, fitting))]
+        step = max(1, min(self.size, -(-len(chosen) // 4)))
+        return [self._at(chosen[i : i + step]) for i in range(0, len(chosen), step)]
 
     def draw(self, tuning: Tuning) -> Any:
         """The next training batch, augmented where it is a tensor of images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normswap.graph.foreign import register_batchnorm
+from normswap.graph.movable import Movable, movable_producers
 from normswap.graph.sites import Activation, CallSite, Graph, Other, Producer, Removal, Site
 from normswap.graph.walker import batchnorms, matches, qualified_names, walk
 from normswap.running import call
@@ -11,6 +12,7 @@ __all__ = [
     "Activation",
     "CallSite",
     "Graph",
+    "Movable",
     "Other",
     "Producer",
     "Removal",
@@ -18,6 +20,7 @@ __all__ = [
     "batchnorms",
     "call",
     "matches",
+    "movable_producers",
     "qualified_names",
     "register_batchnorm",
     "walk",

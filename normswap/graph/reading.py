@@ -165,10 +165,11 @@ class _Reader:
         if not norm.inputs:
             return None, "unknown input"
         axis: int | None = 1
-        maker = trace.made.get(norm.inputs[0])
+        value = norm.inputs[0]
+        maker, alone = trace.made.get(value), len(trace.used[value]) == 1
         while maker is not None and maker.view is not None and axis is not None:
-            axis = maker.view.source_axis(axis)
-            maker = trace.made.get(maker.inputs[0])
+            axis, value = maker.view.source_axis(axis), maker.inputs[0]
+            maker, alone = trace.made.get(value), alone and len(trace.used[value]) == 1
         if maker is None:
             return None, "input"
         if maker.op not in PRODUCER_OPS:
@@ -181,7 +182,8 @@ class _Reader:
         kind = type(maker.module).__name__
         name = self._names[maker.module]
         around = any(part is norm.module for part in maker.module.modules())
-        return Producer(name, maker.op, kind, calls, plain=maker.own_weight, around=around), None
+        plain = maker.own_weight
+        return Producer(name, maker.op, kind, calls, plain=plain, around=around, alone=alone), None
 
     @staticmethod
     def _with_shared_producers(sites: list[Site]) -> list[Site]:

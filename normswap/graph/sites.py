@@ -19,6 +19,7 @@ class Producer:
         shared: whether its output feeds more than one BN.
         plain: whether the operation ran on the module's own input and stored weight.
         around: the BN runs inside this module, behind its operation.
+        alone: whether the BN, and nothing else, reads its output.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Producer:
     shared: bool = False
     plain: bool = True
     around: bool = False
+    alone: bool = True
 
 
 @dataclass(frozen=True)

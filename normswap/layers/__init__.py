@@ -40,7 +40,7 @@ from normswap.layers.ghost_batch_norm import (
     GhostBatchNorm3d,
     GhostBatchNormAct2d,
 )
-from normswap.layers.producers import producer_problem
+from normswap.layers.producers import patches, producer_problem
 from normswap.layers.thresholded_linear_unit import ThresholdedLinearUnit
 from normswap.layers.training_state import load_training_state, training_state
 
@@ -76,6 +76,7 @@ __all__ = [
     "fuse",
     "fused_classes",
     "load_training_state",
+    "patches",
     "plain_filter_response_norm",
     "producer_problem",
     "training_state",

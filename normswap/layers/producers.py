@@ -9,6 +9,7 @@ Shapes: G groups, C channels, F the weights of one channel. Weights are looked a
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -343,9 +344,7 @@ def weight_gradient(producer: nn.Module, call: Call, grad: Tensor, pad: Pad | No
         grad = _as_rows(grad).reshape(sizes).movedim(-1, 1)
     x, padding, mode = _pad_by_hand(producer, x, pad)
     if mode != "zeros" or any(before != after for before, after in padding):
-        amounts = [amount for pair in padding[::-1] for amount in pair]
-        x = F.pad(x, amounts, "constant" if mode == "zeros" else mode)
-        padding = [(0, 0)] * len(padding)
+        x, padding = _with_padding(x, padding, mode), [(0, 0)] * len(padding)
     if _is_pointwise(producer, padding):
         return _pointwise_gradient(producer, x, grad).reshape(weight.shape)
     gradient: Tensor = torch.ops.aten.convolution_backward(
@@ -362,6 +361,35 @@ def weight_gradient(producer: nn.Module, call: Call, grad: Tensor, pad: Pad | No
         [False, True, False],
     )[1]
     return gradient
+
+
+def _with_padding(x: Tensor, padding: list[tuple[int, int]], mode: str) -> Tensor:
+    amounts = [amount for pair in padding[::-1] for amount in pair]
+    return F.pad(x, amounts, "constant" if mode == "zeros" else mode)
+
+
+def patches(producer: _ConvNd, x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """What the taps of a convolution see at some positions of its output: (R, C_in, taps).
+
+    Args:
+        producer: the convolution, not a transposed one.
+        x: its input.
+        at: for each of R positions the sample, and the place along each axis.
+    """
+    sample, *place = at
+    x, padding, mode = _pad_by_hand(producer, x, None)
+    if any(map(any, padding)):
+        x = _with_padding(x, padding, mode)
+    rows = x.movedim(1, -1)
+    taps = itertools.product(*map(range, producer.kernel_size))
+    seen = [rows[(sample, *_met(producer, place, tap))] for tap in taps]
+    return torch.stack(seen, 2)
+
+
+def _met(producer: _ConvNd, place: list[Tensor], tap: tuple[int, ...]) -> list[Tensor]:
+    """Where in the padded input a tap stands, along each axis."""
+    steps = zip(place, tap, producer.stride, producer.dilation, strict=True)
+    return [position * stride + at * dilation for position, at, stride, dilation in steps]
 
 
 def _is_pointwise(producer: _ConvNd, padding: list[tuple[int, int]]) -> bool:

@@ -151,6 +151,11 @@ class Recipe(ABC):
             return None
         return F.batch_norm(x, state.mean, state.var, None, None, False, 0.0, state.eps)
 
+    def sharing(self, layer: nn.Module) -> int | None:
+        """In how many groups the channels of ``layer`` share statistics; None if they do not."""
+        del layer
+        return None
+
     def aim(self, layer: nn.Module, y: Tensor) -> Tensor:
         """What γ·x̂ + β of ``layer`` is to equal where the BatchNorm gave ``y``."""
         del layer

@@ -131,6 +131,9 @@ class GroupNorm(_Grouped):
     def standardise(self, layer: Any, x: Tensor) -> Tensor:
         return F.group_norm(x, layer.num_groups, None, None, layer.eps)
 
+    def sharing(self, layer: Any) -> int | None:
+        return int(layer.num_groups)
+
 
 def _groups_of(size: int, channels: int, where: str) -> int:
     if channels % size:

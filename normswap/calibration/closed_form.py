@@ -1,0 +1,248 @@
+"""What is solved rather than searched: scales and weights of the producers, γ and β.
+
+First the original is run once, and every producer's channels get the scales with which the group
+statistics behind them are steady. Then original and copy go through the network in lockstep, and
+each γ and β is set from what really arrives, upstream first; on the way the producers' weights may
+be corrected by ridge regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.calibration.flow import Scale, linear_output, own_parameters
+from normswap.calibration.lockstep import Ahead, Stop, lanes, stop_after, stop_before, stops
+from normswap.calibration.regression import ROWS, Regression
+from normswap.calibration.steady import Moments, steady_scales
+from normswap.drift import Pair, copied, hooked, input_of
+from normswap.graph import Movable, call
+from normswap.graph.norms import state_of
+from normswap.recipes import recipe_of
+
+Batches = Sequence[Any]
+_LEAST = 0.5
+"""A channel keeps this share of its spread, however little of it is the original's."""
+_ENOUGH = 256
+"""Samples beyond which more say little about the scales."""
+
+
+# --- scales ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def steady(
+    pairs: tuple[Pair, ...], producers: dict[str, Movable], teacher: nn.Module, batches: Batches
+) -> None:
+    """Scale the producers in front of norms that share statistics, from one pass of the original.
+
+    γ changes its sign with its channel's and is otherwise left to whoever sets it next.
+    """
+    shared = {p.name: g for p in pairs if p.name in producers and (g := _groups(p.module))}
+    wanted = tuple(p for p in pairs if p.name in shared)
+    found = _moments_before(wanted, teacher, batches)
+    for pair in wanted:
+        if pair.name not in found:
+            continue
+        gain = state_of(pair.original).weight
+        moments = found[pair.name]
+        gain = torch.ones_like(moments.spread) if gain is None else gain.detach().float().abs()
+        scales = steady_scales(moments, gain, shared[pair.name])
+        change = producers[pair.name].scale(scales)
+        own = own_parameters(pair.module)
+        if "weight" in own:
+            own["weight"].mul_(change.sign().to(own["weight"]))
+
+
+def _groups(layer: nn.Module) -> int | None:
+    recipe = recipe_of(layer)
+    return None if recipe is None else recipe.sharing(layer)
+
+
+def _moments_before(
+    pairs: tuple[Pair, ...], teacher: nn.Module, batches: Batches
+) -> dict[str, Moments]:
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {pair.name: [] for pair in pairs}
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(args, kwargs).detach().float().flatten(2)
+            rows[name].append((x.mean(2), x.square().mean(2)))
+
+        return hook
+
+    hooks = [
+        p.original.register_forward_pre_hook(hook_for(p.name), with_kwargs=True) for p in pairs
+    ]
+    with hooked(*hooks):
+        for batch in batches:
+            call(teacher, copied(batch))
+            if all(sum(len(mean) for mean, _ in found) >= _ENOUGH for found in rows.values()):
+                break
+    joined = {
+        name: [torch.cat(part) for part in zip(*found, strict=True)]
+        for name, found in rows.items()
+        if found
+    }
+    return {name: Moments(*parts) for name, parts in joined.items() if len(parts[0]) > 1}
+
+
+# --- in lockstep ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def in_lockstep(
+    pairs: tuple[Pair, ...],
+    producers: dict[str, Movable],
+    models: tuple[nn.Module, nn.Module],
+    batches: Batches,
+    *,
+    draw: torch.Generator,
+    expired: Callable[[], bool] = lambda: False,
+) -> dict[str, Scale] | None:
+    """Set γ and β, and correct ``producers`` first, in the order in which the layers run.
+
+    Args:
+        pairs: the replaced sites that run once in a forward.
+        producers: those whose weights are corrected, by site; none sets γ and β alone.
+        models: copy and original.
+        batches: one lane each; the last quarter chooses the ridge strengths.
+        draw: which positions the regression looks at.
+        expired: whether to give up; asked at every stop.
+
+    Returns:
+        Where every layer works, by site; None if it gave up, with the work half done.
+    """
+    fit = _Fit(pairs, producers, len(batches), draw)
+    model, teacher = models
+    batches = [copied(batch) for batch in batches]
+    with (
+        hooked(*fit.hooks()),
+        lanes(model, batches) as ours,
+        lanes(teacher, [copied(b) for b in batches]) as theirs,
+    ):
+        ahead = Ahead(theirs)
+        for stop, values, _ in stops(ours):
+            if expired():
+                return None
+            fit.at(stop, values, ahead)
+    return fit.scales
+
+
+class _Fit:
+    """What is done at each stop."""
+
+    def __init__(
+        self,
+        pairs: tuple[Pair, ...],
+        producers: dict[str, Movable],
+        count: int,
+        draw: torch.Generator,
+    ) -> None:
+        self.pairs = {pair.name: pair for pair in pairs}
+        found = {name: Regression(producer) for name, producer in producers.items()}
+        self.regressions = {producers[n].name: r for n, r in found.items() if r.possible}
+        self.producers = {p.name: p for p in producers.values() if p.name in self.regressions}
+        self.held = [count > 1 and index >= count - max(1, count // 4) for index in range(count)]
+        self.draw = draw
+        self.scales: dict[str, Scale] = {}
+
+    def hooks(self) -> list[Any]:
+        found = []
+        for name, producer in self.producers.items():
+            found.append(
+                producer.module.register_forward_pre_hook(stop_before(name), with_kwargs=True)
+            )
+            found.append(producer.original.register_forward_hook(stop_after(name)))
+        for name, pair in self.pairs.items():
+            stop = stop_before(name)
+            found.append(pair.module.register_forward_pre_hook(stop, with_kwargs=True))
+            found.append(pair.original.register_forward_pre_hook(stop, with_kwargs=True))
+        return found
+
+    def at(self, stop: Stop, values: list[Tensor], ahead: Ahead) -> None:
+        name = stop[1]
+        if name in self.regressions:
+            wanted = ahead.take(("after", name))
+            if wanted is not None:
+                self._correct(name, values, wanted)
+        elif name not in self.scales:
+            wanted = ahead.take(stop)
+            if wanted is not None:
+                self._set_norm(self.pairs[name], values, wanted)
+
+    def _correct(self, name: str, inputs: list[Tensor], wanted: list[Tensor]) -> None:
+        regression = self.regressions[name]
+        share = ROWS // max(1, sum(len(x) for x in inputs))
+        for x, aim, held in zip(inputs, wanted, self.held, strict=True):
+            regression.add(x, aim, max(4, share) * len(x), held=held, draw=self.draw)
+        regression.move()
+
+    def _set_norm(self, pair: Pair, inputs: list[Tensor], wanted: list[Tensor]) -> None:
+        recipe = recipe_of(pair.module)
+        if recipe is None:
+            return
+        found = _Joint()
+        for x, original in zip(inputs, wanted, strict=True):
+            standard = recipe.standardise(pair.module, x)
+            if standard is None:
+                return
+            found.add(standard, recipe.aim(pair.module, linear_output(pair.original, original)))
+        mean, std = found.mean[0], found.std[0]
+        std = std.clamp_min(1e-4 * std.max().clamp_min(1e-6))
+        self.scales[pair.name] = Scale(mean, std, found.std[1])
+        own = own_parameters(pair.module)
+        if "weight" in own and "bias" in own:
+            slope = own["weight"].sign() * found.std[1] / std * found.kept
+            own["weight"].copy_(slope)
+            own["bias"].copy_(found.mean[1] - slope * mean)
+
+
+class _Joint:
+    """Means, spreads and correlation by channel of two tensors that come in pieces."""
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []
+        self._means: list[Tensor] = []  # (2, C)
+        self._products: list[Tensor] = []  # (2, 2, C), about the piece's own means
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        rows = torch.stack([t.detach().float().transpose(0, 1).flatten(1) for t in (x, y)])
+        means = rows.mean(2)
+        rows -= means[..., None]
+        # ten times faster on a CPU than Tensor.var
+        own = torch.linalg.vector_norm(rows, dim=2).square()
+        both = torch.linalg.vecdot(rows[0], rows[1])
+        count = rows.shape[2]
+        self._counts.append(count)
+        self._means.append(means)
+        self._products.append(torch.stack([own[0], both, both, own[1]]).view(2, 2, -1) / count)
+
+    def _weighted(self, parts: list[Tensor]) -> Tensor:
+        total = sum(self._counts)
+        pieces = [part * (count / total) for part, count in zip(parts, self._counts, strict=True)]
+        return torch.stack(pieces).sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._weighted(self._means)
+
+    @property
+    def _covariance(self) -> Tensor:
+        apart = [means - self.mean for means in self._means]
+        moved = [p + d[:, None] * d[None] for p, d in zip(self._products, apart, strict=True)]
+        return self._weighted(moved)
+
+    @property
+    def std(self) -> Tensor:
+        return self._covariance.diagonal(dim1=0, dim2=1).T.clamp_min(0).sqrt()
+
+    @property
+    def kept(self) -> Tensor:
+        """The share of the slope that keeps the spread with which a channel errs least."""
+        std = self.std
+        correlation = self._covariance[0, 1].abs() / (std[0] * std[1]).clamp_min(1e-12)
+        return correlation.clamp(_LEAST, 1)
