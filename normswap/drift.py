@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normswap import pictures
 from normswap.errors import CalibrationError
 from normswap.files import write_whole
-from normswap.graph import movable_producers
+from normswap.graph import Movable, movable_producers
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
 from normswap.plain import plain
 from normswap.recipes import recipe_of
@@ -156,7 +156,8 @@ class SiteDrift:
         name: qualified name.
         kind: class of the converted layer.
         predicted: from the running statistics alone, no data; None where nothing can be said.
-        alone: with the inputs that the original gives its BatchNorm.
+        alone: with the inputs that the original gives its BatchNorm; where the convolution in
+            front of it moved too, with the inputs that the original gives that one.
         measured: with the inputs that the converted model gives it.
     """
 
@@ -342,13 +343,17 @@ class _OutputError:
 class _Recorder:
     """Hooks that compare every site of two models, call by call."""
 
-    def __init__(self, pairs: tuple[Pair, ...], scales: Mapping[str, Tensor]) -> None:
-        self.pairs, self.scales = pairs, scales
+    def __init__(self, pairs: tuple[Pair, ...], producers: Mapping[str, Movable]) -> None:
+        self.pairs, self.producers = pairs, producers
+        self._made: dict[str, Tensor] = {}
         self.alone = {pair.name: _Error() for pair in pairs}
         self.measured = {pair.name: _Error() for pair in pairs}
         self._kept: dict[str, list[Tensor]] = {}
 
     def install(self, stack: ExitStack) -> None:
+        for name, producer in self.producers.items():
+            hook = producer.original.register_forward_hook(self._make(name, producer))
+            stack.enter_context(hooked(hook))
         for pair in self.pairs:
             stack.enter_context(
                 hooked(
@@ -357,6 +362,13 @@ class _Recorder:
                 )
             )
 
+    def _make(self, name: str, producer: Movable) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], __: Tensor) -> None:
+            if args:
+                self._made[name] = producer.module.forward(args[0])
+
+        return hook
+
     def _keep(self, pair: Pair) -> Any:
         def hook(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -364,9 +376,9 @@ class _Recorder:
             reference = pair.reference(output)
             self._kept.setdefault(pair.name, []).append(reference)
             x = input_of(args, kwargs).clone()
-            scale = self.scales.get(pair.name)
-            if scale is not None:
-                x *= scale.view(-1, *[1] * (x.dim() - 2)).to(x)
+            made = self._made.pop(pair.name, None)
+            if made is not None and made.shape == x.shape:
+                x = made
             # .forward: the hooks of the converted layer are for the converted model's own pass
             self.alone[pair.name].add(pair.module.forward(x), reference)
 
@@ -381,11 +393,14 @@ class _Recorder:
         return hook
 
 
-class _Agreement:
+class Agreement:
+    """Counts equal top-1 choices, and those of which the original is sure."""
+
     def __init__(self) -> None:
         self.same = self.count = self.sure_same = self.sure_count = 0
 
     def add(self, found: list[Tensor], reference: list[Tensor]) -> None:
+        """One batch's outputs of the converted model and of the original."""
         for ours, theirs in zip(found, reference, strict=False):
             if theirs.dim() >= 2 and theirs.shape[1] > 1 and ours.shape == theirs.shape:
                 same = ours.argmax(1) == theirs.argmax(1)
@@ -398,10 +413,12 @@ class _Agreement:
 
     @property
     def value(self) -> float | None:
+        """The share of equal choices; None without any."""
         return self.same / self.count if self.count else None
 
     @property
     def sure(self) -> float | None:
+        """The same among those of which the original is sure."""
         return self.sure_same / self.sure_count if self.sure_count else None
 
 
@@ -442,8 +459,8 @@ def measure_drift(
     """
     pairs = paired_sites(model, teacher)
     found_batches, device = batches(images, batch_size), device_of(model)
-    scales = _scales(pairs, model, teacher, moved(found_batches[0], device))
-    recorder, whole, agreement, seen = _Recorder(pairs, scales), _OutputError(), _Agreement(), 0
+    producers = _moved_producers(pairs, model, teacher, moved(found_batches[0], device))
+    recorder, whole, agreement, seen = _Recorder(pairs, producers), _OutputError(), Agreement(), 0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, teacher))
         recorder.install(stack)
@@ -467,16 +484,15 @@ def measure_drift(
     return Drift(sites, whole.value, agreement.value, seen, agreement.sure)
 
 
-def _scales(
+def _moved_producers(
     pairs: tuple[Pair, ...], model: nn.Module, teacher: nn.Module, batch: Any
-) -> dict[str, Tensor]:
-    """By what the channels before each site are louder than the original's, where weights moved."""
+) -> dict[str, Movable]:
+    """The convolutions before each site, where any weight is not the original's."""
     ours, theirs = dict(model.named_parameters()), dict(teacher.named_parameters())
     shared = ours.keys() & theirs.keys() - {f"{pair.name}.{n}" for pair in pairs for n in _OWN}
     if all(_equal(ours[name], theirs[name]) for name in shared):
         return {}
-    producers, _ = movable_producers((pair.name for pair in pairs), model, teacher, batch)
-    return {name: producer.loudness() for name, producer in producers.items()}
+    return movable_producers((pair.name for pair in pairs), model, teacher, batch)[0]
 
 
 _OWN = ("weight", "bias")

@@ -93,64 +93,32 @@ def _moments_before(
 # --- in lockstep ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def in_lockstep(
-    pairs: tuple[Pair, ...],
-    producers: dict[str, Movable],
-    models: tuple[nn.Module, nn.Module],
-    batches: Batches,
-    *,
-    draw: torch.Generator,
-    expired: Callable[[], bool] = lambda: False,
-) -> dict[str, Scale] | None:
-    """Set γ and β, and correct ``producers`` first, in the order in which the layers run.
+class Fit:
+    """What is done at each stop of a walk in lockstep; it remembers what earlier walks saw.
 
     Args:
         pairs: the replaced sites that run once in a forward.
         producers: those whose weights are corrected, by site; none sets γ and β alone.
-        models: copy and original.
-        batches: one lane each; the last quarter chooses the ridge strengths.
         draw: which positions the regression looks at.
-        expired: whether to give up; asked at every stop.
-
-    Returns:
-        Where every layer works, by site; None if it gave up, with the work half done.
     """
-    fit = _Fit(pairs, producers, len(batches), draw)
-    model, teacher = models
-    batches = [copied(batch) for batch in batches]
-    with (
-        hooked(*fit.hooks()),
-        lanes(model, batches) as ours,
-        lanes(teacher, [copied(b) for b in batches]) as theirs,
-    ):
-        ahead = Ahead(theirs)
-        for stop, values, _ in stops(ours):
-            if expired():
-                return None
-            fit.at(stop, values, ahead)
-    return fit.scales
-
-
-class _Fit:
-    """What is done at each stop."""
 
     def __init__(
-        self,
-        pairs: tuple[Pair, ...],
-        producers: dict[str, Movable],
-        count: int,
-        draw: torch.Generator,
+        self, pairs: tuple[Pair, ...], producers: dict[str, Movable], draw: torch.Generator
     ) -> None:
         self.pairs = {pair.name: pair for pair in pairs}
         found = {name: Regression(producer) for name, producer in producers.items()}
         self.regressions = {producers[n].name: r for n, r in found.items() if r.possible}
         self.producers = {p.name: p for p in producers.values() if p.name in self.regressions}
-        self.held = [count > 1 and index >= count - max(1, count // 4) for index in range(count)]
         self.draw = draw
+        self.begin(1)
+
+    def begin(self, count: int) -> None:
+        """Of so many lanes the last quarter chooses the strengths of the regressions."""
+        self.held = [count > 1 and index >= count - max(1, count // 4) for index in range(count)]
         self.scales: dict[str, Scale] = {}
 
     def hooks(self) -> list[Any]:
+        """On both models, where the lanes are to stop."""
         found = []
         for name, producer in self.producers.items():
             found.append(
@@ -164,6 +132,7 @@ class _Fit:
         return found
 
     def at(self, stop: Stop, values: list[Tensor], ahead: Ahead) -> None:
+        """All lanes of the copy stand at ``stop`` with these values."""
         name = stop[1]
         if name in self.regressions:
             wanted = ahead.take(("after", name))
@@ -246,3 +215,36 @@ class _Joint:
         std = self.std
         correlation = self._covariance[0, 1].abs() / (std[0] * std[1]).clamp_min(1e-12)
         return correlation.clamp(_LEAST, 1)
+
+
+@torch.no_grad()
+def in_lockstep(
+    fit: Fit,
+    models: tuple[nn.Module, nn.Module],
+    batches: Batches,
+    expired: Callable[[], bool] = lambda: False,
+) -> dict[str, Scale] | None:
+    """Correct producers and set γ and β in the order in which the layers run.
+
+    Args:
+        fit: what to do.
+        models: copy and original.
+        batches: one lane each.
+        expired: whether to give up; asked at every stop.
+
+    Returns:
+        Where every layer works, by site; None if it gave up, with the work half done.
+    """
+    model, teacher = models
+    fit.begin(len(batches))
+    with (
+        hooked(*fit.hooks()),
+        lanes(model, [copied(batch) for batch in batches]) as ours,
+        lanes(teacher, [copied(batch) for batch in batches]) as theirs,
+    ):
+        ahead = Ahead(theirs)
+        for stop, values, _ in stops(ours):
+            if expired():
+                return None
+            fit.at(stop, values, ahead)
+    return fit.scales

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.drift import Pair, copied, hooked, leaves
+from normswap.drift import Agreement, Pair, copied, hooked, leaves
 from normswap.errors import CalibrationError
 from normswap.graph import call
 
@@ -24,6 +24,7 @@ class Distance:
         self.site_weight = site_weight
         self._kept: dict[str, list[Tensor]] = {}
         self._errors: list[Tensor] = []
+        self.decisions = Agreement()
 
     def _hooks(self, pair: Pair) -> tuple[Any, Any]:
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -50,6 +51,7 @@ class Distance:
             with torch.no_grad():
                 reference = [leaf.clone() for leaf in leaves(call(self.teacher, copied(batch)))]
             found = leaves(call(self.model, copied(batch)))
+        self.decisions.add(found, reference)
         outputs = [
             _output_loss(ours, theirs)
             for ours, theirs in zip(found, reference, strict=False)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.calibration.closed_form import in_lockstep, steady
+from normswap.calibration.closed_form import Fit, in_lockstep, steady
 from normswap.calibration.coordinates import Coordinates
 from normswap.calibration.distance import Distance
 from normswap.calibration.flow import Scale, match_in_flow, own_parameters
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
-from normswap.drift import Pair, entries, evaluating, paired_sites
+from normswap.drift import Agreement, Pair, entries, evaluating, paired_sites
 from normswap.errors import CalibrationError, NormSwapError, in_short
 from normswap.graph import Movable, movable_producers
 from normswap.recipes import recipe_of
@@ -28,8 +28,8 @@ _PATIENCE = 8
 """Checks without progress before the time is called wasted; there are ten in a budget."""
 _LOOK, _FLOW = 0.02, 0.05
 """Largest share of the time for one look at the held-out images, and for γ and β in one pass."""
-_LOCKSTEP = 0.1
-"""The same for one walk of both models in lockstep."""
+_LOCKSTEP, _SOLVING = 0.25, 0.85
+"""The same for the images of one walk in lockstep, and for all walks."""
 _REST_SCALE = 0.01
 """Learning rate of convolutions over that of the normalisers', with ``parameters="all"``."""
 
@@ -113,6 +113,7 @@ class Run:
         self.amp = amp
         self.steps, self.stopped = 0, "budget"
         self._fitting, self._shorter = 128, 1.0
+        self._came: int | None = None
         self.history: list[tuple[float, float]] = []
         self.best, self.best_state = math.inf, State(self.moving)
 
@@ -124,12 +125,17 @@ class Run:
 
         The held-out part is small and its loss noisy. Where the learning rate has come to rest the
         last state generalises better than a lucky one before, so it has a head start, though not
-        before the model as it came.
+        before the model as it came. Nor does any state stay that keeps fewer decisions than that.
         """
+        self.distance.decisions = decisions = Agreement()
         with torch.no_grad(), self._autocast():
             losses = [float(self.distance(batch)) for batch in self.pool.held_out()]
         loss = sum(losses) / len(losses)
         self.history.append((elapsed, loss))
+        if decisions.sure is not None:  # an original that is sure of nothing decides nothing
+            self._came = decisions.same if self._came is None else self._came
+            if decisions.same < self._came:
+                return loss
         if loss < self.best or (last and loss < min(self.best * _HEAD_START, self.history[0][1])):
             self.best, self.best_state = loss, State(self.moving)
         return loss
@@ -156,28 +162,41 @@ class Run:
         return match_in_flow(self.pairs, self.model, self.teacher, self.pool.widest())
 
     @torch.no_grad()
-    def solve(self, expired: Callable[[], bool], look: Callable[[], float]) -> dict[str, Scale]:
-        """The closed form: γ and β, and the producers where they may move; ends in the best."""
+    def solve(self, spent: Callable[[], float], look: Callable[[], float]) -> dict[str, Scale]:
+        """The closed form: γ and β, and the producers where they may move; ends in the best.
+
+        Args:
+            spent: the share of the time that is over.
+            look: the held-out loss, which keeps the state if it is the best.
+        """
         if not self.producers:
             scales = self.flow()
             look()
             return scales
-        batches = self.pool.lanes(self._fitting)
-        steady(self.pairs, self.producers, self.teacher, batches)
-        scales = {}
-        for moving in ({}, self.producers):
-            found = in_lockstep(
-                self.once,
-                moving,
-                (self.model, self.teacher),
-                batches,
-                draw=self.pool.dice,
-                expired=expired,
-            )
+        came, scales = self.best, {}
+        fit = Fit(self.once, self.producers, self.pool.dice)
+        for number, batches in enumerate(self.pool.rounds(self._fitting, self.tuning)):
+            opened = spent()
+            if number == 0:
+                steady(self.pairs, self.producers, self.teacher, batches)
+                fit = Fit(self.once, self.producers, self.pool.dice)
+                scaled = State(self.moving)
+            found = in_lockstep(fit, (self.model, self.teacher), batches, lambda: spent() >= 1)
             before = self.best
             if found is not None and look() < before:
                 scales = found
-            self.best_state.restore()
+            if number == 0 and self.best >= came:  # as when there are too few images
+                scaled.restore()
+                norms = Fit(self.once, {}, self.pool.dice)
+                found = in_lockstep(
+                    norms, (self.model, self.teacher), batches, lambda: spent() >= 1
+                )
+                if found is not None and look() < before:
+                    scales = found
+                break
+            if 2 * spent() - opened > _SOLVING:
+                break
+        self.best_state.restore()
         return scales
 
     def distil(
@@ -282,7 +301,10 @@ def search(
         stack.enter_context(only(run.model, run.moving))
         stack.enter_context(only(run.teacher, []))
         came = run.check(clock() - begun)
-        scales = run.solve(lambda: clock() >= deadline, lambda: run.check(clock() - begun))
+        opened, open_for = clock(), max(deadline - clock(), 1e-9)
+        scales = run.solve(
+            lambda: (clock() - opened) / open_for, lambda: run.check(clock() - begun)
+        )
         run.best_state.restore()
         run.distil(scales, Budget(clock, begun, deadline, clock(), steps), progress)
         if run.best <= came:

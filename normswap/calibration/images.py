@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from normswap.drift import Pair, batches, entries, leaves, moved
 from normswap.errors import CalibrationError
 
 _FEWEST = 8
+_NUMBERS = 30_000_000
+"""Input values of one round: what lanes keep is a multiple of them."""
 
 
 class Pool:
@@ -72,15 +75,24 @@ class Pool:
         """One image, or one batch where they come in batches."""
         return self._at([0])
 
-    def lanes(self, count: int, numbers: int = 30_000_000) -> list[Any]:
-        """Up to ``count`` images in four batches at least, of ``numbers`` input values in all."""
+    def rounds(self, count: int, tuning: Tuning, again: int = 2) -> Iterator[list[Any]]:
+        """All images in rounds of about ``count``, then ``again`` rounds of augmented ones.
+
+        A round is a list of batches, four at least.
+        """
+        order = torch.randperm(len(self._used), generator=self.dice).tolist()
+        used = [self._used[i] for i in order]
         if not isinstance(self.images, Tensor):
-            per_unit = max(1, self.count // len(self.images))
-            return [self._at([i]) for i in self._used[: max(2, count // per_unit)]]
-        fitting = max(_FEWEST, numbers // max(self.images[0].numel(), 1))
-        chosen = self._used[: max(_FEWEST, min(count, fitting))]
-        step = max(1, min(self.size, -(-len(chosen) // 4)))
-        return [self._at(chosen[i : i + step]) for i in range(0, len(chosen), step)]
+            step = max(2, count // max(1, self.count // len(self.images)))
+            yield from ([self._at([i]) for i in part] for part in _parts(used, step))
+            return
+        fitting = max(_FEWEST, _NUMBERS // max(self.images[0].numel(), 1))
+        parts = _parts(used, max(_FEWEST, min(count, fitting)))
+        for part in parts:
+            yield [self._at(chosen) for chosen in _lanes(part, self.size)]
+        for index in range(again if self.images.dim() == 4 else 0):
+            chosen = _lanes(parts[index % len(parts)], self.size)
+            yield [self._augmented(self._at(lane), replace(tuning, mix=0.0)) for lane in chosen]
 
     def draw(self, tuning: Tuning) -> Any:
         """The next training batch, augmented where it is a tensor of images."""
@@ -143,3 +155,13 @@ def _joined(found: list[Any]) -> Tensor | list[Any]:
     tensors = [batch for batch in found if isinstance(batch, Tensor) and batch.dim() > 1]
     alike = len({batch.shape[1:] for batch in tensors}) == 1
     return torch.cat(tensors) if alike and len(tensors) == len(found) else found
+
+
+def _parts(items: list[int], most: int) -> list[list[int]]:
+    """Parts of nearly one length, none longer than ``most``."""
+    count = max(1, -(-len(items) // most))
+    return [items[i::count] for i in range(count)]
+
+
+def _lanes(items: list[int], size: int) -> list[list[int]]:
+    return _parts(items, max(1, min(size, -(-len(items) // 4))))

@@ -28,6 +28,7 @@ class Regression:
     def __init__(self, producer: Movable) -> None:
         self.module = producer.module
         self.loudness = producer.loudness()
+        self.start = [p.detach().clone() for p in producer.tensors]
         self.conv = isinstance(self.module, _ConvNd) and not isinstance(
             self.module, _ConvTransposeNd
         )
@@ -54,7 +55,7 @@ class Regression:
         at = _positions(wanted, rows, draw)
         seen = patches(module, x, at).float()
         aim = wanted.movedim(1, -1)[at].float() * self.loudness
-        weight = module.weight.detach().float().flatten(1)
+        weight = self.start[0].float().flatten(1)
         if module.groups > 1:
             seen, aim = seen.transpose(0, 1), aim.T[..., None]  # (C, R, taps), (C, R, 1)
             error = aim - seen @ weight[..., None]
@@ -68,15 +69,18 @@ class Regression:
         self._sums[held] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
     def move(self) -> None:
-        """Correct the weight, if that helps on the samples held out."""
+        """Correct the weight, counted from where it began, as far as that helps on held samples.
+
+        What other rounds saw counts too; only the strength is chosen on the last one.
+        """
         used, held = self._sums
         assert used is not None
         judged = used if held is None else held
         strengths = STRENGTHS if held is not None else (0.3,)
         found = [(self._left(judged, m), m) for m in (_solved(used, s) for s in strengths)]
         left, move = min(found, key=lambda pair: pair[0])
-        if left < 0:
-            self._apply(move)
+        self._apply(move if left < 0 else torch.zeros_like(move))
+        self._sums[True] = None
 
     @staticmethod
     def _left(sums: list[Tensor], move: Tensor) -> float:
@@ -88,9 +92,10 @@ class Regression:
         module = self.module
         assert isinstance(module, _ConvNd)
         change = move[..., 0] if module.groups > 1 else move.T
-        module.weight.add_(change[:, :-1].reshape(module.weight.shape).to(module.weight))
+        weight = self.start[0]
+        module.weight.copy_(weight + change[:, :-1].reshape(weight.shape).to(weight))
         if module.bias is not None:
-            module.bias.add_(change[:, -1].to(module.bias))
+            module.bias.copy_(self.start[1] + change[:, -1].to(weight))
 
 
 def _positions(like: Tensor, rows: int, draw: torch.Generator) -> tuple[Tensor, ...]:
