@@ -1,7 +1,8 @@
 """Accuracy against batch size, one line per target: the papers' figure, on the caller's data.
 
 Each cell of the sweep (target, batch size, seed) starts from the same weights, sees the same
-number of samples and takes its learning rate by the linear rule. It is one JSON file when it is
+number of samples (but for a lone last one of an epoch, which a batch of several leaves out) and
+takes its learning rate by the linear rule. It is one JSON file when it is
 done, so a sweep that was broken off goes on where it stopped.
 """
 
@@ -12,7 +13,7 @@ import json
 import logging
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ from normswap.passage import needs_passage
 from normswap.provenance import provenance_of
 from normswap.regular import read_text
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
-from normswap.training.batches import in_memory
+from normswap.training.batches import in_memory, samples_per_epoch
+from normswap.training.identity import (
+    data_changes,
+    data_identity,
+    machine_changes,
+    machine_identity,
+)
 from normswap.training.options import fingerprint
 from normswap.training.samples import rng_kept, seed_everything
 
@@ -39,6 +46,11 @@ TABLE = "sweep.json"
 PICTURE = "sweep.png"
 TARGETS = ("bn", "gn", "frn", "brn", "cbn")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+_OF_ONE_CALL = (
+    "seed", "device", "workers", "checkpoint_every", "check_data", "log_every", "tensorboard",
+)  # fmt: skip
+"""Options that a sweep may be gone on with otherwise."""
 
 SweepProgress = Callable[[int, int, str, Progress], None]
 
@@ -277,11 +289,12 @@ class _Bench:
 
     def sweep(self, wanted: list[Cell], progress: SweepProgress | None) -> Sweep:
         """All cells, table and picture."""
-        self.check_settings()
+        settings = json.loads(json.dumps(self.settings()))
+        self.check_settings(settings)
         done = [self.run(cell, at, len(wanted), progress) for at, cell in enumerate(wanted)]
         order = {name: at for at, name in enumerate(self.targets)}
         done.sort(key=lambda cell: (order[cell.target], cell.batch_size, cell.seed))
-        found = Sweep(tuple(done), self.settings())
+        found = Sweep(tuple(done), settings)
         if self.out is not None:
             _write(self.out / TABLE, found.to_json())
             draw_sweep(found, self.out / PICTURE)
@@ -289,36 +302,41 @@ class _Bench:
 
     def settings(self) -> dict[str, Any]:
         options = self.options.to_json()
-        for name in ("seed", "device", "workers", "checkpoint_every", "log_every", "tensorboard"):
+        for name in _OF_ONE_CALL:
             del options[name]
+        contents = self.options.check_data
         return {
             "model": _identity(self.model, self.from_scratch),
             "options": options,
             "from_scratch": self.from_scratch,
-            "samples": _size(self.train_data),
-            "validation samples": _size(self.val_data),
+            "training data": data_identity(self.train_data, contents=contents),
+            "validation data": data_identity(self.val_data, contents=contents),
+            "machine": machine_identity(self.options.device),
             "convert_options": {k: repr(v) for k, v in self.convert_options.items()},
         }
 
-    def check_settings(self) -> None:
+    def check_settings(self, now: dict[str, Any]) -> None:
         """A folder belongs to one sweep; more targets, sizes and seeds may join it later."""
         if self.out is None:
             return
         with sole_writer(self.out / "cells"):  # puts right what a killed sweep left there
             (self.out / "cells").mkdir(parents=True, exist_ok=True)
-        path, now = self.out / "settings.json", json.loads(json.dumps(self.settings()))
+        path = self.out / "settings.json"
         if not path.exists():
             _write(path, now)
             return
         then = json.loads(read_text(path))
-        changed = [key for key in now if now[key] != then.get(key)]
+        changed = list(_changes(now, then))
         if changed:
             raise TrainingError(
                 str(self.out),
-                got="; ".join(f"{key}: {now[key]} (was {then.get(key)})" for key in changed),
+                got="; ".join(changed),
                 need="the settings of the sweep that is there",
                 hint="them, or another folder",
             )
+        other = machine_changes(now["machine"], then.get("machine"))
+        if other:
+            log.warning("gone on with %s: cells may differ in their last bits", ", ".join(other))
 
     def run(self, cell: Cell, done: int, total: int, progress: SweepProgress | None) -> Cell:
         """The finished cell, from its file or by training."""
@@ -358,6 +376,7 @@ class _Bench:
                 seed=cell.seed,
                 learning_rate=cell.learning_rate,
                 tensorboard=False,
+                check_data=False,  # the sweep has looked
             )
             model = self._start(cell)
             if not needs_passage(model):
@@ -380,10 +399,11 @@ class _Bench:
         except NormSwapError as error:
             log.warning("%s failed: %s", cell.name, error)
             return replace(cell, failure=str(error))
+        size = _size(self.train_data)
         return replace(
             cell,
             learning_rate=history.learning_rate,
-            samples=options.epochs * (_size(self.train_data) or 0),
+            samples=options.epochs * samples_per_epoch(size, cell.batch_size) if size else 0,
             start_top1=start,
             top1=score.top1,
             top5=score.top5,
@@ -503,6 +523,15 @@ def _reset(model: nn.Module) -> None:
     if callable(initialise):
         with torch.no_grad():
             initialise()
+
+
+def _changes(now: dict[str, Any], then: dict[str, Any]) -> Iterator[str]:
+    """What makes another sweep of it."""
+    for key in now:
+        if key.endswith("data"):
+            yield from data_changes(key, now[key], then.get(key))
+        elif key != "machine" and now[key] != then.get(key):
+            yield f"{key}: {now[key]} (was {then.get(key)})"
 
 
 def _read_cell(path: Path) -> dict[str, Any]:

@@ -115,6 +115,44 @@ def test_broken_off_cell_goes_on_from_its_checkpoint(tmp_path):
     ]
 
 
+def test_samples_are_those_that_were_seen():
+    model, data = Net("bn"), samples(9)
+    found = sweep(
+        model, data, VAL, targets=["bn"], batch_sizes=[1, 2, 4], seeds=1, options=ONE_EPOCH
+    )
+    assert [cell.samples for cell in found.cells] == [9, 8, 8]
+
+
+@pytest.mark.parametrize("field", ["top1", "seconds", "failure", "recipe", "sha256", None])
+def test_an_edited_cell_is_refused(field, tmp_path):
+    one = {"batch_sizes": [4], "seeds": 1, "out": tmp_path}
+    small(**one)
+    path = tmp_path / "cells" / "bn-b4-s0.json"
+    cell = json.loads(path.read_text())
+    if field is None:
+        del cell["sha256"]
+    else:
+        cell[field] = 0.999
+    path.write_text(json.dumps(cell))
+    with pytest.raises(TrainingError, match=r"bn-b4-s0\.json: got content.*SHA-256.*removing"):
+        small(**one)
+    path.unlink()
+    assert small(**one).cells[0].top1 is not None
+
+
+def test_a_folder_belongs_to_its_data_and_tells_of_another_machine(tmp_path, caplog, monkeypatch):
+    one = {"targets": ["bn"], "batch_sizes": [4], "seeds": 1, "options": ONE_EPOCH}
+    sweep(Net("bn"), TRAIN, VAL, out=tmp_path, **one)
+    images, labels = TRAIN
+    with pytest.raises(TrainingError, match="training data with other labels"):
+        sweep(Net("bn"), (images, labels.flip(0)), VAL, out=tmp_path, **one)
+    with pytest.raises(TrainingError, match="validation data with other contents"):
+        sweep(Net("bn"), TRAIN, (VAL[0] + 1, VAL[1]), out=tmp_path, **one)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    sweep(Net("bn"), TRAIN, VAL, out=tmp_path, **one)
+    assert "gone on with threads=77 (was " in caplog.text
+
+
 def test_folder_with_other_settings_is_refused(tmp_path):
     small(out=tmp_path, seeds=1)
     with pytest.raises(TrainingError, match=r"from_scratch: True \(was False\)"):

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -14,13 +15,17 @@ import time
 import pytest
 import torch
 import training_runs
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 from training_runs import HARD, HEAVY, Augmented, Net, hard_run, samples, weights
 
 from normswap import files
+from normswap.data import Preprocessing, labelled_dataset
 from normswap.errors import TrainingError
 from normswap.training import FineTune, TrainingInterrupted, finetune, read_metrics
 from normswap.training.checkpoints import read_checkpoint, write_checkpoint
+from normswap.training.identity import data_identity
 
 KILLS = int(os.environ.get("NORMSWAP_KILLS", "1"))  # 20 shows more and takes minutes
 NORMS = ("gn", "frn", "brn", "cbn")
@@ -190,6 +195,142 @@ def test_damaged_checkpoint_is_named(tmp_path):
     torch.save({"format": 99}, tmp_path / "last.pt")
     with pytest.raises(TrainingError, match="got format 99"):
         hard_run("gn", tmp_path)
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
+def test_a_flipped_bit_is_noticed(at, tmp_path):
+    with pytest.raises(Stop):
+        hard_run("gn", tmp_path, progress=stop_at(3))
+    raw = bytearray((tmp_path / "last.pt").read_bytes())
+    raw[int(at * len(raw))] ^= 4
+    (tmp_path / "last.pt").write_bytes(bytes(raw))
+    with pytest.raises(TrainingError, match=r"last\.pt: got"):
+        hard_run("gn", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", -5), ("step", 999), ("epoch", 7), ("batch", 1.5), ("batch", None)]
+)
+def test_a_place_that_the_run_does_not_have(name, value, tmp_path):
+    with pytest.raises(Stop):
+        hard_run("gn", tmp_path, progress=stop_at(3))
+    found = torch.load(tmp_path / "last.pt", weights_only=True)
+    found["place"][name] = value
+    torch.save(found, tmp_path / "last.pt")
+    with pytest.raises(TrainingError, match="does not agree with its own SHA-256"):
+        hard_run("gn", tmp_path)
+    del found["sha256"]
+    torch.save(found, tmp_path / "last.pt")
+    with pytest.raises(TrainingError, match="no hash of its content"):
+        hard_run("gn", tmp_path)
+    write_checkpoint(tmp_path / "last.pt", found)
+    with pytest.raises(TrainingError, match=f"got {name}={value}; need a place in the run"):
+        hard_run("gn", tmp_path)
+
+
+def test_another_machine_is_told_in_one_line(tmp_path, caplog, monkeypatch):
+    with pytest.raises(Stop):
+        hard_run("gn", tmp_path, progress=stop_at(3))
+    hard_run("gn", tmp_path, progress=None)
+    assert "resumed with" not in caplog.text
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    hard_run("gn", tmp_path)
+    (line,) = [text for text in caplog.messages if "resumed with" in text]
+    assert re.match(r"resumed with threads=77 \(was \d+\): the last bits may", line)
+
+
+def pictures(folder):
+    for name, shade in (("a", 10), ("b", 200)):
+        for number in range(3):
+            path = folder / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), shade + number).save(path)
+    return folder
+
+
+def rename(folder):
+    (folder / "a" / "0.png").rename(folder / "a" / "00.png")
+
+
+def move(folder):
+    (folder / "a" / "0.png").rename(folder / "b" / "3.png")
+    (folder / "b" / "0.png").rename(folder / "a" / "0.png")
+
+
+def other_size(folder):
+    Image.effect_noise((9, 9), 50).save(folder / "a" / "0.png")
+
+
+def same_size(folder):
+    path = folder / "a" / "0.png"
+    size = path.stat().st_size
+    Image.new("L", (8, 8), 77).save(path)
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("change", "checked", "message"),
+    [
+        (rename, False, "training data with other file names"),
+        (move, False, "training data with other file names"),
+        (other_size, False, "training data with files of other sizes"),
+        (same_size, True, "training data with other contents"),
+        (same_size, False, None),
+    ],
+)
+def test_other_data_are_refused(change, checked, message, tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    want = Preprocessing((1, 8, 8), (0.5,), (0.5,), crop_pct=1.0)
+    options = FineTune(batch_size=2, epochs=1, tensorboard=False, check_data=checked)
+
+    def run():
+        data = labelled_dataset(folder, want, "train")
+        return finetune(Net("gn"), data, None, options, out=tmp_path / "out", resume=True)
+
+    run()
+    run()
+    change(folder)
+    if message is None:
+        run()
+        return
+    with pytest.raises(TrainingError, match=f"resume from .*: got {message}"):
+        run()
+
+
+def test_data_may_move_as_a_whole(tmp_path):
+    want = Preprocessing((1, 8, 8), (0.5,), (0.5,))
+    first = data_identity(labelled_dataset(pictures(tmp_path / "one"), want, "train"))
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert data_identity(labelled_dataset(tmp_path / "two", want, "train")) == first
+    assert set(first) == {"samples", "names", "sizes", "labels"}
+
+
+def test_every_form_of_data_has_an_identity(tmp_path):
+    images, labels = samples(6)
+    folder = pictures(tmp_path / "one")
+    want = Preprocessing((1, 8, 8), (0.5,), (0.5,))
+    files = labelled_dataset(folder, want, "train")
+    forms = {
+        "pair": (images, labels),
+        "loader": DataLoader(TensorDataset(images, labels)),
+        "subset": Subset(files, [0, 1]),
+        "other subset": Subset(files, [1, 0]),
+        "both": ConcatDataset([files, files]),
+        "torchvision": ImageFolder(folder),
+        "own": Augmented(6),
+    }
+    found = {name: data_identity(form) for name, form in forms.items()}
+    assert found["pair"] == found["loader"]
+    assert found["subset"]["names"] != found["other subset"]["names"]
+    assert found["both"]["samples"] == 12
+    assert "names" in found["both"]
+    assert found["torchvision"] == data_identity(files)
+    assert set(found["own"]) == {"samples", "labels"}
+    read = data_identity(forms["own"], contents=True)
+    assert read == data_identity(Augmented(6), contents=True)
+    other = Augmented(6)
+    other.images += 1
+    assert read != data_identity(other, contents=True)
 
 
 def test_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):

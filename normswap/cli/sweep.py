@@ -80,8 +80,9 @@ def command(
 ) -> None:
     """Measure accuracy against batch size, per target.
 
-    Every cell starts from MODEL and sees the same number of samples; the learning rate grows with
-    the batch size. --lr holds at the largest batch size.
+    Every cell starts from MODEL and sees the same number of samples, but for a lone last one that
+    a batch of several leaves out; the learning rate grows with the batch size. --lr holds at the
+    largest batch size.
     """
     check_parent(output)
     keep_others_out(output)

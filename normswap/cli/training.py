@@ -153,11 +153,14 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         " themselves.",
     ),
     click.option("--norms-only", is_flag=True, help="Train the normalisers only."),
+    click.option(
+        "--check-data", is_flag=True, help="Read all images first, to notice other ones later."
+    ),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
     click.option("--skip-broken", is_flag=True, help="Skip broken images instead of stopping."),
 )
 _RECIPE = (
     "epochs", "learning_rate", "optimizer", "weight_decay", "warmup_epochs",
     "gradient_accumulation", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "amp",
-    "freeze_backbone", "passage", "norms_only", "workers",
+    "freeze_backbone", "passage", "norms_only", "workers", "check_data",
 )  # fmt: skip

@@ -90,6 +90,16 @@ def slices(samples: int, batch_size: int, share: Share) -> list[tuple[int, int]]
     return found
 
 
+def samples_per_epoch(samples: int, batch_size: int) -> int:
+    """How many of its samples one process sees in an epoch.
+
+    Example:
+        >>> samples_per_epoch(9, 3), samples_per_epoch(9, 4)
+        (9, 8)
+    """
+    return sum(end - begin for begin, end in slices(samples, batch_size, Share()))
+
+
 class TensorBatches(Batches):
     """Batches of a pair of tensors that are in memory."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.checks import whole
 from normswap.errors import TrainingError, in_short
 from normswap.files import sole_writer
 from normswap.passage import Passage, as_original, forget_statistics, needs_passage
@@ -45,6 +46,12 @@ from normswap.training.execution import (
     explained,
     first_non_finite,
     stop_on_signals,
+)
+from normswap.training.identity import (
+    data_changes,
+    data_identity,
+    machine_changes,
+    machine_identity,
 )
 from normswap.training.optimisation import Updates
 from normswap.training.options import FineTune
@@ -305,6 +312,7 @@ class Run:
         scale_schedules(self.model, self.steps * self.options.gradient_accumulation)
         self.place, self.meter, self.clock = Place(), Meter(), Clock()
         self.recorder = Recorder(None, step=0, tensorboard=False)
+        self.identity: dict[str, Any] = {}
         self._begun = False
         self._say()
 
@@ -373,6 +381,8 @@ class Run:
     def go(self, found: dict[str, Any] | None) -> History:
         """Train from a checkpoint, or from the start, to the end."""
         self._check_agreement(found)
+        if self.job.folder is not None:
+            self.identity = self._identify()
         if found is not None:
             self._resume(found)
         self._open_records()
@@ -727,6 +737,7 @@ class Run:
             "format": FORMAT,
             "options": self.options.to_json(),
             "data": self._data(),
+            "identity": self.identity,
             "finished": self.place.epoch == self.options.epochs,
             "place": asdict(self.place),
             **self.record.state(),
@@ -751,6 +762,22 @@ class Run:
             "processes": self.share.world,
         }
 
+    def _identify(self) -> dict[str, Any]:
+        contents = self.options.check_data
+        return {
+            "training data": data_identity(self.job.train_data, contents=contents),
+            "validation data": data_identity(self.job.val_data, contents=contents),
+            "machine": machine_identity(self.device),
+        }
+
+    def _check_identity(self, folder: Path, then: dict[str, Any]) -> None:
+        """Other data are refused; another machine goes on after one line."""
+        for kind in ("training data", "validation data"):
+            check_same(folder, data_changes(kind, self.identity[kind], then.get(kind)))
+        other = machine_changes(self.identity["machine"], then.get("machine"))
+        if other:
+            log.warning("resumed with %s: the last bits may come out otherwise", ", ".join(other))
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave, and what this process had for itself."""
         self.updates.load_state(state)
@@ -772,6 +799,8 @@ class Run:
         folder = self.job.folder or Path()
         now, then = self._data(), found["data"]
         check_same(folder, [f"{k}={now[k]} (was {then[k]})" for k in now if now[k] != then[k]])
+        self._check_identity(folder, found.get("identity", {}))
+        self._check_place(folder / LAST, found["place"])
         try:
             self.load_state(found)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -786,6 +815,18 @@ class Run:
         if self.options.keep == "best" and self.record.best is not None:
             self.record.best_weights = read_checkpoint(folder / BEST)["model"]
         log.info("resumed at step %d of %d", self.place.step, self.steps)
+
+    def _check_place(self, path: Path, place: dict[str, int]) -> None:
+        """A place that this run can come to."""
+        ends = {"epoch": self.options.epochs, "batch": self.batches.count, "step": self.steps}
+        for name, end in ends.items():
+            if not whole(place.get(name), 0) or place[name] > end:
+                raise TrainingError(
+                    str(path),
+                    got=f"{name}={place.get(name)}",
+                    need=f"a place in the run: {name} from 0 to {end}",
+                    hint="removing the file to start afresh",
+                )
 
     def _check_agreement(self, found: dict[str, Any] | None) -> None:
         """Every process must have found the same checkpoint.

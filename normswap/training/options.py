@@ -13,7 +13,15 @@ from normswap.errors import TrainingError
 from normswap.files import weights_digest
 
 _FREE_ON_RESUME = frozenset(
-    {"checkpoint_every", "device", "eval_batch_size", "log_every", "tensorboard", "workers"}
+    {
+        "check_data",
+        "checkpoint_every",
+        "device",
+        "eval_batch_size",
+        "log_every",
+        "tensorboard",
+        "workers",
+    }
 )
 _SAMPLES_OF_THE_RULE = 256
 _ADAPTIVE = ("adam", "lamb", "lion", "rmsprop", "adopt", "mars", "soap", "laprop", "adan")
@@ -66,6 +74,8 @@ class FineTune:
             readable one in its place and count it.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes what accelerate finds.
         eval_batch_size: samples per forward on ``val_data``.
+        check_data: read all of the data before the run, so that one that is resumed notices other
+            contents too. Names, sizes and labels, and tensors in memory, are compared anyhow.
         tensorboard: write TensorBoard's event files into ``out`` when it is installed.
 
     Example:
@@ -102,6 +112,7 @@ class FineTune:
     on_broken: str = "error"
     device: str | None = None
     eval_batch_size: int = 32
+    check_data: bool = False
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
