@@ -344,13 +344,17 @@ def _move_in(ready: Path, target: Path) -> None:
     place = target.parent if file else target
     place.mkdir(exist_ok=True)
     mark = ready / _MARK
-    gone = mark.read_text(encoding="utf-8").split("\n")
+    # names in this folder alone: the mark may have come along with somebody else's files
+    listed = mark.read_text(encoding="utf-8", errors="replace").split("\n")
+    gone = [name for name in listed if name not in ("", ".", "..") and name == Path(name).name]
+    if file:  # beside a file lies what is not its own
+        gone = [name for name in gone if name.startswith(f"{target.name}.")]
     moved = [path for path in sorted(ready.iterdir()) if path != mark]
     for path in sorted(moved, key=lambda path: path.name == target.name):  # it refers to the others
         if path.is_dir():  # a name can be taken from a file, not from a folder that is not empty
             remove(place / path.name)
         path.replace(place / path.name)
-    for name in filter(None, gone):
+    for name in gone:
         remove(place / name)
     flush(place)
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +179,27 @@ def test_digests_tell_values_types_shapes_and_places_apart():
     )
     half = torch.zeros(3, dtype=torch.bfloat16)
     assert files.weights_digest({"a": half}) != files.weights_digest({"a": half.half()})
+
+
+@pytest.mark.parametrize(
+    "name", ["{victim}", "../victim", "x/../../victim", "victim/.", "./victim"]
+)
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_planted_mark_removes_nothing_elsewhere(name, kind, tmp_path, monkeypatch):
+    """Whoever made a folder may have put in what a killed writer leaves, with names of his own."""
+    removed = []
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: removed.append(Path(path)))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    target = tmp_path / "home" / "out"
+    target.parent.mkdir()
+    target.mkdir() if kind == "folder" else target.write_text("old")
+    planted = target.parent / ".out.0123abcd.ready"
+    planted.mkdir()
+    (planted / ".whole").write_text(name.format(victim=victim) + "\nnotes.txt")
+    notes = (target if kind == "folder" else target.parent) / "notes.txt"
+    notes.write_text("beside a file lies what is not its own")
+    with files.sole_writer(target):
+        pass
+    assert {path.resolve() for path in removed} <= {planted.resolve()}
+    assert notes.exists() is (kind == "file")
