@@ -4,20 +4,26 @@ Transforms and named datasets are timm's; folders follow torchvision's ``ImageFo
 (one sub-folder per class, nested as deep as one likes). This room reads; it never writes.
 """
 
+from normswap.data.detection import DetectionImages, detection_dataset
 from normswap.data.images import image_files, load_images, read_image, to_channels, transform
 from normswap.data.labelled import LabelledImages, has_splits, labelled_dataset
 from normswap.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from normswap.data.segmentation import SegmentationImages, segmentation_dataset
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "DetectionImages",
     "LabelledImages",
     "Preprocessing",
+    "SegmentationImages",
+    "detection_dataset",
     "has_splits",
     "image_files",
     "labelled_dataset",
     "load_images",
     "read_image",
+    "segmentation_dataset",
     "to_channels",
     "transform",
 ]

@@ -14,7 +14,7 @@ from normswap.training.batches import Share, evaluation_batches
 from normswap.training.execution import usable_device
 from normswap.training.options import FineTune
 from normswap.training.samples import Batch
-from normswap.training.tasks import Classification, Metrics, Task
+from normswap.training.tasks import Metrics, Task, task_for
 
 
 def evaluate(
@@ -25,20 +25,23 @@ def evaluate(
     device: str | torch.device | None = None,
     workers: int = 0,
     on_broken: str = "error",
+    task: str | Task = "classification",
     progress: Callable[[int], None] | None = None,
 ) -> Metrics:
-    """Score a classifier on labelled images, in eval mode.
+    """Score a model on labelled images, in eval mode.
 
     Args:
-        model: returns logits (N, K); of a tuple the first, of a mapping ``logits`` or ``out``.
-            Its training flags and its device are the same afterwards.
-        data: a ``Dataset`` of (tensor, class), an (images, labels) pair of tensors, or a
+        model: returns logits (N, K), or (N, K, H, W) for segmentation; of a tuple the first, of a
+            mapping ``logits`` or ``out``. Its training flags and its device are the same
+            afterwards.
+        data: a ``Dataset`` of (tensor, label), an (images, labels) pair of tensors, or a
             ``DataLoader``.
         batch_size: images per forward; a loader has its own.
         device: where to run; None is where the model is.
         workers: processes that load a data set.
         on_broken: a sample that cannot be read: ``"error"``, or ``"skip"`` to leave it out and
             count it.
+        task: what is measured, by name, or a task of one's own.
         progress: called with the number of images seen after each batch.
 
     Raises:
@@ -55,8 +58,8 @@ def evaluate(
         data, batch_size=batch_size, workers=workers, on_broken=on_broken, share=Share()
     )
     with placed(where, model) as there:
-        task = Classification(FineTune())
-        return metrics_from(task, added_up(task, model, batches, there, progress=progress))
+        judge = task_for(FineTune(), task)
+        return metrics_from(judge, added_up(judge, model, batches, there, progress=progress))
 
 
 def added_up(
@@ -69,19 +72,20 @@ def added_up(
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """What the task measures, images and broken ones, added up over the batches (float64)."""
-    totals = torch.zeros(len(task.sums) + 2, dtype=torch.float64)
+    sums, seen, unread = torch.zeros(len(task.sums), dtype=torch.float64), 0, 0
     with evaluating(model), torch.no_grad():
         for images, labels, broken in batches:
-            totals[-1] += len(broken)
+            unread += len(broken)
             if len(images):
                 task.check_data(labels)
                 with autocast() if autocast else torch.autocast(device.type, enabled=False):
                     output = model(images.to(device, non_blocking=True))
-                totals[:-2] += task.measure(output, labels.to(device))
-                totals[-2] += len(images)
+                found = task.measure(output, labels.to(device))
+                sums = found if not len(sums) else sums + found
+                seen += len(images)
             if progress:
-                progress(int(totals[-2]))
-    return totals
+                progress(seen)
+    return torch.cat([sums, torch.tensor([seen, unread], dtype=torch.float64)])
 
 
 def metrics_from(task: Task, totals: Tensor) -> Metrics:

@@ -7,8 +7,12 @@ from normswap.training.options import FineTune
 from normswap.training.tasks.base import LossFunction, MetricFunction, Metrics, Step, Task
 from normswap.training.tasks.classification import Classification
 from normswap.training.tasks.custom import Custom
+from normswap.training.tasks.segmentation import Segmentation
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+}
 
 
 def task_for(
@@ -57,6 +61,7 @@ __all__ = [
     "LossFunction",
     "MetricFunction",
     "Metrics",
+    "Segmentation",
     "Step",
     "Task",
     "task_for",

@@ -79,8 +79,8 @@ class Task:
     """
 
     name: ClassVar[str]
-    sums: ClassVar[tuple[str, ...]]
-    """Names of what ``measure`` adds up."""
+    sums: tuple[str, ...] = ()
+    """Names of what ``measure`` adds up; known once ``measure`` or ``begin`` has seen an output."""
 
     def __init__(self, options: FineTune) -> None:
         self.options = options

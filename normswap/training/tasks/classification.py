@@ -49,7 +49,7 @@ class Classification(Task):
     """One class per image."""
 
     name: ClassVar[str] = "classification"
-    sums: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")
+    sums: tuple[str, ...] = ("top1", "top5", "loss")
 
     def __init__(self, options: FineTune) -> None:
         super().__init__(options)

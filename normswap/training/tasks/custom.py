@@ -29,7 +29,7 @@ class Custom(Classification):
     """
 
     name: ClassVar[str] = "custom"
-    sums: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss", "metric", "classified")
+    sums: tuple[str, ...] = ("top1", "top5", "loss", "metric", "classified")
 
     def __init__(
         self, options: FineTune, loss: LossFunction | None, metric: MetricFunction | None

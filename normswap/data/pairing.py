@@ -1,0 +1,87 @@
+"""What the readers of dense data share: where a split lies, and how one folder is divided."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from normswap.errors import DataError
+
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval", "evaluation", "test"),
+}
+
+Item = TypeVar("Item")
+
+
+def folder_of(root: str | Path) -> Path:
+    """``root`` as a folder that exists.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise DataError(
+            str(folder),
+            got="a file" if folder.exists() else "nothing there",
+            need="a folder of data",
+            hint="giving the folder that holds the images",
+        )
+    return folder
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """What the folder or file of a split may be called.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split not in SPLITS:
+        raise DataError("split", got=repr(split), need="train or val", hint="split='val'")
+    return SPLITS[split]
+
+
+def divided(
+    items: Sequence[Item],
+    keys: Sequence[str],
+    split: str,
+    *,
+    val_split: float,
+    seed: int,
+    where: str,
+) -> list[Item]:
+    """One part of a folder that has no split of its own; both parts are never empty.
+
+    Which part an item belongs to depends on its key and the seed alone, so that an added image
+    moves no other one.
+    """
+    if not 0 < val_split < 1:
+        raise DataError(
+            "val_split", got=str(val_split), need="a share between 0 and 1", hint="val_split=0.2"
+        )
+    if len(items) < 2:
+        raise DataError(
+            where, got=f"{len(items)} images", need="two at least, to divide", hint="more images"
+        )
+    order = sorted(range(len(items)), key=lambda i: _rank(keys[i], seed))
+    count = min(max(1, round(val_split * len(items))), len(items) - 1)
+    chosen = set(order[:count]) if split == "val" else set(order[count:])
+    return [item for index, item in enumerate(items) if index in chosen]
+
+
+def _rank(key: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()
+
+
+def no_split(folder: Path, split: str, layout: str) -> DataError:
+    """The error for a folder that is neither divided nor to be divided."""
+    return DataError(
+        str(folder),
+        got=f"no {split} part",
+        need=layout,
+        hint="dividing the folder with --val-split 0.2 (val_split=0.2)",
+    )

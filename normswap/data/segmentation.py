@@ -1,0 +1,258 @@
+"""Images with masks: ``images/`` and ``masks/`` with equal stems.
+
+    DATA/train/images/a.jpg   DATA/train/masks/a.png    and the same under val/
+    DATA/images/train/a.jpg   DATA/masks/train/a.png    likewise
+    DATA/images/a.jpg         DATA/masks/a.png          with a share for validation
+
+A mask holds one class number a pixel, in 8 or 16 bits or as a palette; one number is ignored.
+``classes.txt`` in DATA may name the classes, one a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from normswap.data.images import UNREADABLE, channels_of, images_below, read_image
+from normswap.data.pairing import divided, folder_of, names_of, no_split
+from normswap.data.preprocessing import Preprocessing
+from normswap.errors import DataError
+from normswap.regular import open_regular, read_text
+
+IGNORED = 255
+"""The number that marks pixels of no class, as in Pascal VOC and Cityscapes."""
+
+CLASSES = "classes.txt"
+
+_LAYOUT = "train/images, train/masks, val/images and val/masks, or images/ and masks/ alone"
+
+
+class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images with masks, as (image, mask) pairs.
+
+    Args:
+        pairs: (image file, mask file).
+        class_names: the classes in the order of their numbers.
+        preprocessing: what the model wants; both are resized to its input size.
+        train: augment: a random crop of a quarter to all of the area, and a flip.
+        ignored: the number in a mask that stands for no class.
+
+    Shape:
+        ((C, H, W) float32, (H, W) int64).
+
+    Raises:
+        DataError: on reading, with the file's name: a mask of another size than its image, of
+            several channels, or with a class that there is not.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        train: bool = False,
+        ignored: int = IGNORED,
+    ) -> None:
+        self.pairs = list(pairs)
+        self.class_names = tuple(class_names)
+        self.ignored = ignored
+        self.channels = channels_of(preprocessing)
+        self.transform = joint_transform(preprocessing, train=train)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from torchvision import tv_tensors
+
+        image_file, mask_file = self.pairs[index]
+        image = read_image(image_file, self.channels)
+        mask = read_mask(mask_file)
+        if mask.shape != (image.height, image.width):
+            raise DataError(
+                str(mask_file),
+                got=f"a mask of {mask.shape[1]}x{mask.shape[0]}",
+                need=f"{image.width}x{image.height}, as {image_file.name}",
+                hint="drawing it at the size of its image",
+            )
+        self._check_classes(mask, mask_file)
+        picture, labels = self.transform(image, tv_tensors.Mask(torch.from_numpy(mask)))
+        return picture.as_subclass(Tensor), labels.as_subclass(Tensor).to(torch.int64)
+
+    def _check_classes(self, mask: np.ndarray[Any, Any], file: Path) -> None:
+        known = len(self.class_names)
+        wrong = (mask >= known) & (mask != self.ignored)
+        if wrong.any():
+            raise DataError(
+                str(file),
+                got=f"class {int(mask[wrong][0])}",
+                need=f"0 to {known - 1}, or {self.ignored} for pixels of no class",
+                hint=f"more classes, or the number to ignore (--ignore-index, now {self.ignored})",
+            )
+
+
+def read_mask(file: Path) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The class numbers of a mask file, (H, W).
+
+    Raises:
+        DataError: it cannot be decoded, or holds colours.
+    """
+    import PIL.Image
+
+    try:
+        with open_regular(file) as stream, PIL.Image.open(stream) as image:
+            image.load()
+            mode, values = image.mode, np.asarray(image)
+    except (*UNREADABLE, PIL.Image.DecompressionBombError) as error:
+        raise DataError(
+            str(file),
+            got=f"a broken mask ({type(error).__name__}: {str(error)[:80]})",
+            need="a complete PNG",
+            hint="removing it with its image",
+        ) from error
+    if values.ndim != 2 or values.dtype.kind not in "iub":
+        raise DataError(
+            str(file),
+            got=f"a mask of mode {mode}",
+            need="one class number a pixel: 8 or 16 bits of grey, or a palette",
+            hint="saving class numbers and not colours",
+        )
+    return values.astype(np.int32)
+
+
+def joint_transform(preprocessing: Preprocessing, *, train: bool) -> Callable[..., Any]:
+    """Resize, crop and flip an image together with its mask."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import InterpolationMode, v2
+
+    size = list(preprocessing.input_size[-2:])
+    kinds = {mode.value: mode for mode in InterpolationMode}
+    interpolation = kinds.get(preprocessing.interpolation, InterpolationMode.BILINEAR)
+    if train:
+        geometry = [
+            v2.RandomResizedCrop(
+                size, scale=(0.25, 1.0), interpolation=interpolation, antialias=True
+            ),
+            v2.RandomHorizontalFlip(),
+        ]
+    else:
+        geometry = [v2.Resize(size, interpolation=interpolation, antialias=True)]
+    made: Callable[..., Any] = v2.Compose(
+        [
+            v2.ToImage(),
+            *geometry,
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(preprocessing.mean, preprocessing.std),
+        ]
+    )
+    return made
+
+
+def segmentation_dataset(
+    root: str | Path,
+    preprocessing: Preprocessing,
+    split: str = "val",
+    *,
+    train: bool = False,
+    class_names: Sequence[str] | None = None,
+    val_split: float | None = None,
+    seed: int = 0,
+    ignored: int = IGNORED,
+) -> SegmentationImages:
+    """Images with masks from a folder; see the module's docstring for the layouts.
+
+    Args:
+        root: the folder.
+        preprocessing: what the model wants.
+        split: ``"train"`` or ``"val"``.
+        train: augment image and mask together.
+        class_names: the classes in the order of the model's outputs; None takes ``classes.txt``,
+            else as many as the masks of this split hold, by number.
+        val_split: share that a folder without splits gives to ``"val"``.
+        seed: of that division.
+        ignored: the number in a mask that stands for no class.
+
+    Raises:
+        DataError: no such folder or layout, an image without a mask or a mask without an image.
+    """
+    folder = folder_of(root)
+    pairs = _pairs(folder, split, val_split, seed)
+    names = tuple(class_names or _named(folder) or _counted(pairs, ignored))
+    return SegmentationImages(pairs, names, preprocessing, train=train, ignored=ignored)
+
+
+def _pairs(root: Path, split: str, val_split: float | None, seed: int) -> list[tuple[Path, Path]]:
+    for name in names_of(split):
+        for images, masks in (
+            (root / name / "images", root / name / "masks"),
+            (root / "images" / name, root / "masks" / name),
+        ):
+            if images.is_dir() and masks.is_dir():
+                if val_split is not None:
+                    raise DataError(
+                        str(root),
+                        got=f"val_split={val_split} for a folder that is divided already",
+                        need="one or the other",
+                        hint="leaving out --val-split (val_split)",
+                    )
+                return _matched(images, masks)
+    images, masks = root / "images", root / "masks"
+    if not (images.is_dir() and masks.is_dir()) or val_split is None:
+        raise no_split(root, split, _LAYOUT)
+    found = _matched(images, masks)
+    keys = [image.relative_to(images).as_posix() for image, _ in found]
+    return divided(found, keys, split, val_split=val_split, seed=seed, where=str(images))
+
+
+def _matched(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """The files of two folders by their stems, sub-folders included."""
+    pictures, drawn = (
+        {path.relative_to(folder).with_suffix("").as_posix(): path for path in images_below(folder)}
+        for folder in (images, masks)
+    )
+    for what, here, there, folder in (
+        ("an image", pictures, drawn, masks),
+        ("a mask", drawn, pictures, images),
+    ):
+        alone = sorted(set(here) - set(there))
+        if alone:
+            raise DataError(
+                str(here[alone[0]]),
+                got=f"{what} without its other half"
+                + (f", and {len(alone) - 1} more" if len(alone) > 1 else ""),
+                need=f"a file {alone[0]} in {folder}",
+                hint="adding it, or moving this one away",
+            )
+    if not pictures:
+        raise DataError(
+            str(images), got="no images", need="images and their masks", hint="another folder"
+        )
+    return [(pictures[stem], drawn[stem]) for stem in sorted(pictures)]
+
+
+def _named(root: Path) -> tuple[str, ...] | None:
+    file = root / CLASSES
+    if not file.exists():
+        return None
+    try:
+        names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            str(file), got=str(error), need="one class name a line", hint="removing it"
+        ) from error
+    return tuple(names) or None
+
+
+def _counted(pairs: Sequence[tuple[Path, Path]], ignored: int) -> tuple[str, ...]:
+    most = 0
+    for _, file in pairs:
+        mask = read_mask(file)
+        most = max(most, int(mask[mask != ignored].max(initial=0)))
+    return tuple(str(number) for number in range(most + 1))
