@@ -102,6 +102,7 @@ def build(
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
     image_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
 ) -> Source:
     """Build a model from a spec, with weights.
 
@@ -111,6 +112,8 @@ def build(
         checkpoint: weights from a file instead; nothing is downloaded.
         num_classes: outputs of the head; pretrained weights keep all but the head.
         image_size: height and width, where they differ from the model's own.
+        in_chans: channels of the input, where they are not red, green and blue; a pretrained first
+            convolution is adapted by timm's rule.
 
     Returns:
         The model in eval mode with its provenance.
@@ -130,6 +133,7 @@ def build(
         checkpoint=checkpoint,
         num_classes=num_classes,
         image_size=image_size,
+        in_chans=in_chans,
     )
 
 
@@ -140,6 +144,7 @@ def _build(
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
     image_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
     recorded: bool = False,
 ) -> Source:
     family, name = _family(spec)
@@ -147,6 +152,8 @@ def _build(
         raise SpecError(
             "num_classes", got=str(num_classes), need="at least 1", hint="leaving it out"
         )
+    if in_chans is not None and in_chans < 1:
+        raise SpecError("in_chans", got=str(in_chans), need="at least 1", hint="leaving it out")
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     built = family(
         Request(
@@ -156,6 +163,7 @@ def _build(
             filled_later=state is not None,
             num_classes=num_classes,
             image_size=_edges(image_size),
+            in_chans=in_chans,
             keys=frozenset(state or ()),
             recorded=recorded,
         )

@@ -32,6 +32,7 @@ def load_model(
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
     image_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
     device: str | torch.device = "cpu",
     trust: Trust = None,
 ) -> Source:
@@ -44,6 +45,8 @@ def load_model(
         checkpoint: weights from a file instead; nothing is downloaded.
         num_classes: outputs of the head; pretrained weights keep all but the head.
         image_size: height and width, where they differ from the model's own.
+        in_chans: channels of the input, where they are not red, green and blue; a pretrained first
+            convolution is adapted by timm's rule.
         device: where the model goes.
         trust: for a directory, see :func:`load`.
 
@@ -67,15 +70,18 @@ def load_model(
             checkpoint=checkpoint,
             num_classes=num_classes,
             image_size=image_size,
+            in_chans=in_chans,
         )
         source.model.to(device)
         return source
     if not pretrained:
         logger.warning("%s: an artefact brings its own weights; pretrained is ignored", spec)
-    if checkpoint is not None or num_classes is not None:
+    given = {"checkpoint": checkpoint, "num_classes": num_classes, "in_chans": in_chans}
+    extra = [name for name, value in given.items() if value is not None]
+    if extra:
         raise ArtifactError(
             str(spec),
-            got="an artefact together with " + ("checkpoint" if checkpoint else "num_classes"),
+            got=f"an artefact together with {extra[0]}",
             need="an artefact alone: it brings its weights and its head",
             hint="leaving the option out, or the spec the artefact was made from",
         )

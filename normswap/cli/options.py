@@ -93,6 +93,7 @@ class ModelChoice:
     device: str | None
     seed: int
     image_size: int | None
+    in_chans: int | None = None
     batchnorms: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
 
@@ -107,6 +108,8 @@ class ModelChoice:
             yield from ("--num-classes", str(self.num_classes))
         if self.image_size is not None:
             yield from ("--image-size", str(self.image_size))
+        if self.in_chans is not None:
+            yield from ("--in-chans", str(self.in_chans))
         for text in self.batchnorms:
             yield from ("--batchnorm", text)
         for spec in self.trust:
@@ -126,6 +129,7 @@ class ModelChoice:
             checkpoint=self.checkpoint,
             num_classes=self.num_classes,
             image_size=self.image_size,
+            in_chans=self.in_chans,
             device=check_device(self.device),
             trust=self.trust,
         )
@@ -189,6 +193,11 @@ _MODEL_OPTIONS = (
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="For all random numbers."),
     click.option("--image-size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
+    click.option(
+        "--in-chans",
+        type=click.IntRange(min=1),
+        help="Channels of the input, where they are not 3. Pretrained stems follow timm's rule.",
+    ),
     click.option(
         "--batchnorm",
         "batchnorms",

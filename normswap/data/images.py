@@ -7,14 +7,15 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from normswap.data.bands import Bands, ByBand, bands_of
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError
 from normswap.libraries import library
@@ -48,11 +49,27 @@ def transform(
         A function from a PIL image to a (C, H, W) tensor.
 
     Raises:
-        DataError: the model takes no images of one or three channels.
+        DataError: the model takes no images.
     """
     channels = channels_of(preprocessing)
-    timm_data = library("timm.data")
-    make = timm_data.create_transform(
+    if channels in (1, 3):
+        return _Pipeline(channels, _timm_transform(preprocessing, train, augmentation))
+    edges = preprocessing.input_size[1:]
+    makes = [
+        _timm_transform(
+            replace(preprocessing, input_size=(1, *edges), mean=(mean,), std=(std,)),
+            train,
+            augmentation,
+        )
+        for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)
+    ]
+    return _Pipeline(channels, ByBand(tuple(makes)))
+
+
+def _timm_transform(
+    preprocessing: Preprocessing, train: bool, augmentation: Mapping[str, Any]
+) -> Callable[[Any], Tensor]:
+    make: Callable[[Any], Tensor] = library("timm.data").create_transform(
         input_size=preprocessing.input_size,
         is_training=train,
         interpolation=preprocessing.interpolation,
@@ -62,7 +79,7 @@ def transform(
         crop_mode=preprocessing.crop_mode,
         **augmentation,
     )
-    return _Pipeline(channels, make)
+    return make
 
 
 @dataclass(frozen=True)
@@ -70,30 +87,48 @@ class _Pipeline:
     """A class and not a closure, so that data loaders can send it to their workers."""
 
     channels: int
-    make: Callable[[Image], Tensor]
+    make: Callable[[Any], Tensor]
 
-    def __call__(self, image: Image) -> Tensor:
+    def __call__(self, image: Image | Bands) -> Tensor:
         return self.make(to_channels(image, self.channels))
 
 
 def channels_of(preprocessing: Preprocessing) -> int:
-    """1 or 3; an error for models that take no images."""
+    """Number of channels; an error for models that take no images."""
     size = preprocessing.input_size
-    if len(size) != 3 or size[0] not in (1, 3):
+    if len(size) != 3:
         raise DataError(
             "preprocessing.input_size",
             got=str(size),
-            need="(1, H, W) or (3, H, W) to read image files",
+            need="(C, H, W) to read image files",
             hint="passing a tensor of your own, or a Dataset",
         )
     return size[0]
 
 
-def to_channels(image: Image, channels: int = 3) -> Image:
-    """Any PIL image (grey, 16 bit, palette, RGBA, CMYK …) as 8-bit RGB or grey.
+def to_channels(image: Image | Bands, channels: int = 3) -> Any:
+    """Any PIL image (grey, 16 bit, palette, RGBA, CMYK, a TIFF of many pages …) in 8 bits.
 
     Pillow clips 16-bit and float images at 255 when asked for RGB; here they are scaled first.
+
+    Returns:
+        RGB for three channels, grey for one, else :class:`normswap.data.bands.Bands`.
+
+    Raises:
+        DataError: the image has another number of channels, and the model takes neither 1 nor 3.
     """
+    if isinstance(image, Bands):
+        return image
+    if channels not in (1, 3):
+        return bands_of(image, channels, _grey)
+    return _rgb_or_grey(image, channels)
+
+
+def _grey(image: Image) -> Image:
+    return _rgb_or_grey(image, 1)
+
+
+def _rgb_or_grey(image: Image, channels: int) -> Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     elif image.mode == "P" and "transparency" in image.info:
@@ -116,8 +151,8 @@ def _to_8_bit(image: Image) -> Image:
     return PIL.Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 
-def read_image(path: Path, channels: int = 3) -> Image:
-    """Read and decode one image file.
+def read_image(path: Path, channels: int = 3) -> Any:
+    """Read and decode one image file; see :func:`to_channels` for what comes back.
 
     Raises:
         DataError: the file cannot be decoded; the text names it.
@@ -129,6 +164,8 @@ def read_image(path: Path, channels: int = 3) -> Image:
             warnings.simplefilter("ignore")  # remarks on odd but readable metadata
             image.load()
             return to_channels(image, channels)
+    except DataError as error:
+        raise DataError(str(path), got=error.got, need=error.need, hint=error.hint) from error
     except (*UNREADABLE, PIL.Image.DecompressionBombError) as error:
         raise DataError(
             str(path),

@@ -88,6 +88,29 @@ class Preprocessing:
             raise _bad_field("fields", repr(data)[:80], f"a mapping with {sorted(known)}")
         return cls(**data)
 
+    def with_channels(self, channels: int) -> Preprocessing:
+        """The same for images of another number of channels.
+
+        One channel gets the average of means and deviations, more than there are repeat them.
+
+        Example:
+            >>> Preprocessing().with_channels(1).mean
+            (0.449,)
+            >>> Preprocessing().with_channels(4).std
+            (0.229, 0.224, 0.225, 0.229)
+        """
+        if channels == self.input_size[0]:
+            return self
+        values = asdict(self)
+        values["input_size"] = (channels, *self.input_size[1:])
+        for name in ("mean", "std"):
+            old = values[name]
+            average = round(sum(old) / len(old), 6)
+            values[name] = (
+                (average,) if channels == 1 else tuple(old[i % len(old)] for i in range(channels))
+            )
+        return Preprocessing(**values)
+
     def resized(self, image_size: int | Sequence[int] | None) -> Preprocessing:
         """The same for images of another height and width (one number: square)."""
         if image_size is None:

@@ -8,14 +8,18 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap.data import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from normswap.errors import NormSwapError, SpecError, in_short
 from normswap.factories.request import Built, Request
 from normswap.factories.timm_models import timm_preprocessing
+from normswap.graph import qualified_names
+from normswap.graph.walker import ready_to_run
 from normswap.modes import refuse_other_meanings
 from normswap.trust import current_folder_importable
 
@@ -23,9 +27,12 @@ from normswap.trust import current_folder_importable
 def from_python(request: Request) -> Built:
     """``python:package.module:factory``, also below the current folder.
 
-    The factory gets ``num_classes``, ``pretrained`` and ``image_size`` if it names them. The input
-    size comes from ``image_size``, or from an attribute ``preprocessing``, ``pretrained_cfg`` or
-    ``input_size`` of the model or the factory, or is 224 with the channels of the first layer.
+    The factory gets ``num_classes``, ``pretrained``, ``image_size`` and ``in_chans`` if it names
+    them. What the model takes is, in this order: an attribute ``preprocessing`` of the model or the
+    factory; the channels of the first layer that fixes them (unless a full ``input_size`` says
+    otherwise and the model runs on that); the edges of ``image_size``, of an attribute
+    ``input_size`` of the model or the factory, of a ``pretrained_cfg`` or ``default_cfg`` of either
+    (which also gives mean, deviation and interpolation), or 224.
 
     Raises:
         SpecError: no such module or attribute, or it gives no ``nn.Module``.
@@ -188,6 +195,15 @@ def _factory_options(factory: Callable[..., Any], request: Request) -> dict[str,
         options["num_classes"] = request.num_classes
     if "pretrained" in parameters:
         options["pretrained"] = request.pretrained
+    if request.in_chans is not None:
+        if "in_chans" not in parameters and not open_ended:
+            raise SpecError(
+                request.spec,
+                got=f"in_chans={request.in_chans}",
+                need="a factory that takes in_chans",
+                hint="adding that argument to the factory, or leaving in_chans out",
+            )
+        options["in_chans"] = request.in_chans
     if request.image_size is not None and "image_size" in parameters:
         height, width = request.image_size
         options["image_size"] = height if height == width else request.image_size
@@ -195,20 +211,39 @@ def _factory_options(factory: Callable[..., Any], request: Request) -> dict[str,
 
 
 def _python_preprocessing(model: nn.Module, factory: Callable[..., Any]) -> Preprocessing:
-    for owner in (model, factory):
+    owners = (model, factory)
+    for owner in owners:
         given = getattr(owner, "preprocessing", None)
         if isinstance(given, Preprocessing):
             return given
         if isinstance(given, Mapping):
             return Preprocessing.from_json(given)
-        for name in ("pretrained_cfg", "default_cfg"):
-            cfg = getattr(owner, name, None)
-            if isinstance(cfg, Mapping) and cfg.get("input_size"):
-                return timm_preprocessing(cfg)
-        size = getattr(owner, "input_size", None)
-        if size is not None:
-            return _plain_preprocessing(_full_size(size, model))
-    return _plain_preprocessing(_full_size(None, model))
+    configs = (getattr(o, n, None) for o in owners for n in ("pretrained_cfg", "default_cfg"))
+    known = (dict(cfg) for cfg in configs if isinstance(cfg, Mapping) and cfg.get("input_size"))
+    config = next((timm_preprocessing(cfg) for cfg in known), None)
+    sizes = (getattr(owner, "input_size", None) for owner in owners)
+    size = next((size for size in sizes if size is not None), None)
+    channels, rank = _first_layer(model)
+    if size is None and config is not None and rank == len(config.input_size) - 1:
+        return config.with_channels(channels)
+    full = _full_size(size, model)
+    if full[0] != channels and len(full) == rank + 1 and not _takes(model, full):
+        full = (channels, *full[1:])
+    if config is None or len(full) != len(config.input_size):
+        return _plain_preprocessing(full)
+    return replace(config.with_channels(full[0]), input_size=full)
+
+
+def _takes(model: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether the model runs on one input of that size, looked at without arithmetic."""
+    try:
+        with ready_to_run(
+            model, torch.zeros(1, *size), qualified_names(model), mode="eval", meta=True
+        ) as (inputs, _):
+            model(inputs)
+    except Exception:  # noqa: BLE001 - whatever the model raises
+        return False
+    return True
 
 
 def _plain_preprocessing(size: tuple[int, ...]) -> Preprocessing:

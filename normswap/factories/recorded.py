@@ -19,6 +19,9 @@ from normswap.libraries import library
 MOST_PIXELS = 8192
 """The longest edge of an image that a recorded architecture is built for."""
 
+MOST_CHANNELS = 1024
+"""The most channels of an image that a recorded architecture is built for."""
+
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -28,6 +31,10 @@ def _flag(value: Any) -> bool:
 
 def _edge(value: Any) -> bool:
     return checks.whole(value, 1, MOST_PIXELS)
+
+
+def _channels(value: Any) -> bool:
+    return checks.whole(value, 1, MOST_CHANNELS)
 
 
 def _size(value: Any) -> bool:
@@ -45,9 +52,10 @@ _TORCHVISION: dict[str, Callable[[Any], bool]] = {
     "aux_loss": _flag,
     "image_size": _edge,
     "frozen_eps": _share,
+    "in_chans": _channels,
 }
-_TIMM: dict[str, Callable[[Any], bool]] = {"img_size": _size}
-_PYTHON: dict[str, Callable[[Any], bool]] = {"image_size": _size}
+_TIMM: dict[str, Callable[[Any], bool]] = {"img_size": _size, "in_chans": _channels}
+_PYTHON: dict[str, Callable[[Any], bool]] = {"image_size": _size, "in_chans": _channels}
 
 
 def check_recorded(spec: str, arguments: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ class Request:
         filled_later: weights will be loaded over it, so that its own initialisation is wasted.
         num_classes: outputs of the head; None: the factory's default.
         image_size: height and width, for architectures that must know.
+        in_chans: channels of the input; None: the factory's default.
         arguments: of an earlier build, to be used as they are; None: to be worked out.
         keys: those of the checkpoint to be loaded, which tell about optional parts.
         recorded: a file names the source, and not the user.
@@ -47,6 +48,7 @@ class Request:
     filled_later: bool = False
     num_classes: int | None = None
     image_size: tuple[int, int] | None = None
+    in_chans: int | None = None
     arguments: Mapping[str, Any] | None = None
     keys: frozenset[str] = frozenset()
     recorded: bool = False

@@ -51,7 +51,8 @@ def from_timm(request: Request) -> Built:
             raise unknown_model(request.spec, "timm/", name, timm.list_models())
         model = timm.create_model(name, pretrained=request.pretrained, **options)
     cfg = dict(model.pretrained_cfg or {})
-    preprocessing = timm_preprocessing(cfg).resized(request.image_size)
+    channels = options.get("in_chans") or (cfg.get("input_size") or (3,))[0]
+    preprocessing = timm_preprocessing(cfg).with_channels(channels).resized(request.image_size)
     names = _timm_class_names(cfg, model) if request.pretrained else None
     return Built(model, preprocessing, arguments, names)
 
@@ -68,12 +69,17 @@ def _timm_arguments(timm: Any, request: Request) -> dict[str, Any]:
                     need="numbers, flags, names and lists of them, within bounds",
                     hint="building it with timm itself, if you trust its author",
                 )
+        if request.in_chans is not None:
+            options["in_chans"] = request.in_chans
         return {"architecture": str(name), "config": _config(cfg), "options": options}
     arguments: dict[str, Any] = {"architecture": request.name}
+    if request.in_chans is not None:
+        arguments["options"] = {"in_chans": request.in_chans}
     if request.image_size is not None and timm.is_model(request.name):
         cfg = timm.get_pretrained_cfg(request.name)
         if cfg is not None and cfg.fixed_input_size:
-            arguments["options"] = {"img_size": list(request.image_size)}
+            size = {"img_size": list(request.image_size)}
+            arguments["options"] = arguments.get("options", {}) | size
     return arguments
 
 
@@ -113,11 +119,15 @@ def timm_preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
     config = library("timm.data").resolve_data_config({}, pretrained_cfg=dict(cfg) or {"": None})
     size = tuple(config["input_size"])
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    if len(mean) != size[0]:
-        mean, std = (mean[0],) * size[0], (std[0],) * size[0]
-    return Preprocessing(
-        size, mean, std, config["interpolation"], config["crop_pct"], config["crop_mode"]
+    found = Preprocessing(
+        (len(mean), *size[1:]),
+        mean,
+        std,
+        config["interpolation"],
+        config["crop_pct"],
+        config["crop_mode"],
     )
+    return found.with_channels(size[0])
 
 
 def _timm_class_names(cfg: Mapping[str, Any], model: nn.Module) -> tuple[str, ...] | None:

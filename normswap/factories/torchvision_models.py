@@ -13,6 +13,7 @@ from normswap.data import Preprocessing
 from normswap.errors import SpecError
 from normswap.factories.heads import graft_head
 from normswap.factories.request import Built, Request, explained, no_weights, unknown_model
+from normswap.factories.stems import take_channels
 from normswap.libraries import library
 
 logger = logging.getLogger("normswap")
@@ -42,6 +43,7 @@ def from_torchvision(request: Request) -> Built:
         model = _torchvision_model(builder, weights, arguments, request)
     task = _torchvision_task(builder)
     preprocessing = _torchvision_preprocessing(name, weights, task).resized(request.image_size)
+    preprocessing = preprocessing.with_channels(arguments.get("in_chans", 3))
     names = weights.meta.get("categories") if request.pretrained and weights else None
     if request.num_classes not in (None, len(names or ())):
         names = None
@@ -90,6 +92,10 @@ def _torchvision_arguments(
         arguments = {"aux_loss": has_aux if request.keys else like_weights}
     elif name.startswith("vit_") and like_weights:
         arguments = {"image_size": weights.meta["min_size"][0]}
+    if request.in_chans not in (None, 3):
+        arguments["in_chans"] = request.in_chans
+        if "transform_input" in arguments:
+            arguments["transform_input"] = False  # it speaks of red, green and blue
     return arguments
 
 
@@ -97,15 +103,16 @@ def _torchvision_model(
     builder: Callable[..., nn.Module], weights: Any, arguments: dict[str, Any], request: Request
 ) -> nn.Module:
     known = inspect.signature(builder).parameters
-    options = {key: value for key, value in arguments.items() if key != "frozen_eps"}
+    apart = ("frozen_eps", "in_chans")
+    options = {key: value for key, value in arguments.items() if key not in apart}
     if "weights_backbone" in known:
         options["weights_backbone"] = None
     if "transform_input" in arguments:
         options["init_weights"] = not (request.pretrained or request.filled_later)
     resized = {} if request.num_classes is None else {"num_classes": request.num_classes}
     if not request.pretrained:
-        model = builder(weights=None, **options, **resized)
-        return _with_eps(model, arguments.get("frozen_eps"))
+        model = _with_eps(builder(weights=None, **options, **resized), arguments.get("frozen_eps"))
+        return take_channels(model, arguments.get("in_chans"), request.spec, pretrained=False)
     if not options.get("aux_logits", True):
         del options["aux_logits"]  # what weights imply; saying it aloud is refused
     model = builder(weights=weights, **options)
@@ -115,7 +122,7 @@ def _torchvision_model(
     if request.num_classes is not None:
         options |= {key: arguments[key] for key in ("aux_logits",) if key in arguments}
         graft_head(model, builder(weights=None, **options, **resized))
-    return model
+    return take_channels(model, arguments.get("in_chans"), request.spec, pretrained=True)
 
 
 def _thaw(model: nn.Module) -> float | None:
