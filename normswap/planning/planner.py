@@ -135,6 +135,11 @@ class _Choice:
         found = (recipe for pattern, recipe in self.rules if matches(site.names, pattern))
         return next(found, None) if self.mixed else self.rules[0][1]
 
+    @property
+    def open(self) -> bool:
+        """Whether every recipe falls back as it does by itself."""
+        return self.fallback is None
+
     def fallback_for(self, recipe: Recipe) -> str | Recipe:
         return recipe.fallback if self.fallback is None else self.fallback
 
@@ -184,9 +189,11 @@ class _Planner:
             return _kept(site, reason)
         second = recipe_for(fallback)
         refusal = second.refusal(site, self._model)
-        if refusal is not None:
-            return _kept(site, f"{reason}; no {second.target}: {refusal}")
-        return self._entry_for(site, second, reason)
+        if refusal is None:
+            return self._entry_for(site, second, reason)
+        reason = f"{reason}; no {second.target}: {refusal}"
+        # only a default goes on to the next: what a user names is all that he wants
+        return self._fall_back(site, second, reason) if self._choice.open else _kept(site, reason)
 
     def _entry_for(self, site: Site, recipe: Recipe, reason: str | None) -> PlanEntry:
         settled = recipe.settle(site, self._modules[site.name])

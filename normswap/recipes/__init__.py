@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.errors import PlanError
 from normswap.graph.norms import is_batchnorm
-from normswap.recipes.base import RECIPES, Recipe
+from normswap.recipes.base import RECIPES, Recipe, target_of
 from normswap.recipes.batch_norm import BatchNorm, FrozenBatchNorm, SyncBatchNorm
 from normswap.recipes.batch_renorm import BatchRenorm
 from normswap.recipes.cross_iteration_batch_norm import (
@@ -70,6 +70,9 @@ def recipe_of(layer: nn.Module) -> Recipe | None:
         >>> recipe_of(nn.GroupNorm(2, 8)).target, recipe_of(nn.ReLU())
         ('gn', None)
     """
+    marked = RECIPES.get(target_of(layer) or "")
+    if marked is not None:
+        return marked.read(layer)
     makers = {made: recipe for recipe in RECIPES.values() for made in recipe.layers}
     found = next((makers[cls] for cls in type(layer).__mro__ if cls in makers), None)
     if found is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -139,8 +139,8 @@ class Recipe(ABC):
         del layer
         return cls()
 
-    def drift(self, state: BatchNormState) -> float:
-        """Relative output error to expect of a matched layer, from the statistics of its BN."""
+    def drift(self, state: BatchNormState) -> float | None:
+        """Relative output error to expect of a matched layer; None if it cannot be known."""
         del state
         return 0.0
 
@@ -177,12 +177,24 @@ class Recipe(ABC):
 
     # training
 
-    def wire(self, layer: nn.Module, producer: nn.Module) -> None:
-        """Tell a ``wired`` layer which module makes its input."""
-        del layer, producer
+    def wire(
+        self, layer: nn.Module, producer: nn.Module, *, norm: nn.Module, init: str
+    ) -> Callable[[], None]:
+        """Tell a ``wired`` layer which module makes its input.
 
-    def unwire(self, layer: nn.Module) -> None:
-        """Undo ``wire``, where there was one."""
+        Args:
+            layer: what ``build`` made.
+            producer: the module.
+            norm: the BatchNorm whose place ``layer`` took.
+            init: as in ``build``.
+
+        Returns:
+            What undoes it.
+        """
+        raise NotImplementedError
+
+    def let_go(self, layer: nn.Module) -> None:
+        """``layer`` has been replaced: it must not look at its producer any more."""
         del layer
 
     def schedule(self, layer: nn.Module) -> dict[str, int]:
@@ -233,6 +245,18 @@ def needs_running_statistics(site: Site) -> str | None:
 
 
 NEVER_RAN = "it never ran, in eval or in training mode"
+
+
+def needs_a_producer(site: Site) -> str | None:
+    """The refusal of a target that works with the layer that alone makes its input."""
+    producer = site.producer
+    if producer is None:
+        return f"no convolution or linear layer makes its input ({site.no_producer})"
+    if producer.shared:
+        return f"{producer.name} feeds several BatchNorms"
+    if producer.calls > 1 or site.calls > 1:
+        return f"{producer.name} or the BatchNorm runs more than once in a forward"
+    return None
 
 
 def needs_a_map(site: Site) -> str | None:
@@ -341,6 +365,23 @@ def origin_of(norm: nn.Module) -> dict[str, Any]:
     """What ``bn`` needs to restore the first BatchNorm: its momentum."""
     origin = vars(norm).get(_ORIGIN)
     return dict(origin) if origin else {"momentum": state_of(norm).momentum}
+
+
+def mark(layer: nn.Module, target: str) -> nn.Module:
+    """Note on ``layer`` which recipe made it: GroupNorm, say, is what several make."""
+    vars(layer)[_ORIGIN]["target"] = target
+    return layer
+
+
+def target_of(layer: nn.Module) -> str | None:
+    """What ``mark`` noted."""
+    found: str | None = vars(layer).get(_ORIGIN, {}).get("target")
+    return found
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether a module's parameters have no values."""
+    return any(p.is_meta for p in module.parameters(recurse=False))
 
 
 def has_statistics(state: BatchNormState) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -55,12 +55,9 @@ class CrossIterationBatchNorm(base.Recipe):
         if refusal is not None or not self.compensate:
             return refusal
         producer = site.producer
-        if producer is None:
-            return f"no convolution or linear layer makes its input ({site.no_producer})"
-        if producer.shared:
-            return f"{producer.name} feeds several BatchNorms"
-        if producer.calls > 1 or site.calls > 1:
-            return f"{producer.name} or the BatchNorm runs more than once in a forward"
+        refusal = base.needs_a_producer(site)
+        if refusal is not None or producer is None:
+            return refusal
         module = model.get_submodule(producer.name)
         problem = producer_problem(module, around=producer.around)
         if problem is None and not producer.plain and producer.kind != "Conv2dSame":
@@ -86,10 +83,15 @@ class CrossIterationBatchNorm(base.Recipe):
         )
         return base.take_over(norm, base.share_tensors(norm, new))
 
-    def wire(self, layer: Any, producer: nn.Module) -> None:
+    def wire(
+        self, layer: Any, producer: nn.Module, *, norm: nn.Module, init: str
+    ) -> Callable[[], None]:
+        del norm, init
         layer.attach(producer)
+        undo: Callable[[], None] = layer.detach
+        return undo
 
-    def unwire(self, layer: Any) -> None:
+    def let_go(self, layer: Any) -> None:
         layer.detach()
 
     def schedule(self, layer: Any) -> dict[str, int]:

@@ -14,7 +14,12 @@ from normswap.graph.norms import BatchNormState, fused_parts, state_of
 from normswap.graph.sites import Site
 from normswap.recipes import base
 from normswap.recipes.group_norm import GroupNorm
-from normswap.recipes.matching import Affine, group_moments, population
+from normswap.recipes.matching import (
+    Affine,
+    group_moments,
+    population,
+    predicted_group_drift,
+)
 
 _GATES = (0.0, *np.logspace(-3, 3, 121))
 """Steepness of the gate, in standard deviations of the channel, among which the match chooses."""
@@ -34,6 +39,7 @@ class EvoNorm(GroupNorm):
         groups: number of groups, as :class:`GroupNorm` takes it.
         max_groups: the bound to use in place of the paper's 32.
         eps: ε; None keeps BN's.
+        channels_per_group: in the place of ``groups``: how many channels a group has.
 
     Reference:
         Liu et al. 2020, Evolving Normalization-Activation Layers, arXiv 2004.02967, table 1.
@@ -84,7 +90,8 @@ class EvoNorm(GroupNorm):
 
     def drift(self, state: BatchNormState) -> float:
         groups = self.groups_for(state)
-        noise = super().drift(state)  # of the groups' statistics; on top comes what the fit misses
+        # the noise of the groups' statistics; on top comes what the fit misses
+        noise = predicted_group_drift(state, groups)
         return float((noise**2 + _fit(state, groups, state.eps, "silu").error) ** 0.5)
 
     def standardise(self, layer: Any, x: Tensor) -> Tensor:

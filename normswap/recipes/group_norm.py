@@ -125,7 +125,7 @@ class GroupNorm(_Grouped):
         matched = match_groups(state, groups, eps) if base.has_statistics(state) else None
         return base.take_over(norm, base.set_affine(norm, new, matched, init))
 
-    def drift(self, state: BatchNormState) -> float:
+    def drift(self, state: BatchNormState) -> float | None:
         return predicted_group_drift(state, self.groups_for(state))
 
     def standardise(self, layer: Any, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from normswap.passage import statistics_of
 from normswap.planning import Patterns, Plan, PlanEntry, Target, plan
 from normswap.provenance import Provenance, provenance_of
 from normswap.recipes import Recipe, recipe_of
+from normswap.recipes.base import mark
 from normswap.swap.check import check_run
 from normswap.swap.journal import Journal
 from normswap.swap.optimizer import check_optimizer, move_optimizer
@@ -146,7 +146,7 @@ def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) 
     with Journal() as journal:
         _remove_activations(model, plan, journal)
         converted = replace_everywhere(model, replacements, journal)
-        _wire(converted, plan, new, journal)
+        _wire(converted, plan, old, new, journal)
         if optimizer is not None:
             names = {parameter: name for name, parameter in converted.named_parameters()}
             move_optimizer(optimizer, replacements, journal, names)
@@ -157,7 +157,7 @@ def _applied(model: nn.Module, plan: Plan, optimizer: Any, example_inputs: Any) 
     for module in replacements:
         recipe = recipe_of(module)
         if recipe is not None:
-            recipe.unwire(module)
+            recipe.let_go(module)
     return Conversion(converted, plan, new, plan.kept)
 
 
@@ -208,7 +208,8 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 def _build(norm: nn.Module, entry: PlanEntry) -> nn.Module:
     assert entry.recipe is not None  # it is not kept
     taken = None if entry.removal is None else entry.removal.op
-    return entry.recipe.build(norm, rank=entry.rank, init=entry.init, activation=taken)
+    new = entry.recipe.build(norm, rank=entry.rank, init=entry.init, activation=taken)
+    return mark(new, entry.recipe.target)
 
 
 def _remove_activations(model: nn.Module, plan: Plan, journal: Journal) -> None:
@@ -247,13 +248,19 @@ def _remove_activations(model: nn.Module, plan: Plan, journal: Journal) -> None:
         put_at(model, name, identity, journal)
 
 
-def _wire(model: nn.Module, plan: Plan, new: dict[str, nn.Module], journal: Journal) -> None:
+def _wire(
+    model: nn.Module,
+    plan: Plan,
+    old: dict[str, nn.Module],
+    new: dict[str, nn.Module],
+    journal: Journal,
+) -> None:
     for entry in plan.swapped:
         layer = new[entry.name]
         recipe = entry.recipe
         if entry.producer is not None and recipe is not None and recipe.wired:
-            recipe.wire(layer, _named(model, entry.producer))
-            journal.on_undo(functools.partial(recipe.unwire, layer))
+            producer = _named(model, entry.producer)
+            journal.on_undo(recipe.wire(layer, producer, norm=old[entry.name], init=entry.init))
 
 
 def _record(
