@@ -12,6 +12,7 @@ from typing import Any
 
 TARGETS: dict[str, str] = {
     "gn": "Group Normalization; no batch dependence, the default choice for batch 1-8",
+    "gn-ws": "gn behind convolutions whose weight is standardised; to be trained",
     "ln": "Layer Normalization in the GN paper's sense: one group over C, H and W",
     "in": "Instance Normalization; erases channel means, so it cannot keep a function",
     "frn": "Filter Response Normalization, with a TLU wherever a ReLU followed the BN",

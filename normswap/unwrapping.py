@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from normswap import __version__, standalone
+from normswap.copying import copied
 from normswap.errors import ArtifactError, in_short
 from normswap.files import contents, draft_folder
 from normswap.graph.norms import is_batchnorm
-from normswap.layers import ThresholdedLinearUnit
+from normswap.layers import ThresholdedLinearUnit, fold_weights
 from normswap.provenance import provenance_of
 from normswap.recipes import recipe_of
 from normswap.running import call, evaluating, leaves
@@ -93,11 +94,12 @@ def unwrap(
             need="a model that load_model built, or an artefact saved with its source",
             hint="save(model, directory, source='python:package.module:factory')",
         )
-    found = _differences(rebuild(origin), model)
-    text = _text(origin, found, model)
+    plain = fold_weights(copied(model))
+    found = _differences(rebuild(origin), plain)
+    text = _text(origin, found, plain)
     with draft_folder(target, (WEIGHTS, MODEL)) as draft:
         _check_target(target, force)  # again: somebody may have been there meanwhile
-        torch.save(_plain_state(model), draft / WEIGHTS)
+        torch.save(_plain_state(plain), draft / WEIGHTS)
         (draft / MODEL).write_text(text, encoding="utf-8")
         _check(draft / MODEL, model, example_inputs, str(target))
     return target

@@ -43,6 +43,13 @@ from normswap.layers.ghost_batch_norm import (
 from normswap.layers.producers import patches, producer_problem
 from normswap.layers.thresholded_linear_unit import ThresholdedLinearUnit
 from normswap.layers.training_state import load_training_state, training_state
+from normswap.layers.weight_standardisation import (
+    WeightStandardisedConv1d,
+    WeightStandardisedConv2d,
+    WeightStandardisedConv3d,
+    fold_weights,
+    standardised_classes,
+)
 
 __all__ = [
     "BatchRenorm1d",
@@ -73,11 +80,16 @@ __all__ = [
     "InstanceNormAct2d",
     "ThresholdedLinearUnit",
     "TracksBatches",
+    "WeightStandardisedConv1d",
+    "WeightStandardisedConv2d",
+    "WeightStandardisedConv3d",
+    "fold_weights",
     "fuse",
     "fused_classes",
     "load_training_state",
     "patches",
     "plain_filter_response_norm",
     "producer_problem",
+    "standardised_classes",
     "training_state",
 ]

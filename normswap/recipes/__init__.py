@@ -21,6 +21,7 @@ from normswap.recipes.evo_norm import EvoNorm
 from normswap.recipes.filter_response_norm import FilterResponseNorm
 from normswap.recipes.ghost_batch_norm import GhostBatchNorm
 from normswap.recipes.group_norm import GroupNorm, InstanceNorm, LayerNorm
+from normswap.recipes.group_norm_ws import WeightStandardisedGroupNorm
 from normswap.targets import TARGETS, read_target
 
 
@@ -116,6 +117,7 @@ __all__ = [
     "NaiveCrossIterationBatchNorm",
     "Recipe",
     "SyncBatchNorm",
+    "WeightStandardisedGroupNorm",
     "recipe_for",
     "recipe_from_json",
     "recipe_of",

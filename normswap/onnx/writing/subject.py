@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.copying import copied
 from normswap.errors import ExportError, in_short
+from normswap.layers import fold_weights
 from normswap.onnx.file.parity import Array
 
 _AXES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -190,7 +191,7 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
             hint="loading a checkpoint first",
         )
     try:
-        ready = copied(model).cpu().eval().requires_grad_(requires_grad=False)
+        ready = fold_weights(copied(model).cpu().eval().requires_grad_(requires_grad=False))
         args, kwargs = signature.bind_leaves(signature.tensors)
         with torch.no_grad():
             output = ready(*args, **kwargs)
