@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import pickle
+import re
 import shutil
 import sys
 
@@ -34,12 +35,15 @@ DANGEROUS = (
     *("urllib.Request", "webbrowser.open", "code.__new__", "ctypes.dlopen"),
 )
 
+OWN_LOCK = re.compile(r"\.[\w.-]+\.lock")  # a writer takes its own away
+
 heard = []
 listening = False
 
 
 def _hear(event, arguments):
-    if listening and event.startswith(DANGEROUS):
+    own_lock = event == "os.remove" and OWN_LOCK.fullmatch(str(arguments[0]).rpartition("/")[2])
+    if listening and event.startswith(DANGEROUS) and not own_lock:
         heard.append((event, arguments))
     if listening and event == "import" and arguments and arguments[0] in ("evilmod", "evilpack"):
         heard.append((event, arguments))
