@@ -27,10 +27,12 @@ _HOME = {
     "SiteDrift": "drift",
     "measure_drift": "drift",
     "ArtifactError": "errors",
+    "BusyError": "errors",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
+    "ImpossibleNumbersError": "errors",
     "InstallationError": "errors",
     "LayerError": "errors",
     "NormSwapError": "errors",
@@ -83,6 +85,7 @@ _HOME = {
 
 __all__ = [
     "ArtifactError",
+    "BusyError",
     "Calibration",
     "CalibrationError",
     "Case",
@@ -95,6 +98,7 @@ __all__ = [
     "FineTune",
     "Graph",
     "History",
+    "ImpossibleNumbersError",
     "InstallationError",
     "LayerError",
     "Metrics",
@@ -150,10 +154,12 @@ if TYPE_CHECKING:
     from normswap.drift import SiteDrift as SiteDrift
     from normswap.drift import measure_drift as measure_drift
     from normswap.errors import ArtifactError as ArtifactError
+    from normswap.errors import BusyError as BusyError
     from normswap.errors import CalibrationError as CalibrationError
     from normswap.errors import CheckpointError as CheckpointError
     from normswap.errors import DataError as DataError
     from normswap.errors import ExportError as ExportError
+    from normswap.errors import ImpossibleNumbersError as ImpossibleNumbersError
     from normswap.errors import InstallationError as InstallationError
     from normswap.errors import LayerError as LayerError
     from normswap.errors import NormSwapError as NormSwapError

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ from normswap.running import (
     leaves,
     moved,
 )
+
+if TYPE_CHECKING:
+    from normswap.planning import Plan
 
 TRUST = 0.9
 """Top-1 agreement below which a conversion should not be used without fine-tuning."""
@@ -502,19 +505,29 @@ def _equal(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours.to(theirs), theirs)
 
 
-def predict_drift(model: nn.Module, originals: Mapping[str, nn.Module]) -> Drift:
+def predict_drift(
+    model: nn.Module, originals: Mapping[str, nn.Module], plan: Plan | None = None
+) -> Drift:
     """What BatchNorm's statistics alone say about a matched conversion; no data, no forward.
 
     Args:
         model: the converted model.
         originals: its BatchNorms before the conversion, by qualified name.
+        plan: how it was converted; nothing is predicted of layers that were not matched.
 
     Returns:
         Drift: with predictions only.
     """
     now = dict(model.named_modules(remove_duplicate=False))
+    entries = () if plan is None else plan.swapped
+    unmatched = {name for entry in entries if entry.init != "match" for name in entry.names}
+
+    def predicted(name: str, original: nn.Module) -> float | None:
+        known = is_batchnorm(now[name]) or name not in unmatched
+        return predicted_drift(now[name], original) if known else None
+
     sites = tuple(
-        SiteDrift(name, type(now[name]).__name__, predicted_drift(now[name], bn), None, None)
+        SiteDrift(name, type(now[name]).__name__, predicted(name, bn), None, None)
         for name, bn in originals.items()
         if name in now
     )

@@ -14,6 +14,7 @@
     ├── TrainingError         fine-tuning that cannot start or has failed
     ├── ExportError           a model that cannot be exported, or a file that is no ONNX model
     │   └── ParityError       an ONNX file that is not the model (exit code 3)
+    ├── ImpossibleNumbersError  weights or statistics that are not finite, negative variances
     ├── BusyError             an output that another run is writing
     └── InstallationError     packages that do not fit together
 
@@ -110,6 +111,10 @@ class ParityError(ExportError):
     """An ONNX file that is not the model it claims to be; ``parity`` is the whole report."""
 
     parity: Any = None
+
+
+class ImpossibleNumbersError(NormSwapError):
+    """Weights or statistics that are not finite, or negative variances."""
 
 
 class BusyError(NormSwapError):

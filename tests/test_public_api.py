@@ -15,6 +15,7 @@ import normswap
 
 PUBLIC = [
     "ArtifactError",
+    "BusyError",
     "Calibration",
     "CalibrationError",
     "Case",
@@ -27,6 +28,7 @@ PUBLIC = [
     "FineTune",
     "Graph",
     "History",
+    "ImpossibleNumbersError",
     "InstallationError",
     "LayerError",
     "Metrics",

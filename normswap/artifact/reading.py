@@ -18,6 +18,7 @@ from normswap.artifact.statistics import Sites, check_channels, unpacked
 from normswap.data import Preprocessing
 from normswap.errors import ArtifactError
 from normswap.files import current, file_digest
+from normswap.graph.numbers import check_numbers
 from normswap.provenance import provenance_of, remember
 from normswap.sources import Source, build
 from normswap.trust import Trust, trusted
@@ -35,6 +36,7 @@ def load_model(
     in_chans: int | None = None,
     device: str | torch.device = "cpu",
     trust: Trust = None,
+    allow_nonfinite: bool = False,
 ) -> Source:
     """Load a model from any spec: a library's name, a factory of one's own, or an artefact.
 
@@ -49,6 +51,8 @@ def load_model(
             convolution is adapted by timm's rule.
         device: where the model goes.
         trust: for a directory, see :func:`load`.
+        allow_nonfinite: take weights and running statistics that are not finite, and negative
+            variances, to look at them.
 
     Returns:
         The model in eval mode, with its preprocessing and example inputs.
@@ -57,6 +61,8 @@ def load_model(
         SpecError: unknown model, no weights to be had, no network.
         CheckpointError: the checkpoint cannot be read or does not fit.
         ArtifactError: the directory is no artefact, or has been changed.
+        ImpossibleNumbersError: weights or running statistics that are not finite, or negative
+            variances.
 
     Example:
         >>> source = load_model("torchvision/resnet18", pretrained=False)
@@ -72,6 +78,8 @@ def load_model(
             image_size=image_size,
             in_chans=in_chans,
         )
+        if not allow_nonfinite:
+            check_numbers(source.model)
         source.model.to(device)
         return source
     if not pretrained:
@@ -86,6 +94,8 @@ def load_model(
             hint="leaving the option out, or the spec the artefact was made from",
         )
     model = load(spec, device=device, trust=trust)
+    if not allow_nonfinite:
+        check_numbers(model)
     known = provenance_of(model)
     preprocessing = Preprocessing.from_json(known.preprocessing or {}).resized(image_size)
     if image_size is not None:

@@ -181,12 +181,17 @@ def command(
     batch = chosen.images(source, images) if images else None
     teacher = copied(source.model) if images else None
     originals = {n: m for n, m in source.model.named_modules() if is_batchnorm(m)}
-    result = normswap.convert(source.model, plan, example_inputs=options["example_inputs"])
+    result = normswap.convert(
+        source.model,
+        plan,
+        example_inputs=options["example_inputs"],
+        allow_nonfinite=chosen.allow_nonfinite,
+    )
     report = None
     if teacher is not None:
         scope = "all" if calibrate_all else "norms"
         report = _calibrate(result.model, teacher, batch, calibrate_seconds, scope, chosen.seed)
-    found = report.after if report else predict_drift(result.model, originals)
+    found = report.after if report else predict_drift(result.model, originals, plan)
     normswap.save(result.model, output, force=force)
     if drift is not None:
         found.write(drift)
@@ -340,3 +345,5 @@ def print_summary(plan: Plan) -> None:
     counts = Counter((entry.kind, entry.becomes, entry.reason or "") for entry in plan.entries)
     rows = [(number, *what) for what, number in counts.most_common()]
     print_table(("layers", "were", "became", "because"), rows, numeric=("layers",))
+    for note in plan.notes:
+        say(f"note: {note}")

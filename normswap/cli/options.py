@@ -96,14 +96,15 @@ class ModelChoice:
     in_chans: int | None = None
     batchnorms: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
+    allow_nonfinite: bool = False
 
     def words(self) -> Iterator[str]:
         """MODEL and the options that make it this one, for a command to copy."""
         yield self.spec
         if self.checkpoint is not None:
             yield from ("--checkpoint", str(self.checkpoint))
-        if not self.pretrained:
-            yield "--no-pretrained"
+        flags = {"--no-pretrained": not self.pretrained, "--allow-nonfinite": self.allow_nonfinite}
+        yield from (flag for flag, given in flags.items() if given)
         if self.num_classes is not None:
             yield from ("--num-classes", str(self.num_classes))
         if self.image_size is not None:
@@ -132,6 +133,7 @@ class ModelChoice:
             in_chans=self.in_chans,
             device=check_device(self.device),
             trust=self.trust,
+            allow_nonfinite=self.allow_nonfinite,
         )
         source.model.eval()
         return source
@@ -207,6 +209,11 @@ _MODEL_OPTIONS = (
         "package.module:Class(weight=gamma, eps=0.001, activation=relu). May be repeated.",
     ),
     trust_option,
+    click.option(
+        "--allow-nonfinite",
+        is_flag=True,
+        help="Take weights that are not finite and negative variances, to look at them.",
+    ),
 )
 
 

@@ -20,6 +20,7 @@ from normswap.graph import (
     qualified_names,
     walk,
 )
+from normswap.graph.numbers import dead_channels
 from normswap.graph.vocabulary import REPLACEABLE
 from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
@@ -97,7 +98,7 @@ def plan(
     planner = _Planner(model, modules, choice, include, init)
     entries = _settle_removals(graph, planner)
     entries = [*entries, *left_alone]
-    return Plan(choice.label, tuple(entries), (*graph.notes, *_notes_on_fallbacks(entries)))
+    return Plan(choice.label, tuple(entries), (*graph.notes, *_notes(entries, modules)))
 
 
 class _Choice:
@@ -206,9 +207,13 @@ class _Planner:
             recipe=settled,
             init=self._init,
             reason=reason,
-            notes=(*site.notes, *settled.warnings(site, init=self._init)),
+            notes=(*site.notes, *self._dead(site), *settled.warnings(site, init=self._init)),
             producer=site.producer.name if settled.wired and site.producer else None,
         )
+
+    def _dead(self, site: Site) -> tuple[str, ...]:
+        count = dead_channels(self._modules[site.name])
+        return (f"{count} of {site.channels} channels are dead: variance 0",) if count else ()
 
     def with_removal(self, entry: PlanEntry, site: Site, removal: Removal | None) -> PlanEntry:
         """The entry with the activation that its layer takes, or why it takes none."""
@@ -316,6 +321,28 @@ def _unreachable(graph: Graph) -> tuple[PlanEntry, ...]:
             reason=other.reason,
         )
         for other in graph.others
+    )
+
+
+def _notes(entries: list[PlanEntry], modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    return (*_notes_on_dead_channels(entries, modules), *_notes_on_fallbacks(entries))
+
+
+def _notes_on_dead_channels(
+    entries: list[PlanEntry], modules: dict[str, nn.Module]
+) -> tuple[str, ...]:
+    """A channel that never varied gives β under BatchNorm; from its own statistics it may wake."""
+    swapped = [entry for entry in entries if entry.recipe is not None]
+    dead = {entry.name: dead_channels(modules[entry.name]) for entry in swapped}
+    dead = {name: count for name, count in dead.items() if count}
+    if not dead:
+        return ()
+    total = sum(entry.channels for entry in swapped if entry.name in dead)
+    first = ", ".join(list(dead)[:3]) + (", …" if len(dead) > 3 else "")
+    layers = "1 layer" if len(dead) == 1 else f"{len(dead)} layers"
+    return (
+        f"{sum(dead.values())} of {total} channels are dead (running variance 0) in {layers}: "
+        f"{first}",
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from normswap.errors import PlanError, SwapError
 from normswap.graph import CallSite, norms, qualified_names
+from normswap.graph.numbers import check_numbers
 from normswap.graph.vocabulary import REPLACEABLE, replaceable_op
 from normswap.graph.wrappers import refuse_wrapped
 from normswap.passage import statistics_of
@@ -55,6 +56,7 @@ def convert(
     fallback: str | Recipe | None = None,
     init: str = "match",
     optimizer: Any = None,
+    allow_nonfinite: bool = False,
 ) -> Conversion:
     """Replace the BatchNorm layers of a model, in place, all or nothing.
 
@@ -68,6 +70,8 @@ def convert(
         fallback: what a site becomes that the target cannot take.
         init: ``match``, ``copy`` or ``reset``; see :func:`normswap.plan`.
         optimizer: an optimizer whose parameter groups move to the new parameters.
+        allow_nonfinite: convert weights and running statistics that are not finite, and negative
+            variances, all the same.
 
     Returns:
         Conversion: the model, the plan, the new modules by name, and the kept ones with reasons. A
@@ -77,6 +81,8 @@ def convert(
         PlanError: a request that cannot be satisfied; see :func:`normswap.plan`.
         WalkError: the model cannot be run or understood, or not any more with its new layers.
         SwapError: the plan does not fit the model, or ``optimizer`` is none.
+        ImpossibleNumbersError: weights or running statistics that are not finite, or negative
+            variances.
 
     Example:
         >>> import torch
@@ -102,6 +108,8 @@ def convert(
             fallback=fallback,
             init=init,
         )
+    if not allow_nonfinite:
+        check_numbers(model)
     idle = target.idle
     if idle is not None:
         _log.warning("nothing was converted: %s", idle)
