@@ -72,14 +72,14 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
     finetune(whole, squares(8), None, OPTIONS, task="segmentation", out=tmp_path / "whole")
     broken = net()
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def stop(now):
         if now.step == 5:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         finetune(
             broken,
             squares(8),

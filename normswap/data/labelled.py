@@ -23,6 +23,7 @@ from normswap.data.images import (
     read_image,
     transform,
 )
+from normswap.data.pairing import SPLITS
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError, InstallationError, NormSwapError, in_short
 from normswap.libraries import library
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("normswap")
 
-_SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "eval", "evaluation", "test"),
-}
 _NAMED = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 
 
@@ -165,7 +162,7 @@ def labelled_dataset(
 
 def has_splits(folder: str | Path) -> bool:
     """Whether a folder holds both a training and a validation part."""
-    return all(_split_folder(Path(folder), split) for split in _SPLITS)
+    return all(_split_folder(Path(folder), split) for split in SPLITS)
 
 
 def _folder_samples(
@@ -175,7 +172,7 @@ def _folder_samples(
     val_split: float | None,
     seed: int,
 ) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    if split not in _SPLITS:
+    if split not in SPLITS:
         raise DataError("split", got=repr(split), need="'train' or 'val'", hint="one of them")
     if not root.is_dir():
         raise DataError(
@@ -205,7 +202,7 @@ def _folder_samples(
 
 def _part(root: Path, split: str, val_split: float | None) -> tuple[Path, Path | None]:
     """The folder to read and the one whose classes it must have; None where it is to be divided."""
-    train, val = (_split_folder(root, name) for name in _SPLITS)
+    train, val = (_split_folder(root, name) for name in SPLITS)
     own, other = (train, val) if split == "train" else (val, train)
     if own is not None and other is not None:
         return own, train
@@ -227,7 +224,7 @@ def _split_folder(root: Path, split: str) -> Path | None:
     def holds_classes(folder: Path) -> bool:  # a class may be called "train": it holds images
         return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
 
-    return next((root / name for name in _SPLITS[split] if holds_classes(root / name)), None)
+    return next((root / name for name in SPLITS[split] if holds_classes(root / name)), None)
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:

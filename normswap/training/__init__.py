@@ -17,7 +17,7 @@ from normswap.training.records import (
 )
 from normswap.training.scoring import evaluate
 from normswap.training.tasks import Metrics
-from normswap.training.tasks.classification import distillation_loss
+from normswap.training.tasks.distillation import distillation_loss
 
 __all__ = [
     "Epoch",

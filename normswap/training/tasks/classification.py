@@ -12,37 +12,9 @@ from torch import Tensor
 from normswap.errors import DataError, TrainingError
 from normswap.training.options import FineTune
 from normswap.training.tasks.base import Metrics, Step, Task
+from normswap.training.tasks.distillation import with_teacher
 
 _AUXILIARY = 0.3  # weight of GoogLeNet's and Inception's side heads, as in the GoogLeNet paper
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """How far the student's softened classes are from the teacher's.
-
-    ``T² · mean_n KL(softmax(teacher_n/T) ‖ softmax(student_n/T))``
-
-    Args:
-        student: logits (N, K).
-        teacher: logits (N, K).
-        temperature: T.
-
-    Example:
-        >>> logits = torch.tensor([[1.0, 2.0]])
-        >>> distillation_loss(logits, logits + 3, temperature=2.0).item()
-        0.0
-
-    Reference:
-        Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
-    """
-    return (
-        F.kl_div(
-            F.log_softmax(student / temperature, dim=1),
-            F.log_softmax(teacher / temperature, dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        * temperature**2
-    )
 
 
 class Classification(Task):
@@ -130,30 +102,13 @@ class Classification(Task):
 
     def with_teacher(self, loss: Tensor, scores: Tensor, images: Tensor) -> Tensor:
         """The loss with the teacher's share in it, if there is a teacher."""
-        teacher, weight = self.options.teacher, self.options.distillation_weight
-        if teacher is None or weight == 0:
-            return loss
-        with torch.no_grad():
-            taught = class_scores(teacher(images)).float()
-        _check_teacher(taught, scores)
-        towards = distillation_loss(scores, taught, self.options.distillation_temperature)
-        return (1 - weight) * loss + weight * towards
+        return with_teacher(self.options, loss, scores, images, class_scores)
 
 
 def _side_heads(output: Any, scores: Tensor) -> list[Tensor]:
     if not isinstance(output, (tuple, list)):
         return []
     return [item for item in output[1:] if isinstance(item, Tensor) and item.shape == scores.shape]
-
-
-def _check_teacher(taught: Tensor, scores: Tensor) -> None:
-    if taught.shape != scores.shape:
-        raise TrainingError(
-            "teacher",
-            got=f"{taught.shape[1]} classes",
-            need=f"the model's {scores.shape[1]}",
-            hint="a teacher with the same classes, or none",
-        )
 
 
 def class_scores(output: Any) -> Tensor:

@@ -14,7 +14,7 @@ from normswap.data.segmentation import IGNORED
 from normswap.errors import DataError, TrainingError
 from normswap.training.options import FineTune
 from normswap.training.tasks.base import Metrics, Step, Task
-from normswap.training.tasks.classification import distillation_loss
+from normswap.training.tasks.distillation import with_teacher
 
 AUXILIARY = 0.5
 """Weight of side heads, as in torchvision's reference training."""
@@ -71,7 +71,10 @@ class Segmentation(Task):
         loss = self.loss(scores, labels)
         for side in side_scores(output):
             loss = loss + AUXILIARY * self._cross_entropy(_at_size(side.float(), labels), labels)
-        return Step(self._with_teacher(loss, scores, images), None, images)
+        loss = with_teacher(
+            self.options, loss, scores, images, lambda out: _at_size(pixel_scores(out), scores)
+        )
+        return Step(loss, None, images)
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy plus soft Dice.
@@ -87,23 +90,6 @@ class Segmentation(Task):
             return scores.sum() * 0.0  # a mean over no pixel would be NaN
         smoothing = self.options.label_smoothing
         return F.cross_entropy(scores, labels, ignore_index=self.ignored, label_smoothing=smoothing)
-
-    def _with_teacher(self, loss: Tensor, scores: Tensor, images: Tensor) -> Tensor:
-        teacher, weight = self.options.teacher, self.options.distillation_weight
-        if teacher is None or weight == 0:
-            return loss
-        with torch.no_grad():
-            taught = pixel_scores(teacher(images)).float()
-        if taught.shape[1] != scores.shape[1]:
-            raise TrainingError(
-                "teacher",
-                got=f"{taught.shape[1]} classes",
-                need=f"the model's {scores.shape[1]}",
-                hint="a teacher with the same classes, or none",
-            )
-        rows = (_rows(_at_size(taught, scores)), _rows(scores))
-        towards = distillation_loss(rows[1], rows[0], self.options.distillation_temperature)
-        return (1 - weight) * loss + weight * towards
 
     def measure(self, output: Any, labels: Tensor) -> Tensor:
         """The confusion matrix, row by row, and the loss."""
@@ -220,7 +206,3 @@ def _at_size(scores: Tensor, like: Tensor) -> Tensor:
     if scores.shape[-2:] == like.shape[-2:]:
         return scores
     return F.interpolate(scores, size=like.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _rows(scores: Tensor) -> Tensor:
-    return scores.movedim(1, -1).flatten(0, -2)
