@@ -546,23 +546,3 @@ def predicted_drift(module: nn.Module, original: nn.Module) -> float | None:
         return None
     recipe = recipe_of(module)
     return None if recipe is None else recipe.drift(state)
-
-
-__all__ = [
-    "Drift",
-    "Pair",
-    "SiteDrift",
-    "batches",
-    "copied",
-    "device_of",
-    "entries",
-    "evaluating",
-    "hooked",
-    "input_of",
-    "leaves",
-    "measure_drift",
-    "moved",
-    "paired_sites",
-    "predict_drift",
-    "predicted_drift",
-]

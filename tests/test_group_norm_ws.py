@@ -18,6 +18,7 @@ from normswap import layers
 from normswap.drift import measure_drift, predict_drift
 from normswap.layers import WeightStandardisedConv1d, WeightStandardisedConv2d, fold_weights
 from normswap.recipes import recipe_of
+from normswap.training.parameters import parameter_groups, training_mode
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 4, "bias": False}, {"stride": 2, "padding": 1}])
@@ -176,3 +177,13 @@ def test_folding_is_exact_and_reaches_nothing_else():
     assert [type(m) for m in model] == [nn.Conv2d, nn.Conv2d]
     assert torch.equal(model[1].weight, plain)
     assert set(layers.standardised_classes) == {nn.Conv1d, nn.Conv2d, nn.Conv3d}
+
+
+def test_a_standardised_convolution_is_no_norm():
+    model = normswap.convert(trained(), "gn-ws", example_inputs=X).model
+    decays, steady = parameter_groups(model, 0.1)
+    assert any(p is model.stem[0].weight for p in decays["params"])
+    assert not any(p.ndim > 1 for p in steady["params"])
+    with training_mode(model, norms_only=True):
+        assert not model.stem[0].weight.requires_grad
+        assert model.stem[1].weight.requires_grad

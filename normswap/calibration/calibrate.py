@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from normswap.calibration.distillation import Run, State, search, taken
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
 from normswap.copying import forget_history
-from normswap.drift import Drift, device_of, measure_drift
+from normswap.drift import Drift, measure_drift
 from normswap.errors import CalibrationError
 from normswap.provenance import add_history
+from normswap.running import device_of, placed
 
 PARAMETERS = ("norms", "producers", "all")
 """What may move."""
@@ -190,18 +191,3 @@ def _check(seconds: float, parameters: str | None, batch_size: int, steps: int |
     if wrong is not None:
         where, got, need, hint = wrong
         raise CalibrationError(where, got=got, need=need, hint=hint)
-
-
-@contextmanager
-def placed(device: str | torch.device | None, *models: nn.Module) -> Iterator[None]:
-    """Models on ``device`` for a while; None is where the first of them is."""
-    homes = [device_of(model) for model in models]
-    where = homes[0] if device is None else torch.device(device)
-    away = [(model, home) for model, home in zip(models, homes, strict=True) if home != where]
-    try:
-        for model, _ in away:
-            model.to(where)
-        yield
-    finally:
-        for model, home in away:
-            model.to(home)

@@ -18,10 +18,11 @@ from normswap.calibration.flow import Scale, linear_output, own_parameters
 from normswap.calibration.lockstep import Ahead, Stop, lanes, stop_after, stop_before, stops
 from normswap.calibration.regression import ROWS, Regression
 from normswap.calibration.steady import Moments, steady_scales
-from normswap.drift import Pair, copied, hooked, input_of
+from normswap.drift import Pair
 from normswap.graph import Movable, call
 from normswap.graph.norms import state_of
 from normswap.recipes import recipe_of
+from normswap.running import copied, hooked, input_of
 
 Batches = Sequence[Any]
 _LEAST = 0.5

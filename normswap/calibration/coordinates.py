@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.calibration.flow import Scale, own_parameters
-from normswap.drift import Pair, device_of
+from normswap.drift import Pair
 from normswap.graph.norms import state_of
+from normswap.running import device_of
 
 
 @dataclass(frozen=True)

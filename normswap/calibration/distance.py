@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.drift import Agreement, Pair, copied, hooked, leaves
+from normswap.drift import Agreement, Pair
 from normswap.errors import CalibrationError
-from normswap.graph import call
+from normswap.running import call, copied, hooked, leaves
 
 
 class Distance:

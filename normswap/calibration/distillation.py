@@ -17,10 +17,11 @@ from normswap.calibration.distance import Distance
 from normswap.calibration.flow import Scale, match_in_flow, own_parameters
 from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
-from normswap.drift import Agreement, Pair, entries, evaluating, paired_sites
+from normswap.drift import Agreement, Pair, paired_sites
 from normswap.errors import CalibrationError, NormSwapError, in_short
 from normswap.graph import Movable, movable_producers
 from normswap.recipes import recipe_of
+from normswap.running import entries, evaluating
 
 _HEAD_START = 1.1
 """How much worse than the best the last state may look on the held-out images and yet stay."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.drift import Pair, hooked, input_of
-from normswap.graph import call
+from normswap.drift import Pair
 from normswap.graph.norms import state_of
 from normswap.recipes import recipe_of
+from normswap.running import call, hooked, input_of
 
 _PER_CHANNEL = ("weight", "bias", "tau")
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normswap.calibration.tuning import Tuning
-from normswap.drift import Pair, batches, entries, leaves, moved
+from normswap.drift import Pair, batches
 from normswap.errors import CalibrationError
+from normswap.running import entries, leaves, moved
 
 _FEWEST = 8
 _NUMBERS = 30_000_000

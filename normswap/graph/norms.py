@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from normswap import layers
 from normswap.errors import WalkError
 from normswap.graph.foreign import STANDARD, Foreign, Roles, declared_roles, foreign
 
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _OWN_FROZEN = (layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
 
 _OPTIONAL = {
@@ -198,6 +199,19 @@ def state_of(module: nn.Module) -> BatchNormState:
         momentum=getattr(module, momentum, 0.1) if isinstance(momentum, str) else momentum,
         channels=channels_of(module),
     )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normaliser of any kind: torch's, or one that looks like it.
+
+    Example:
+        >>> is_norm(nn.GroupNorm(1, 4)), is_norm(nn.Conv2d(4, 4, 1))
+        (True, False)
+    """
+    if isinstance(module, _NORMS):
+        return True
+    own = module.parameters(recurse=False)
+    return "norm" in type(module).__name__.lower() and all(item.ndim <= 1 for item in own)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

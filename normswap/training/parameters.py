@@ -9,30 +9,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from normswap import layers
 from normswap.errors import TrainingError
+from normswap.graph import norms
 from normswap.recipes import Recipe, recipe_of
 
 log = logging.getLogger("normswap")
 
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_OWN_LAYERS = "normswap.layers"
-
-
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer: torch's, normswap's, or one that looks like it.
+    """Whether a module is a normalisation layer, or the threshold behind one.
 
     Example:
         >>> is_norm(nn.GroupNorm(1, 4)), is_norm(nn.Conv2d(4, 4, 1))
         (True, False)
     """
-    if isinstance(module, _NORMS) or type(module).__module__.startswith(_OWN_LAYERS):
-        return True
-    own = list(module.parameters(recurse=False))
-    return "norm" in type(module).__name__.lower() and all(item.ndim <= 1 for item in own)
+    return norms.is_norm(module) or isinstance(module, layers.ThresholdedLinearUnit)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -116,8 +109,8 @@ def training_mode(
         if freeze_backbone:
             _train_only(model, set(classifier_of(model).parameters()))
         elif norms_only:
-            norms = (module for module in model.modules() if is_norm(module))
-            _train_only(model, {item for m in norms for item in m.parameters(recurse=False)})
+            found = (module for module in model.modules() if is_norm(module))
+            _train_only(model, {item for m in found for item in m.parameters(recurse=False)})
         if not _trains(model):
             raise TrainingError(
                 type(model).__name__,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from normswap.graph.norms import is_norm
 from normswap.onnx.file.parity import Array
-from normswap.onnx.writing.half import is_norm
 from normswap.onnx.writing.subject import Subject
 
 SQUARE_LIMIT = 255.0

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from normswap.errors import ExportError
+from normswap.graph.norms import is_norm
 
 HALF_OPS = frozenset(
     {"Add", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Elu", "Erf", "Expand", "Flatten"}
@@ -23,11 +24,6 @@ HALF_OPS = frozenset(
     | {"Slice", "Softplus", "Split", "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze"}
 )
 _SHORT: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normaliser, by its class's name."""
-    return "norm" in type(module).__name__.lower()
 
 
 def norm_names(model: nn.Module) -> frozenset[str]:
