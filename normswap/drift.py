@@ -226,7 +226,9 @@ class Drift:
         unknown = sum(site.predicted is None for site in self.sites)
         if not self.images and unknown:
             layers = "1 layer" if unknown == 1 else f"{unknown} layers"
-            parts.append(f"nothing can be predicted of {layers} (no running statistics)")
+            parts.append(
+                f"nothing can be predicted of {layers} (no running statistics, or not matched)"
+            )
         if self.agreement is not None:
             sure = self.sure_agreement
             among = "" if sure is None else f" ({sure:.1%} of those the original is sure of)"

@@ -330,6 +330,26 @@ def test_a_slow_model_keeps_the_time_too():
     assert report.steps > 10
 
 
+@pytest.mark.parametrize(("seconds", "cost", "told"), [(5, 0.05, True), (100, 0.05, False)])
+def test_a_budget_that_is_too_small_is_told(seconds, cost, told, caplog):
+    model, teacher = pair("gn")
+    clock = Slow(cost, model, teacher)
+    calibrate(model, teacher, images(64, 1), seconds=seconds, clock=clock)
+    lines = [text for text in caplog.messages if "too few for this model" in text]
+    assert len(lines) == told
+    if told:
+        need = float(lines[0].rpartition("about ")[2].removesuffix(" s"))
+        assert need == pytest.approx(clock.now, rel=0.3)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(10, False), (16, True)])
+def test_the_report_says_whether_the_images_were_held_out(count, held_out):
+    model, teacher = pair("gn")
+    report = calibrate(model, teacher, images(count, 1), seconds=5, steps=2)
+    assert report.held_out is held_out
+    assert ("measured on the images that it was calibrated on" in str(report)) is not held_out
+
+
 def test_time_spent_on_reading_images_is_charged_once():
     model, teacher = pair("gn")
     clock = Slow(0.001, model, teacher)

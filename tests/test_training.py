@@ -413,6 +413,16 @@ def test_mixed_precision_keeps_weights_in_fp32(amp):
     assert "forward" not in vars(model)
 
 
+def test_validation_under_mixed_precision_is_what_evaluate_measures():
+    val = samples(30, seed=1)
+    model, history = train(val=val, amp="bf16", keep="last")
+    measured = evaluate(model, val)
+    assert (history.epochs[-1].val_top1, history.epochs[-1].val_loss) == (
+        measured.top1,
+        measured.loss,
+    )
+
+
 def test_fp16_needs_a_gpu():
     with pytest.raises(TrainingError, match="'fp16' on the CPU"):
         train(amp="fp16", device="cpu")

@@ -50,6 +50,8 @@ class Calibration:
         stopped: ``budget``, ``plateau``, ``steps`` or ``not finite``.
         parameters: ``norms``, ``producers`` or ``all``.
         history: (seconds, held-out loss) along the way.
+        held_out: whether ``before`` and ``after`` were measured on images that the calibration did
+            not see; of fewer than 16 all serve for both.
     """
 
     before: Drift
@@ -62,6 +64,7 @@ class Calibration:
     stopped: str
     parameters: str
     history: tuple[tuple[float, float], ...]
+    held_out: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``."""
@@ -69,9 +72,10 @@ class Calibration:
         return {**asdict(self), **drifts}
 
     def __str__(self) -> str:
+        seen = "" if self.held_out else ", measured on the images that it was calibrated on"
         return (
             f"calibrated on {self.images} images in {self.seconds:.0f} s, {self.steps} steps "
-            f"({self.stopped}): {self.before.summary} → {self.after.summary}"
+            f"({self.stopped}): {self.before.summary} → {self.after.summary}{seen}"
         )
 
 
@@ -169,6 +173,7 @@ def calibrate(
         stopped=run.stopped,
         parameters=run.parameters,
         history=tuple(run.history),
+        held_out=pool.aside,
     )
     _log.info("%s", report)
     facts = {k: getattr(report, k) for k in ("images", "seconds", "steps", "stopped", "parameters")}

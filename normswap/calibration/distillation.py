@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,13 +16,15 @@ from normswap.calibration.closed_form import Fit, in_lockstep, steady
 from normswap.calibration.coordinates import Coordinates
 from normswap.calibration.distance import Distance
 from normswap.calibration.flow import Scale, match_in_flow, own_parameters
-from normswap.calibration.images import Pool
+from normswap.calibration.images import FEWEST, Pool
 from normswap.calibration.tuning import Tuning
 from normswap.drift import Agreement, Pair, paired_sites
 from normswap.errors import CalibrationError, NormSwapError, in_short
 from normswap.graph import Movable, movable_producers
 from normswap.recipes import recipe_of
 from normswap.running import entries, evaluating
+
+_log = logging.getLogger("normswap")
 
 _HEAD_START = 1.1
 """How much worse than the best the last state may look on the held-out images and yet stay."""
@@ -31,6 +34,8 @@ _LOOK, _FLOW = 0.02, 0.05
 """Largest share of the time for one look at the held-out images, and for γ and β in one pass."""
 _LOCKSTEP, _SOLVING = 0.25, 0.85
 """The same for the images of one walk in lockstep, and for all walks."""
+_FEWEST_LOOKS = 13
+"""So often original and copy run on the fewest images, however little time there is."""
 _REST_SCALE = 0.01
 """Learning rate of convolutions over that of the normalisers', with ``parameters="all"``."""
 
@@ -154,6 +159,13 @@ class Run:
         with evaluating(self.model, self.teacher), torch.no_grad(), self._autocast():
             self.distance(batch)
         pace = max(clock() - begun, 1e-9) / max(entries(batch), 1)
+        least = _FEWEST_LOOKS * FEWEST * pace
+        if least > seconds:
+            _log.warning(
+                "%.3g s are too few for this model here: looking at it alone takes about %.3g s",
+                seconds,
+                least,
+            )
         self.pool.limit(held=int(_LOOK * seconds / pace), wide=int(_FLOW * seconds / pace))
         self._fitting = max(16, int(_LOCKSTEP * seconds / pace))
 

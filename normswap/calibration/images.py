@@ -15,7 +15,7 @@ from normswap.drift import Pair, batches
 from normswap.errors import CalibrationError
 from normswap.running import entries, leaves, moved
 
-_FEWEST = 8
+FEWEST = 8
 _NUMBERS = 30_000_000
 """Input values of one round: what lanes keep is a multiple of them."""
 
@@ -37,6 +37,7 @@ class Pool:
         self._order: list[int] = []
         units = len(found)
         few = units < 16  # too few to set any aside
+        self.aside = not few
         self._held = list(range(0, units, 1 if few else 8))
         self._used = [i for i in range(units) if few or i % 8]
         self._wide = units
@@ -62,14 +63,14 @@ class Pool:
     def limit(self, *, held: int, wide: int) -> None:
         """Hold out at most ``held`` images, eight at least, and ``wide`` for the closed form."""
         per_unit = 1 if isinstance(self.images, Tensor) else max(1, self.count // len(self.images))
-        self._held = self._held[: max(1, max(held, _FEWEST) // per_unit)]
-        self._wide = max(wide, _FEWEST)
+        self._held = self._held[: max(1, max(held, FEWEST) // per_unit)]
+        self._wide = max(wide, FEWEST)
 
     def widest(self, numbers: int = 20_000_000) -> Any:
         """As many images in one batch as fit ``numbers`` input values."""
         if not isinstance(self.images, Tensor):
             return self._at(self._used[:1])
-        fitting = max(_FEWEST, numbers // max(self.images[0].numel(), 1))
+        fitting = max(FEWEST, numbers // max(self.images[0].numel(), 1))
         return self._at(self._used[: min(fitting, self._wide)])
 
     def first(self) -> Any:
@@ -87,8 +88,8 @@ class Pool:
             step = max(2, count // max(1, self.count // len(self.images)))
             yield from ([self._at([i]) for i in part] for part in _parts(used, step))
             return
-        fitting = max(_FEWEST, _NUMBERS // max(self.images[0].numel(), 1))
-        parts = _parts(used, max(_FEWEST, min(count, fitting)))
+        fitting = max(FEWEST, _NUMBERS // max(self.images[0].numel(), 1))
+        parts = _parts(used, max(FEWEST, min(count, fitting)))
         for part in parts:
             yield [self._at(chosen) for chosen in _lanes(part, self.size)]
         for index in range(again if self.images.dim() == 4 else 0):

@@ -567,9 +567,8 @@ class Run:
             share=self.share,
         )
         with explained(self.options.eval_batch_size, self.device):
-            totals = added_up(
-                self.task, shown, batches, self.device, autocast=self.accelerator.autocast
-            )
+            # in full precision also under AMP: what is validated is what ``evaluate`` measures
+            totals = added_up(self.task, shown, batches, self.device)
         if shared:
             sums = execution.added_up(self.accelerator, totals.tolist())
             totals = torch.tensor(sums, dtype=torch.float64)

@@ -68,7 +68,6 @@ def added_up(
     batches: Iterable[Batch],
     device: torch.device,
     *,
-    autocast: Callable[[], Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """What the task measures, images and broken ones, added up over the batches (float64)."""
@@ -78,7 +77,7 @@ def added_up(
             unread += len(broken)
             if len(images):
                 task.check_data(labels)
-                with autocast() if autocast else torch.autocast(device.type, enabled=False):
+                with torch.autocast(device.type, enabled=False):
                     output = model(images.to(device, non_blocking=True))
                 found = task.measure(output, labels.to(device))
                 sums = found if not len(sums) else sums + found
