@@ -1,4 +1,4 @@
-"""Weight files: read them without running what they hold, and fit them to a model.
+"""Weight files: read them without running what they hold.
 
 Safetensors, or what ``torch.save`` wrote, read with ``weights_only=True`` and never without.
 """
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.errors import CheckpointError, in_short
+from normswap.fitting import fit_checkpoint, some
 from normswap.regular import check_regular
 
 logger = logging.getLogger("normswap")
@@ -39,10 +40,7 @@ _WRAPPERS = (
     "module",
     "weights",
 )
-# torchvision renames these while loading its own densenet files
-_OLD_DENSENET = re.compile(
-    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$"
-)
+_NO_WEIGHTS = frozenset({"optimizer", "optimizers", "optimizer_states", "lr_schedulers", "scaler"})
 _SHOWN = 3
 _MOST_WRAPPERS = 16
 """Mappings in mappings, down to the one that holds the weights."""
@@ -73,7 +71,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             hint="the path",
         ) from error
     content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
-    state = _unwrap(content)
+    state = _unwrap(content) or _joined(content)
     if not state:
         raise CheckpointError(
             str(path),
@@ -216,6 +214,21 @@ def _weights_in(
     return tensors
 
 
+def _joined(content: Any, path: str = "", depth: int = 3) -> dict[str, Tensor]:
+    """Weights under names that nobody agreed on (DINO's student and teacher), as dotted names."""
+    if not isinstance(content, Mapping) or not depth:
+        return {}
+    found: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or name in _NO_WEIGHTS:
+            continue
+        if isinstance(value, Tensor) and path:
+            found[path + name] = value
+        else:
+            found |= _joined(value, f"{path}{name}.", depth - 1)
+    return found
+
+
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     state.pop("n_averaged", None)  # torch's AveragedModel counts here
@@ -227,117 +240,8 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
-        return "keys: " + (_some([str(key) for key in content]) or "none")
+        return "keys: " + (some([str(key) for key in content]) or "none")
     return f"a {type(content).__name__}"
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def fit_checkpoint(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    where: str = "checkpoint",
-    num_classes: int | None = None,
-) -> None:
-    """Load a state dict that must fit the model in every key and shape.
-
-    Args:
-        model: changed in place.
-        state: as ``load_checkpoint`` gives it.
-        where: named in the error.
-        num_classes: of the model as built; used to recognise a head of another size.
-
-    Raises:
-        CheckpointError: keys are missing or left over, or shapes differ; the text says which.
-    """
-    state = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
-    own = model.state_dict()
-    state = _prefixed(own, _adapted(model, state))
-    differing = [name for name in own if name in state and _shape(own[name]) != _shape(state[name])]
-    if differing:
-        raise _wrong_shapes(where, differing, own, state, num_classes)
-    missing, unexpected = model.load_state_dict(dict(state), strict=False)
-    # files from before torch 0.4.1 have no such counter, and nothing depends on it
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise CheckpointError(
-            where,
-            got=_key_report(missing, unexpected),
-            need=f"the {len(own)} tensors of this model",
-            hint="the model that the file was made with",
-        )
-
-
-def _prefixed(own: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys with one prefix more or less than the model's, where that makes them fit."""
-    wanted = {name for name in own if not name.endswith("num_batches_tracked")}
-    if not state or not wanted or wanted <= set(state):
-        return state
-    for prefix in {f"{name.partition('.')[0]}." for name in wanted}:
-        longer = {prefix + name: tensor for name, tensor in state.items()}
-        if wanted <= set(longer) <= set(own):
-            return longer
-    prefix = f"{next(iter(state)).partition('.')[0]}."
-    if all(name.startswith(prefix) for name in state):
-        shorter = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        if wanted <= set(shorter) <= set(own):
-            logger.info("took the prefix %s off the checkpoint's keys", prefix)
-            return shorter
-    return state
-
-
-def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Old or foreign key names brought up to date by the model's own library, if it can."""
-    import sys
-
-    if set(state) == set(model.state_dict()):
-        return state
-    home = sys.modules.get(type(model).__module__)
-    adapt = getattr(home, "checkpoint_filter_fn", None)
-    if not callable(adapt) or not type(model).__module__.startswith("timm."):
-        return state
-    try:
-        adapted = adapt(dict(state), model)
-    except Exception as error:  # noqa: BLE001  (made for other files; the check that follows tells)
-        logger.info("timm could not adapt the checkpoint: %s", error)
-        return state
-    return adapted if isinstance(adapted, dict) else state
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
-
-
-def _wrong_shapes(
-    where: str,
-    names: list[str],
-    own: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    num_classes: int | None,
-) -> CheckpointError:
-    lines = [f"{n} {_shape(state[n])} for {_shape(own[n])}" for n in names]
-    heads = {(_shape(own[n])[:1], _shape(state[n])[:1]) for n in names}
-    hint = "the model that the file was made with"
-    if len(heads) == 1:
-        (mine,), (theirs,) = heads.pop()
-        if mine != theirs and mine == (num_classes if num_classes is not None else mine):
-            hint = f"--num-classes {theirs} (num_classes={theirs}): the head has that many outputs"
-    return CheckpointError(
-        where,
-        got=f"{len(names)} tensors of another shape: {_some(lines)}",
-        need="the shapes of this model",
-        hint=hint,
-    )
-
-
-def _key_report(missing: list[str], unexpected: list[str]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing keys: {_some(missing)}")
-    if unexpected:
-        parts.append(f"{len(unexpected)} extra keys: {_some(unexpected)}")
-    return "; ".join(parts)
+__all__ = ["check_archive", "fit_checkpoint", "load_checkpoint"]

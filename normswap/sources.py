@@ -3,19 +3,19 @@
     timm/NAME[.TAG] · torchvision/NAME[:WEIGHTS] · hf-hub:ORG/REPO · python:package.module:factory
 
 A source is recorded on the model (``provenance.py``), so that an artefact can build it again. This
-room refuses to guess: a checkpoint fits in every key and shape or is an error.
+room refuses to guess: a checkpoint fits in every key and shape, its head apart, or is an error.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap import files, running
 from normswap.checkpoints import fit_checkpoint, load_checkpoint
@@ -31,6 +31,7 @@ from normswap.factories import (
     from_torchvision,
     graft_head,
 )
+from normswap.factories.stems import adapted_stem
 from normswap.libraries import library
 from normswap.provenance import provenance_of, remember
 from normswap.trust import Trust, check_consent, trusted, typed
@@ -103,6 +104,8 @@ def build(
     num_classes: int | None = None,
     image_size: int | Sequence[int] | None = None,
     in_chans: int | None = None,
+    checkpoint_prefix: str | None = None,
+    ignore_head: bool = False,
 ) -> Source:
     """Build a model from a spec, with weights.
 
@@ -114,6 +117,10 @@ def build(
         image_size: height and width, where they differ from the model's own.
         in_chans: channels of the input, where they are not red, green and blue; a pretrained first
             convolution is adapted by timm's rule.
+        checkpoint_prefix: under which the model's keys stand in the file (``module.encoder_q.``);
+            found by itself where exactly one fits.
+        ignore_head: a head that the file lacks, or has in another size, starts afresh. With
+            ``num_classes`` it does so anyway.
 
     Returns:
         The model in eval mode with its provenance.
@@ -134,6 +141,8 @@ def build(
         num_classes=num_classes,
         image_size=image_size,
         in_chans=in_chans,
+        prefix=checkpoint_prefix,
+        ignore_head=ignore_head,
     )
 
 
@@ -145,6 +154,8 @@ def _build(
     num_classes: int | None = None,
     image_size: int | Sequence[int] | None = None,
     in_chans: int | None = None,
+    prefix: str | None = None,
+    ignore_head: bool = False,
     recorded: bool = False,
 ) -> Source:
     family, name = _family(spec)
@@ -154,20 +165,20 @@ def _build(
         )
     if in_chans is not None and in_chans < 1:
         raise SpecError("in_chans", got=str(in_chans), need="at least 1", hint="leaving it out")
+    _check_file_options(checkpoint, prefix, ignore_head=ignore_head)
     state = None if checkpoint is None else load_checkpoint(checkpoint)
-    built = family(
-        Request(
-            spec,
-            name,
-            pretrained=pretrained and state is None,
-            filled_later=state is not None,
-            num_classes=num_classes,
-            image_size=_edges(image_size),
-            in_chans=in_chans,
-            keys=frozenset(state or ()),
-            recorded=recorded,
-        )
+    request = Request(
+        spec,
+        name,
+        pretrained=pretrained and state is None,
+        filled_later=state is not None,
+        num_classes=num_classes,
+        image_size=_edges(image_size),
+        in_chans=in_chans,
+        keys=frozenset(state or ()),
+        recorded=recorded,
     )
+    built = family(request)
     if state is not None:
         classes = num_classes or getattr(built.model, "num_classes", None)
         fit_checkpoint(
@@ -175,8 +186,77 @@ def _build(
             state,
             where=str(checkpoint),
             num_classes=classes if isinstance(classes, int) else None,
+            prefix=prefix,
+            fresh_head=ignore_head or num_classes is not None,
+            head=lambda: _head_keys(built, family, request),
+            adapt=_stem_adapter(built.model),
         )
-    return _recorded(spec, built, num_classes, pretrained=pretrained, checkpoint=checkpoint)
+    found = _recorded(spec, built, num_classes, pretrained=pretrained, checkpoint=checkpoint)
+    return _with_file_options(found, prefix, ignore_head=ignore_head)
+
+
+def _with_file_options(source: Source, prefix: str | None, *, ignore_head: bool) -> Source:
+    """How the file was read belongs to how the original can be had again."""
+    given = {"checkpoint_prefix": prefix} if prefix is not None else {}
+    origin = {**(source.origin or {}), **given} | ({"ignore_head": True} if ignore_head else {})
+    remember(source.model, source=origin)
+    return replace(source, origin=origin)
+
+
+def _check_file_options(
+    checkpoint: str | Path | None, prefix: str | None, *, ignore_head: bool
+) -> None:
+    given = {"checkpoint_prefix": prefix is not None, "ignore_head": ignore_head}
+    unused = [name for name, is_given in given.items() if is_given]
+    if checkpoint is None and unused:
+        option = f"--{unused[0].replace('_', '-')}"
+        raise SpecError(
+            f"{unused[0]} ({option})",
+            got="it without a checkpoint",
+            need="a weight file that it speaks of",
+            hint="--checkpoint FILE (checkpoint=…), or leaving it out",
+        )
+
+
+def _head_keys(built: Built, family: Any, request: Request) -> frozenset[str]:
+    """The keys of a model's head: those whose shapes follow the number of classes.
+
+    A factory that takes no number of classes has for its head the last layer with a matrix.
+    """
+    asked = replace(request, arguments=built.arguments)
+    try:
+        few, many = (_shapes(family, replace(asked, num_classes=n)) for n in (3, 5))
+    except NormSwapError:
+        layers = [n.rpartition(".")[0] for n, p in built.model.named_parameters() if p.ndim > 1]
+        return frozenset(n for n in built.model.state_dict() if n.rpartition(".")[0] in layers[-1:])
+    return frozenset(name for name in few if few[name] != many.get(name))
+
+
+def _shapes(family: Any, request: Request) -> dict[str, tuple[int, ...]]:
+    try:
+        with torch.device("meta"):
+            model = family(request).model
+    except NormSwapError:  # some constructors compute with their weights
+        model = family(request).model
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _stem_adapter(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """Gives weights of red, green and blue the channels of a model that takes others."""
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def adapt(name: str, tensor: Tensor) -> Tensor:
+        wanted, found = own.get(name, ()), tuple(tensor.shape)
+        same = wanted[:1] == found[:1] and wanted[2:] == found[2:]
+        if len(wanted) > 3 and same and found[1] == 3 and name == _first_matrix(model):
+            return adapted_stem(tensor, wanted[1])
+        return tensor
+
+    return adapt
+
+
+def _first_matrix(model: nn.Module) -> str | None:
+    return next((name for name, p in model.named_parameters() if p.ndim > 1), None)
 
 
 def _family(spec: str) -> tuple[Any, str]:
@@ -293,7 +373,7 @@ def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
             need="one from pretrained weights or a checkpoint",
             hint="naming the original explicitly",
         )
-    spec, classes, _ = _checked(origin, trust)
+    spec, classes, arguments = _checked(origin, trust)
     checkpoint = origin.get("checkpoint")
     if not isinstance(checkpoint, str | type(None)):
         raise _bad_record("checkpoint")
@@ -306,7 +386,19 @@ def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
             need="the checkpoint that the original's weights came from",
             hint="working in the folder that holds it, or giving that file with --teacher",
         )
-    source = _build(spec, checkpoint=checkpoint, num_classes=classes, recorded=True)
+    prefix, ignore_head = origin.get("checkpoint_prefix"), origin.get("ignore_head", False)
+    if not isinstance(prefix, str | type(None)) or not isinstance(ignore_head, bool):
+        raise _bad_record("checkpoint_prefix or ignore_head")
+    channels = _recorded_channels(arguments)
+    source = _build(
+        spec,
+        checkpoint=checkpoint,
+        num_classes=classes,
+        in_chans=channels,
+        prefix=prefix,
+        ignore_head=ignore_head,
+        recorded=True,
+    )
     if source.origin is None or source.origin["sha256"] != origin.get("sha256"):
         raise CheckpointError(
             str(origin.get("checkpoint") or origin["spec"]),
@@ -315,6 +407,12 @@ def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
             hint="the original file",
         )
     return source.model
+
+
+def _recorded_channels(arguments: Mapping[str, Any]) -> int | None:
+    """Channels that a build was asked for; its table of arguments has checked the number."""
+    found = {**arguments, **arguments.get("options", {})}.get("in_chans")
+    return int(found) if found is not None else None
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -551,8 +551,10 @@ def test_keys_and_shapes_that_do_not_fit_are_named(trained, tmp_path):
 
 def test_a_head_of_another_size_is_explained(trained, tmp_path):
     save_file(trained.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match=r"--num-classes 1000 \(num_classes=1000\)"):
-        sources.build("timm/test_resnet", num_classes=10, checkpoint=tmp_path / "w.safetensors")
+    small = sources.build("timm/test_resnet", pretrained=False, num_classes=10).model
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    with pytest.raises(CheckpointError, match=r"--num-classes 10 \(num_classes=10\)"):
+        sources.build("timm/test_resnet", checkpoint=tmp_path / "small.safetensors")
 
 
 # ----------------------------------------------------------------------- lists, heads, packages

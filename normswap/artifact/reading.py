@@ -34,6 +34,8 @@ def load_model(
     num_classes: int | None = None,
     image_size: int | Sequence[int] | None = None,
     in_chans: int | None = None,
+    checkpoint_prefix: str | None = None,
+    ignore_head: bool = False,
     device: str | torch.device = "cpu",
     trust: Trust = None,
     allow_nonfinite: bool = False,
@@ -49,6 +51,10 @@ def load_model(
         image_size: height and width, where they differ from the model's own.
         in_chans: channels of the input, where they are not red, green and blue; a pretrained first
             convolution is adapted by timm's rule.
+        checkpoint_prefix: under which the model's keys stand in the file (``module.encoder_q.``);
+            found by itself where exactly one fits.
+        ignore_head: a head that the file lacks, or has in another size, starts afresh. With
+            ``num_classes`` it does so anyway.
         device: where the model goes.
         trust: for a directory, see :func:`load`.
         allow_nonfinite: take weights and running statistics that are not finite, and negative
@@ -77,6 +83,8 @@ def load_model(
             num_classes=num_classes,
             image_size=image_size,
             in_chans=in_chans,
+            checkpoint_prefix=checkpoint_prefix,
+            ignore_head=ignore_head,
         )
         if not allow_nonfinite:
             check_numbers(source.model)
@@ -84,7 +92,13 @@ def load_model(
         return source
     if not pretrained:
         logger.warning("%s: an artefact brings its own weights; pretrained is ignored", spec)
-    given = {"checkpoint": checkpoint, "num_classes": num_classes, "in_chans": in_chans}
+    given = {
+        "checkpoint": checkpoint,
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "checkpoint_prefix": checkpoint_prefix,
+        "ignore_head": ignore_head or None,
+    }
     extra = [name for name, value in given.items() if value is not None]
     if extra:
         raise ArtifactError(

@@ -82,6 +82,9 @@ def cli_command(
     return decorate
 
 
+_WITH_VALUE = ("checkpoint", "num_classes", "image_size", "checkpoint_prefix", "in_chans")
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """MODEL and the options that say how to build it."""
@@ -94,6 +97,8 @@ class ModelChoice:
     seed: int
     image_size: int | None
     in_chans: int | None = None
+    checkpoint_prefix: str | None = None
+    ignore_head: bool = False
     batchnorms: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
     allow_nonfinite: bool = False
@@ -101,16 +106,16 @@ class ModelChoice:
     def words(self) -> Iterator[str]:
         """MODEL and the options that make it this one, for a command to copy."""
         yield self.spec
-        if self.checkpoint is not None:
-            yield from ("--checkpoint", str(self.checkpoint))
-        flags = {"--no-pretrained": not self.pretrained, "--allow-nonfinite": self.allow_nonfinite}
+        flags = {
+            "--no-pretrained": not self.pretrained,
+            "--ignore-head": self.ignore_head,
+            "--allow-nonfinite": self.allow_nonfinite,
+        }
         yield from (flag for flag, given in flags.items() if given)
-        if self.num_classes is not None:
-            yield from ("--num-classes", str(self.num_classes))
-        if self.image_size is not None:
-            yield from ("--image-size", str(self.image_size))
-        if self.in_chans is not None:
-            yield from ("--in-chans", str(self.in_chans))
+        for option in _WITH_VALUE:
+            value = getattr(self, option)
+            if value is not None:
+                yield from (f"--{option.replace('_', '-')}", str(value))
         for text in self.batchnorms:
             yield from ("--batchnorm", text)
         for spec in self.trust:
@@ -131,6 +136,8 @@ class ModelChoice:
             num_classes=self.num_classes,
             image_size=self.image_size,
             in_chans=self.in_chans,
+            checkpoint_prefix=self.checkpoint_prefix,
+            ignore_head=self.ignore_head,
             device=check_device(self.device),
             trust=self.trust,
             allow_nonfinite=self.allow_nonfinite,
@@ -195,6 +202,17 @@ _MODEL_OPTIONS = (
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="For all random numbers."),
     click.option("--image-size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
+    click.option(
+        "--checkpoint-prefix",
+        metavar="PREFIX",
+        help="What the model's keys in the file begin with, encoder_q. for example [default: the "
+        "one that fits].",
+    ),
+    click.option(
+        "--ignore-head",
+        is_flag=True,
+        help="A head that the file lacks, or has in another size, starts afresh.",
+    ),
     click.option(
         "--in-chans",
         type=click.IntRange(min=1),
