@@ -19,8 +19,8 @@ from onnx_support import Net, live
 from normswap import children
 from normswap.cli.app import app
 from normswap.onnx import export_onnx
-from normswap.onnx.file.metadata import read_metadata
-from normswap.onnx.file.parsing import read_onnx
+from normswap.onnx.file.metadata import read_metadata, write_metadata
+from normswap.onnx.file.parsing import OnnxFile, messages, read_onnx
 
 COUNT = int(os.environ.get("NORMSWAP_FUZZ", "240"))
 OPENED: list[str] = []
@@ -95,7 +95,64 @@ def with_labels(data, rng):
     return proto.SerializeToString()
 
 
-KINDS = [flipped, truncated, doubled, with_metadata, with_paths, with_shapes, with_labels]
+def with_fields(data, rng):
+    """A field that torch's exporter leaves empty, somewhere in the schema."""
+    proto = onnx.ModelProto.FromString(bytes(data))
+    node = proto.graph.node[int(rng.integers(0, len(proto.graph.node)))]
+    tensor = proto.graph.initializer[int(rng.integers(0, len(proto.graph.initializer)))]
+    choice = int(rng.integers(0, 8))
+    if choice == 0:
+        node.attribute.add(name="s", type=11).sparse_tensor.values.external_data.add(key="location")
+    elif choice == 1:
+        node.overload = node.domain = "x"
+    elif choice == 2:
+        proto.functions.add(name=node.op_type, domain=node.domain).opset_import.add(version=1)
+    elif choice == 3:
+        proto.training_info.add().algorithm.node.add(op_type="Loop")
+    elif choice == 4:
+        node.metadata_props.add(key="k", value="v")
+    elif choice == 5:
+        tensor.segment.begin = 1
+    elif choice == 6:
+        tensor.float_data.append(1.0)
+    else:
+        proto.ir_version = int(rng.integers(0, 1 << 40))
+        return proto.SerializeToString() + bytes([0xF8, 0x07, int(rng.integers(0, 128))])
+    return proto.SerializeToString()
+
+
+ODD = [None, True, -1, 0, 1.5, 1 << 20, 1 << 40, 1 << 70, 1e300, "x", "nan", [], {}, [[[]]]]
+
+
+def forged(data, rng):
+    """Another record, with hashes that fit it: somebody's own file."""
+    proto = onnx.ModelProto.FromString(bytes(data))
+    file = OnnxFile(Path("m.onnx"), proto)
+    fields = dict(read_metadata(file).fields)
+    del fields["format_version"]
+    spot, key = fields, str(rng.choice(["self_test", *fields]))
+    while isinstance(spot[key], dict | list) and spot[key] and rng.integers(0, 5):
+        spot = spot[key]
+        keys = list(spot) if isinstance(spot, dict) else list(range(len(spot)))
+        key = keys[int(rng.integers(0, len(keys)))]
+    spot[key] = ODD[int(rng.integers(0, len(ODD)))]
+    write_metadata(file, fields)
+    return proto.SerializeToString()
+
+
+KINDS = [flipped, truncated, doubled, with_metadata, with_paths, with_shapes, with_fields]
+KINDS += [with_labels, forged]
+
+
+def meaning(data):
+    """All of a file but its names of nodes and its documentation."""
+    proto = onnx.ModelProto.FromString(data)
+    for message in messages(proto):
+        if "doc_string" in message.DESCRIPTOR.fields_by_name:
+            message.ClearField("doc_string")
+        if isinstance(message, onnx.NodeProto):
+            message.ClearField("name")
+    return proto.SerializeToString(deterministic=True)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +187,9 @@ def test_mutated_files_end_in_a_verdict_or_one_clear_line(kind, data, tmp_path, 
         finally:
             WATCHING.clear()
         codes.add(result.exit_code)
+        assert "Unexpected" not in result.stderr
+        if result.exit_code == 0 and kind is not forged:  # whose content is the proven one
+            assert meaning(path.read_bytes()) == meaning(data)
         if result.exit_code == 1:  # one line about the file, and no accident of ours
             assert str(path) in result.stderr
             assert result.stderr.count("\n") == 1
@@ -140,5 +200,5 @@ def test_mutated_files_end_in_a_verdict_or_one_clear_line(kind, data, tmp_path, 
     assert codes <= {0, 1, 3}
     if kind is with_labels:
         assert codes == {0}
-    if kind in (truncated, with_paths):
+    if kind in (truncated, with_paths, with_fields):
         assert 0 not in codes
