@@ -11,8 +11,8 @@ from onnx_support import Net, attribute, edit_tensor, live, node_of, own_copy
 
 from normswap.onnx import export_onnx, verify_onnx
 from normswap.onnx.proving import proof
+from normswap.onnx.subject import subject_of
 from normswap.onnx.writing.program import Options, write_program
-from normswap.onnx.writing.subject import subject_of
 
 
 @pytest.fixture(scope="module")

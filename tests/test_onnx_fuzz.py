@@ -121,7 +121,7 @@ def with_fields(data, rng):
     return proto.SerializeToString()
 
 
-ODD = [None, True, -1, 0, 1.5, 1 << 20, 1 << 40, 1 << 70, 1e300, "x", "nan", [], {}, [[[]]]]
+ODD = [None, True, -1, 0, 1.5, 1 << 10, 1 << 40, 1 << 70, 1e300, "x", "nan", [], {}, [[[]]]]
 
 
 def forged(data, rng):

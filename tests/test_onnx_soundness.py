@@ -10,8 +10,9 @@ from torch import nn
 
 from normswap.errors import ParityError
 from normswap.onnx import export, export_onnx, verify_onnx
+from normswap.onnx.file.parsing import save
 from normswap.onnx.proving import proof
-from normswap.onnx.writing.program import save, write_program
+from normswap.onnx.writing.program import write_program
 
 
 @pytest.fixture(autouse=True)

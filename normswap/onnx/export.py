@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from normswap.errors import ExportError, ParityError
 from normswap.files import put_files_in_place, scratch_folder
-from normswap.onnx.file.metadata import write_metadata
+from normswap.onnx.file.metadata import sign
 from normswap.onnx.file.parity import Parity, check_tolerance
 from normswap.onnx.file.parsing import OnnxFile, external, is_external, read_onnx, tensors
-from normswap.onnx.file.selftest import MAX_STORED, MAX_TOLERANCE, Expected, SelfTest, TestInput
+from normswap.onnx.proving.expectation import Expectation, expect
 from normswap.onnx.proving.proof import prove_draft
-from normswap.onnx.proving.trials import GroundTruth, Trial
-from normswap.onnx.writing.program import MAX_OPSET, MIN_OPSET, Draft, Options, save, write_program
-from normswap.onnx.writing.subject import Subject, as_array, subject_of
+from normswap.onnx.proving.recording import recorded_test
+from normswap.onnx.subject import subject_of
+from normswap.onnx.writing.program import MAX_OPSET, MIN_OPSET, Draft, Options, write_program
+from normswap.onnx.writing.record import record_of
 from normswap.passage import refuse_crossing
 
 if TYPE_CHECKING:
@@ -84,36 +82,28 @@ def export_onnx(
     if opset >= 21:
         _LOG.warning("opset %d: GroupNormalization has no CPU kernel in onnxruntime", opset)
     with _staging(target) as folder:
-        draft_path = folder / target.name
-        draft, options, parity = _proven(
-            subject, draft_path, options, images=images, tolerance=tolerance
-        )
+        asked = expect(subject, options, images=images, tolerance=tolerance)
+        draft, parity = _proven(asked, folder / target.name, options)
         if not parity.passed and not allow_mismatch:
             raise _failure(target, parity)
-        test = _self_test(subject, options, parity, tolerance)
-        fields = _fields(model, subject, options, parity, test)
-        _name_data_anew(draft.file, target)
-        write_metadata(draft.file, fields)
-        save(draft.file)
-        read_onnx(draft.file.path)
+        test = recorded_test(asked, parity)
+        record = record_of(model, draft.options, subject.signature, parity, test)
+        sign(_named_anew(draft.file, target), record)
         put_files_in_place(folder, target, gone=_external_data(target))
     return parity
 
 
-def _proven(
-    subject: Subject, path: Path, options: Options, *, images: Any, tolerance: float | None
-) -> tuple[Draft, Options, Parity]:
+def _proven(asked: Expectation, path: Path, options: Options) -> tuple[Draft, Parity]:
     """The fastest form of the graph that passes the proof; the last one tried if none does."""
-    draft = write_program(subject, path, options)
-    parity = prove_draft(draft, subject, options, images=images, tolerance=tolerance)
+    draft = write_program(asked.subject, path, options)
+    parity = prove_draft(draft, asked)
     if not _inexact(parity):
-        return draft, options, parity
-    slower = replace(options, staged=True)
-    other = write_program(subject, path, slower)
+        return draft, parity
+    other = write_program(asked.subject, path, replace(options, staged=True))
     if not other.staged:
-        return draft, options, parity
-    parity = prove_draft(other, subject, slower, images=images, tolerance=tolerance)
-    return other, slower, replace(parity, notes=(*parity.notes, _STAGED))
+        return draft, parity
+    parity = prove_draft(other, asked)
+    return other, replace(parity, notes=(*parity.notes, _STAGED))
 
 
 def _inexact(parity: Parity) -> bool:
@@ -167,17 +157,18 @@ def _external_data(path: Path) -> set[str]:
     return {p.name for p in places if p.parent == file.folder and p.name.startswith(own)}
 
 
-def _name_data_anew(file: OnnxFile, target: Path) -> None:
+def _named_anew(file: OnnxFile, target: Path) -> OnnxFile:
     """Data beside the file get a name that is free, so that an old file keeps its own till then."""
     old = file.path.with_name(f"{target.name}.data")
     if not old.exists() or not (target.parent / old.name).exists():
-        return
+        return file
     new = old.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     old.rename(new)
     for tensor in tensors(file.proto):
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value == old.name:
                 entry.value = new.name
+    return file
 
 
 def _failure(target: Path, parity: Parity) -> ParityError:
@@ -194,107 +185,3 @@ def _failure(target: Path, parity: Parity) -> ParityError:
     )
     error.parity = parity
     return error
-
-
-def _fields(
-    model: nn.Module, subject: Subject, options: Options, parity: Parity, test: SelfTest
-) -> dict[str, Any]:
-    from normswap.provenance import portable, provenance_of
-
-    record = provenance_of(model)
-    names = list(record.class_names) if record.class_names is not None else None
-    return {
-        "source": portable(record.source),
-        "plans": list(record.plans),
-        "preprocessing": _preprocessing(record.preprocessing, subject, options),
-        "class_names": names,
-        "history": list(record.history),
-        "versions": _versions(),
-        "export": {
-            "opset": options.opset,
-            "static_batch": options.static_batch,
-            "dynamic_size": options.dynamic_size,
-            "half": options.half,
-            "staged": options.staged,
-        },
-        "proof": _digest(parity),
-        "self_test": test.to_json(),
-    }
-
-
-def _preprocessing(
-    recorded: dict[str, Any] | None, subject: Subject, options: Options
-) -> dict[str, Any] | None:
-    """What the model wants of its input, at the one size that the file takes."""
-    signature = subject.signature
-    sizes = [list(t.shape[1:]) for t in signature.tensors if signature.spatial(t)]
-    if recorded is None or options.dynamic_size or len(sizes) != 1:
-        return recorded
-    return {**recorded, "input_size": sizes[0]}
-
-
-def _digest(parity: Parity) -> dict[str, Any]:
-    plain = parity.to_json()
-    worst = max((case for case in parity.cases), key=lambda case: case.error, default=None)
-    return {
-        "passed": parity.passed,
-        "max_relative_error": plain["max_relative_error"],
-        "top1_agreement": parity.top1_agreement,
-        "cases": len(parity.cases),
-        "worst": worst.describe() if worst is not None else None,
-        "failure": parity.failure,
-    }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from normswap import __version__
-
-    found = {"normswap": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _self_test(
-    subject: Subject, options: Options, parity: Parity, tolerance: float | None
-) -> SelfTest:
-    """The example's shapes, judged as the proof was; inputs without rows keep their values."""
-    proven: dict[str, float] = {}
-    for case in parity.cases:
-        if not case.randomised:
-            proven[case.output] = max(case.tolerance, proven.get(case.output, 0.0))
-    signature = subject.signature
-    inputs = []
-    for index, tensor in enumerate(signature.tensors):
-        array = as_array(tensor)
-        whole = array.dtype.kind != "f" and array.size > 0
-        span = (int(array.min()), int(array.max())) if whole else (0, 0)
-        kept = None
-        if not signature.has_rows(tensor) and array.size <= MAX_STORED:
-            kept = tuple(array.reshape(-1).tolist())
-        inputs.append(TestInput(tuple(array.shape), str(array.dtype), 1000 + index, *span, kept))
-    arrays = [item.make() for item in inputs]
-    rows = signature.batch or 1
-    truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
-    reference = truth.reference(Trial("self-test", arrays, rows))
-    if not all(np.isfinite(array).all() for array in reference.outputs):
-        raise ExportError(
-            type(subject.model).__name__,
-            got="NaN or Inf from the model itself on random inputs",
-            need="a finite output, to record a self-test by",
-            hint="example_inputs of the shape and range that the model is made for",
-        )
-    outputs = tuple(
-        Expected.of(name, array, min(MAX_TOLERANCE, max(limit, proven.get(name, 0.0))), error)
-        for name, array, limit, error in zip(
-            subject.outputs,
-            reference.outputs,
-            reference.tolerances,
-            reference.torch_errors,
-            strict=True,
-        )
-    )
-    return SelfTest(tuple(inputs), outputs)

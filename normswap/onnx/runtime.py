@@ -21,7 +21,7 @@ from normswap.onnx.file.session import (
     open_here,
     resolve_provider,
 )
-from normswap.onnx.writing.subject import as_array
+from normswap.onnx.subject import as_array
 
 
 class OnnxModel(nn.Module):

@@ -12,7 +12,7 @@ import onnx
 
 from normswap.onnx.file.identity import graph_hash, metadata_hash
 from normswap.onnx.file.identity_v1 import graph_hash_v1, uncovered
-from normswap.onnx.file.parsing import OnnxFile
+from normswap.onnx.file.parsing import OnnxFile, read_onnx, save
 from normswap.onnx.file.selftest import MAX_TOLERANCE, SelfTest
 from normswap.plain import plain
 
@@ -73,6 +73,17 @@ def write_metadata(file: OnnxFile, fields: Mapping[str, Any]) -> None:
     entries[PREFIX + "graph_sha256"] = graph_hash(file)
     entries[PREFIX + "metadata_sha256"] = metadata_hash(entries.items())
     onnx.helper.set_model_props(file.proto, entries)
+
+
+def sign(file: OnnxFile, fields: Mapping[str, Any]) -> None:
+    """Save a file with its record and its hashes, and make sure that it can be read again.
+
+    Raises:
+        ExportError: what was written cannot be read.
+    """
+    write_metadata(file, fields)
+    save(file)
+    read_onnx(file.path)
 
 
 def read_metadata(file: OnnxFile) -> Metadata | None:

@@ -96,6 +96,11 @@ def read_onnx(path: str | Path) -> OnnxFile:
     return file
 
 
+def save(file: OnnxFile) -> None:
+    """Write the protobuf back; external data stay as they lie."""
+    file.path.write_bytes(file.proto.SerializeToString())
+
+
 def unfolded(proto: onnx.ModelProto) -> float:
     """How many nodes a graph has once its functions are put in; infinite where they never end."""
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}

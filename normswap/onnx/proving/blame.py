@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from normswap.onnx.file.parity import Array, Divergence, relative_error
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.session import Failed, Here, Runner
+from normswap.onnx.subject import Subject, as_array, flat_tensors
 from normswap.onnx.writing.program import Draft, modules_of
-from normswap.onnx.writing.subject import Subject, as_array, flat_tensors
 
 SAME_KERNELS = 5e-6
 """Two files run by the same kernels on the same inputs: any difference beyond this is an edit."""

@@ -8,7 +8,7 @@ import torch
 
 from normswap.graph.norms import is_norm
 from normswap.onnx.file.parity import Array
-from normswap.onnx.writing.subject import Subject
+from normswap.onnx.subject import Subject
 
 SQUARE_LIMIT = 255.0
 """Inputs above this have squares that float16 cannot hold (65504)."""

@@ -29,19 +29,11 @@ from normswap.onnx.file.parity import (
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.session import LEVELS, Failed, Here, Outputs, Runner
 from normswap.onnx.proving import blame
+from normswap.onnx.proving.expectation import Expectation, expect, expect_of_randomised
 from normswap.onnx.proving.overflow import wide_inputs
-from normswap.onnx.proving.soundness import unsound
-from normswap.onnx.proving.trials import (
-    GroundTruth,
-    Reference,
-    Trial,
-    model_mixes_rows,
-    random_inputs,
-    randomised,
-    trials_for,
-)
+from normswap.onnx.proving.trials import Reference, Trial
+from normswap.onnx.subject import Subject, subject_of
 from normswap.onnx.writing.program import Draft, Options, write_program
-from normswap.onnx.writing.subject import Subject, subject_of
 
 
 @dataclass(frozen=True)
@@ -53,39 +45,24 @@ class Evidence:
     notes: tuple[str, ...] = ()
 
 
-def prove_draft(
-    draft: Draft,
-    subject: Subject,
-    options: Options,
-    *,
-    images: Any = None,
-    tolerance: float | None = None,
-) -> Parity:
+def prove_draft(draft: Draft, asked: Expectation) -> Parity:
     """The whole proof of a freshly exported file, and of an export of a randomised copy."""
-    trials = trials_for(
-        subject,
-        static_batch=options.static_batch,
-        dynamic_size=options.dynamic_size,
-        images=images,
-    )
-    nonsense = unsound(subject, trials)
-    if nonsense is not None:
-        return _no_proof(nonsense)
-    truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
-    evidence = _examine(draft.file.path, truth, trials, Here())
-    cases = _program_cases(draft, truth, trials) + evidence.cases
+    if asked.nonsense is not None:
+        return _no_proof(asked.nonsense)
+    evidence = _examine(draft.file.path, asked, Here())
+    cases = _program_cases(draft, asked) + evidence.cases
     if all(case.passed for case in cases):
-        cases += _randomised_cases(truth, options)
+        cases += _randomised_cases(asked, draft.options)
     bad = next((case for case in cases if not case.passed), None)
     notes = evidence.notes
-    if options.half:
-        notes += _overflow_notes(subject, trials)
+    if draft.options.half:
+        notes += _overflow_notes(asked.subject, asked.trials)
     if bad is None:
         return summarise(cases, notes=notes)
-    divergence, explained = None, _batch_statistics(subject.model, bad) or _sensitive(cases)
+    divergence, explained = None, _batch_statistics(asked.subject.model, bad) or _sensitive(cases)
     if evidence.failing is not None and explained is None:
-        limit = tolerance_for(0.0, half=options.half)
-        divergence = blame.against_program(draft, evidence.failing.inputs, subject, limit)
+        limit = tolerance_for(0.0, half=draft.options.half)
+        divergence = blame.against_program(draft, evidence.failing.inputs, asked.subject, limit)
     return _failed(cases, bad, divergence, explained, None, notes)
 
 
@@ -140,21 +117,14 @@ def prove_file(
         example_inputs = _recorded_inputs(file, metadata)
     subject = subject_of(model, example_inputs)
     options = _options(file, metadata, subject)
-    trials = trials_for(
-        subject,
-        static_batch=options.static_batch,
-        dynamic_size=options.dynamic_size,
-        images=images,
-    )
-    nonsense = unsound(subject, trials)
-    if nonsense is not None:
-        return _no_proof(nonsense)
-    truth = GroundTruth.of(subject, tolerance=tolerance, half=options.half)
-    evidence = _examine(file.path, truth, trials, runner)
+    asked = expect(subject, options, images=images, tolerance=tolerance)
+    if asked.nonsense is not None:
+        return _no_proof(asked.nonsense)
+    evidence = _examine(file.path, asked, runner)
     cases, notes = evidence.cases, evidence.notes
     if all(case.passed for case in cases):
         try:
-            cases = cases + _randomised_cases(truth, options)
+            cases = cases + _randomised_cases(asked, options)
         except ExportError as error:
             notes += (f"the randomised copy was not tried: {in_short(error)}",)
     identity = None if metadata is None else metadata.intact
@@ -215,32 +185,29 @@ def _failed(
     )
 
 
-def _examine(
-    path: Path, truth: GroundTruth, trials: Sequence[Trial], runner: Runner, *, copy: bool = False
-) -> Evidence:
+def _examine(path: Path, asked: Expectation, runner: Runner, *, copy: bool = False) -> Evidence:
     """Every trial at every optimisation level, and each sample alone against in a batch."""
-    mixed = model_mixes_rows(truth.subject, trials)
-    references = truth.references(trials, mixed=mixed)
+    trials, references = asked.trials, asked.references
     cases: list[Case] = []
     failing: Trial | None = None
     runs = runner.run(path, LEVELS, [trial.inputs for trial in trials])
     for level, found in zip(LEVELS, runs, strict=True):
         for trial, reference, outputs in zip(trials, references, found, strict=True):
-            fresh = _cases(truth, trial, reference, outputs, f"onnxruntime {level}", copy=copy)
+            fresh = _cases(asked, trial, reference, outputs, f"onnxruntime {level}", copy=copy)
             cases += fresh
             if failing is None and not all(case.passed for case in fresh):
                 failing = trial
         cases += _row_cases(trials, references, found, level, copy=copy)
     notes = []
-    if mixed:
+    if asked.mixed:
         notes.append("the model itself gives a sample another output in another batch")
-    if truth.double is None:
+    if asked.truth.double is None:
         notes.append("the model cannot run in float64: its own precision is the reference")
     return Evidence(cases, failing, tuple(notes))
 
 
 def _cases(
-    truth: GroundTruth,
+    asked: Expectation,
     trial: Trial,
     reference: Reference,
     outputs: Outputs | Failed,
@@ -251,7 +218,7 @@ def _cases(
     def case(name: str, **facts: Any) -> Case:
         return Case(trial.name, stage, name, trial.batch, randomised=copy, **facts)
 
-    names = truth.subject.outputs
+    names = asked.subject.outputs
     if isinstance(outputs, list) and len(outputs) != len(names):
         outputs = Failed(f"{len(outputs)} outputs where the model has {len(names)}")
     if isinstance(outputs, Failed):
@@ -319,29 +286,25 @@ def _row_cases(
     return cases
 
 
-def _program_cases(draft: Draft, truth: GroundTruth, trials: Sequence[Trial]) -> list[Case]:
+def _program_cases(draft: Draft, asked: Expectation) -> list[Case]:
     """The stage between torch and ONNX: what torch.export made of the model."""
-    trial = next((trial for trial in trials if trial.batch == 2), trials[0])
-    run: Callable[[nn.Module], list[Array]] = truth.subject.call(trial.inputs)
+    pairs = list(zip(asked.trials, asked.references, strict=True))
+    trial, reference = next((pair for pair in pairs if pair[0].batch == 2), pairs[0])
+    run: Callable[[nn.Module], list[Array]] = asked.subject.call(trial.inputs)
     outputs: Outputs | Failed
     try:
         outputs = run(draft.program.module())
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         outputs = Failed(f"{type(error).__name__}: {error}")
-    reference = truth.reference(trial)
-    return _cases(truth, trial, reference, outputs, "exported program", copy=False)
+    return _cases(asked, trial, reference, outputs, "exported program", copy=False)
 
 
-def _randomised_cases(truth: GroundTruth, options: Options) -> list[Case]:
-    """The same proof on a copy whose statistics and affine values nothing can hide behind."""
-    other = randomised(truth.subject)
-    rows = 2 if not options.static_batch else (other.signature.batch or 1)
-    trial = Trial(f"random inputs, batch {rows}", random_inputs(other, rows), rows)
+def _randomised_cases(asked: Expectation, options: Options) -> list[Case]:
+    """The same proof on a copy with other statistics and affine values."""
+    other = expect_of_randomised(asked, options)
     with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
-        path = Path(folder) / "randomised.onnx"
-        write_program(other, path, options)
-        other_truth = GroundTruth.of(other, tolerance=truth.tolerance, half=truth.half)
-        return _examine(path, other_truth, [trial], Here(), copy=True).cases
+        draft = write_program(other.subject, Path(folder) / "randomised.onnx", options)
+        return _examine(draft.file.path, other, Here(), copy=True).cases
 
 
 def _blame(

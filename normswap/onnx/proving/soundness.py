@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normswap.onnx.proving.trials import Trial
-from normswap.onnx.writing.subject import Subject, flat_tensors
+from normswap.onnx.subject import Subject, flat_tensors
 
 
 def unsound(subject: Subject, trials: Sequence[Trial]) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from normswap.copying import copied
 from normswap.errors import ExportError
 from normswap.onnx.file.parity import Array, relative_error, tolerance_for
-from normswap.onnx.writing.subject import Subject, as_array
+from normswap.onnx.subject import Subject, as_array
 
 BATCHES = (1, 2, 5)
 MAX_IMAGES = 8

@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.file.parsing import OnnxFile, is_external, read_onnx, tensors
+from normswap.onnx.file.parsing import OnnxFile, is_external, read_onnx, save, tensors
+from normswap.onnx.subject import Subject
 from normswap.onnx.writing.forms import fastest
 from normswap.onnx.writing.half import norm_names, to_half
 from normswap.onnx.writing.staged import stage
-from normswap.onnx.writing.subject import Subject
 
 ONE_FILE_BYTES = (1 << 31) - (1 << 24)
 """Weights up to here stay inside the file; protobuf ends at 2 GB."""
@@ -58,11 +58,13 @@ class Draft:
     Attributes:
         file: the file.
         program: what torch.export made of the model on the way; it can be run.
+        options: how it was written.
         staged: norms whose means are taken in stages.
     """
 
     file: OnnxFile
     program: torch.export.ExportedProgram
+    options: Options
     staged: int = 0
 
 
@@ -100,7 +102,7 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
     if options.half:
         _narrow(file, subject.model)
     save(file)
-    return Draft(file, exported.exported_program, staged)
+    return Draft(file, exported.exported_program, options, staged)
 
 
 def _narrow(file: OnnxFile, model: nn.Module) -> None:
@@ -120,11 +122,6 @@ def _narrow(file: OnnxFile, model: nn.Module) -> None:
         for name in node.output
     }
     to_half(file.proto, frozenset(wide))
-
-
-def save(file: OnnxFile) -> None:
-    """Write the protobuf back; external data stay as they lie."""
-    file.path.write_bytes(file.proto.SerializeToString())
 
 
 @contextlib.contextmanager

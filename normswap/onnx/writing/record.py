@@ -1,0 +1,75 @@
+"""What a file says about itself: where it comes from, how it was made, how well it was proven."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from typing import Any
+
+from torch import nn
+
+from normswap.onnx.file.parity import Parity
+from normswap.onnx.file.selftest import SelfTest
+from normswap.onnx.subject import Signature
+from normswap.onnx.writing.program import Options
+from normswap.provenance import portable, provenance_of
+
+
+def record_of(
+    model: nn.Module, options: Options, signature: Signature, parity: Parity, test: SelfTest
+) -> dict[str, Any]:
+    """Origin, preprocessing, versions, how it was exported, its proof, and how to check it."""
+    record = provenance_of(model)
+    names = list(record.class_names) if record.class_names is not None else None
+    return {
+        "source": portable(record.source),
+        "plans": list(record.plans),
+        "preprocessing": _preprocessing(record.preprocessing, signature, options),
+        "class_names": names,
+        "history": list(record.history),
+        "versions": _versions(),
+        "export": {
+            "opset": options.opset,
+            "static_batch": options.static_batch,
+            "dynamic_size": options.dynamic_size,
+            "half": options.half,
+            "staged": options.staged,
+        },
+        "proof": _digest(parity),
+        "self_test": test.to_json(),
+    }
+
+
+def _preprocessing(
+    recorded: dict[str, Any] | None, signature: Signature, options: Options
+) -> dict[str, Any] | None:
+    """What the model wants of its input, at the one size that the file takes."""
+    sizes = [list(t.shape[1:]) for t in signature.tensors if signature.spatial(t)]
+    if recorded is None or options.dynamic_size or len(sizes) != 1:
+        return recorded
+    return {**recorded, "input_size": sizes[0]}
+
+
+def _digest(parity: Parity) -> dict[str, Any]:
+    plain = parity.to_json()
+    worst = max((case for case in parity.cases), key=lambda case: case.error, default=None)
+    return {
+        "passed": parity.passed,
+        "max_relative_error": plain["max_relative_error"],
+        "top1_agreement": parity.top1_agreement,
+        "cases": len(parity.cases),
+        "worst": worst.describe() if worst is not None else None,
+        "failure": parity.failure,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from normswap import __version__
+
+    found = {"normswap": __version__, "python": platform.python_version()}
+    for name in ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
