@@ -9,6 +9,7 @@ room refuses to guess: a checkpoint fits in every key and shape, its head apart,
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,8 @@ _FAMILIES = {
     "torchvision/": from_torchvision,
     "python:": from_python,
 }
+
+_log = logging.getLogger("normswap")
 
 
 @dataclass(frozen=True)
@@ -415,6 +418,37 @@ def _recorded_channels(arguments: Mapping[str, Any]) -> int | None:
     return int(found) if found is not None else None
 
 
+def original_of(model: nn.Module) -> nn.Module:
+    """The BatchNorm network that a model of known source was made from, with its weights.
+
+    Args:
+        model: from ``load_model`` or ``load``, converted or not; it is not changed.
+
+    Raises:
+        ConsentError: its record names code that the user has not consented to.
+        SpecError, CheckpointError: its source is not known, or the weights cannot be had again.
+    """
+    record = provenance_of(model)
+    return original(_known(record.source), trust=record.trusted)
+
+
+def architecture_of(model: nn.Module) -> nn.Module:
+    """As ``original_of``, with whatever weights: nothing is read or downloaded for them."""
+    record = provenance_of(model)
+    return rebuild(_known(record.source), trust=record.trusted).to(running.device_of(model))
+
+
+def _known(origin: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if origin is None:
+        raise SpecError(
+            "the model",
+            got="a model whose source is not known",
+            need="one from load_model or load",
+            hint="the BatchNorm original itself, or the spec that the model was made from",
+        )
+    return origin
+
+
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a model's state."""
     return files.weights_digest(model.state_dict())
@@ -450,6 +484,41 @@ def resize_head(
     names_tuple = None if class_names is None else tuple(class_names)
     remember(model, source=origin, class_names=names_tuple)
     return names
+
+
+def fit_head(source: Source, classes: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """Make a model's classes those of some data: keep its head where it can, else make a fresh one.
+
+    Args:
+        source: the model; changed in place where its classes do not cover those of the data.
+        classes: the data's.
+
+    Returns:
+        The model's classes in the order of its outputs, and whether its head is fresh.
+
+    Raises:
+        SpecError: it needs another head, and its source takes no ``num_classes``.
+    """
+    found, known = tuple(classes), provenance_of(source.model).class_names
+    if known is not None and set(found) <= set(known):
+        return known, False
+    replaced: list[str] = []
+    if (_outputs(source) if known is None else len(known)) != len(found):
+        replaced = resize_head(source.model, len(found), found)
+        if replaced:
+            _log.info("new head for %d classes: %s", len(found), ", ".join(replaced))
+    elif known is not None:
+        _log.info("the head keeps its weights and takes other names: %s", ", ".join(found))
+    remember(source.model, class_names=found)
+    return found, bool(replaced)
+
+
+@torch.no_grad()
+def _outputs(source: Source) -> int | None:
+    """Number of logits, where the model gives a tensor (N, K)."""
+    with running.evaluating(source.model):
+        logits = source.model(source.example_inputs())
+    return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
 
 
 def list_models(pattern: str | None = None) -> list[str]:

@@ -28,6 +28,7 @@ from normswap.drift import Drift, measure_drift
 from normswap.errors import CalibrationError
 from normswap.provenance import add_history
 from normswap.running import device_of, placed
+from normswap.sources import original_of
 
 PARAMETERS = ("norms", "producers", "all")
 """What may move."""
@@ -81,8 +82,8 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    teacher: nn.Module,
-    images: Tensor | Iterable[Any],
+    teacher: nn.Module | None = None,
+    images: Tensor | Iterable[Any] = (),
     *,
     seconds: float = 60,
     parameters: Literal["norms", "producers", "all"] | None = None,
@@ -107,7 +108,8 @@ def calibrate(
     Args:
         model: the converted model.
         teacher: its BatchNorm original, for example a deep copy taken before the conversion. It
-            runs in eval mode and is not changed.
+            runs in eval mode and is not changed. None: it is built again, with its weights, for a
+            model from ``load_model`` or ``load``.
         images: a preprocessed tensor, or an iterable of batches (a tuple is the positional
             arguments, a dict the keyword arguments). No labels. Tensors are flipped and mixed.
         seconds: time budget, everything included.
@@ -129,6 +131,7 @@ def calibrate(
     Raises:
         CalibrationError: the models do not belong together, nothing was replaced, or there are no
             images, or none that the models take. Whatever is raised, the model is as it was.
+        SpecError, CheckpointError: no ``teacher``, and it cannot be had again.
 
     Example:
         >>> import copy, normswap
@@ -142,6 +145,15 @@ def calibrate(
     _check(seconds, parameters, batch_size, steps)
     begun = clock()
     tuning = _tuning or Tuning()
+    if isinstance(teacher, Tensor):
+        raise CalibrationError(
+            "teacher",
+            got="a tensor",
+            need="the BatchNorm original, or None for a model of known source",
+            hint="calibrate(model, images=…)",
+        )
+    if teacher is None:
+        teacher = original_of(model).to(device_of(model))
     forget_history(model, teacher)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))  # nothing can be trained in it

@@ -20,8 +20,6 @@ from normswap.errors import NormSwapError
 from normswap.targets import split_targets
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from normswap.benchmark import Comparison, Ratio
 
 
@@ -71,9 +69,12 @@ def command(
     over rounds in which all variants take turns.
     """
     from normswap.benchmark import compare
+    from normswap.provenance import provenance_of
+    from normswap.sources import architecture_of
 
     source = chosen.load()
-    model = _original(chosen.spec, source.model)
+    converted = provenance_of(source.model).plans
+    model = architecture_of(source.model) if converted else source.model
     if source.task == "detection":
         raise NormSwapError(
             chosen.spec,
@@ -95,25 +96,6 @@ def command(
         print_json({"model": chosen.spec, "batch_size": batch_size, **found.to_json()})
     else:
         _print(chosen.spec, batch_size, found)
-
-
-def _original(spec: str, model: nn.Module) -> nn.Module:
-    """The BatchNorm network behind a converted one: what the targets are measured beside."""
-    from normswap.provenance import provenance_of
-    from normswap.sources import rebuild
-
-    record = provenance_of(model)
-    if not record.plans:
-        return model
-    if record.source is None:
-        raise NormSwapError(
-            spec,
-            got="a converted model whose source is not known",
-            need="its BatchNorm original, to measure beside",
-            hint="the spec that it was made from",
-        )
-    device = next((p.device for p in model.parameters()), None)
-    return rebuild(record.source, trust=record.trusted).to(device).eval()
 
 
 def _print(spec: str, batch_size: int, found: Comparison) -> None:

@@ -140,7 +140,7 @@ def _teacher(
     """The network whose logits the model shall keep."""
     from normswap.artifact import load_model
     from normswap.provenance import provenance_of
-    from normswap.sources import original
+    from normswap.sources import original, original_of
 
     if name == "none":
         return None
@@ -155,7 +155,7 @@ def _teacher(
     if origin.get("weights") not in ("pretrained", "checkpoint"):
         return None
     try:
-        teacher = original(origin, trust=provenance_of(source.model).trusted)
+        teacher = original_of(source.model)
     except NormSwapError as error:
         _logger.info("no teacher: %s", error)
         return None

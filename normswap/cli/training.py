@@ -47,6 +47,7 @@ class RunChoice:
     def open(self, source: Source, image_size: int | None, seed: int) -> Images:
         """Training and validation images; the model's head is made to fit their classes."""
         from normswap.data import labelled_dataset
+        from normswap.sources import fit_head
 
         read = functools.partial(
             labelled_dataset,
@@ -56,38 +57,9 @@ class RunChoice:
             seed=seed,
         )
         found: Any = read(split="train", train=True)
-        names, new_head = _classes(source, tuple(found.class_names))
+        names, new_head = fit_head(source, found.class_names)
         train = read(split="train", train=True, class_names=names)
         return Images(train, read(class_names=names), new_head)
-
-
-def _classes(source: Source, found: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
-    """The model's own classes where they cover those of the data; else a head for these."""
-    from normswap.provenance import provenance_of, remember
-    from normswap.sources import resize_head
-
-    known = provenance_of(source.model).class_names
-    if known is not None and set(found) <= set(known):
-        return known, False
-    if (_outputs(source) if known is None else len(known)) == len(found):
-        if known is not None:
-            _logger.info("the head keeps its weights and takes other names: %s", ", ".join(found))
-        remember(source.model, class_names=found)
-        return found, False
-    replaced = resize_head(source.model, len(found), found)
-    if replaced:
-        _logger.info("new head for %d classes: %s", len(found), ", ".join(replaced))
-    remember(source.model, class_names=found)
-    return found, bool(replaced)
-
-
-def _outputs(source: Source) -> int | None:
-    """Number of logits, where the model gives a tensor (N, K)."""
-    import torch
-
-    with torch.no_grad():
-        logits = source.model.eval()(source.example_inputs())
-    return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
 
 
 def run_options(function: Function) -> Function:
