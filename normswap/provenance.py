@@ -68,6 +68,12 @@ def portable(source: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**source, "checkpoint": PurePath(checkpoint).name}
 
 
+def add_facts(model: nn.Module, **facts: Any) -> None:
+    """Add facts to the last step, for example which images it left out."""
+    *before, last = provenance_of(model).history
+    remember(model, history=(*before, {**last, **facts}))
+
+
 def add_history(model: nn.Module, step: str, **facts: Any) -> None:
     """Append one step, for example ``add_history(model, "calibrated", images=256)``."""
     history = (*provenance_of(model).history, {"step": step, **facts})

@@ -2,7 +2,7 @@
 
 Each cell of the sweep (target, batch size, seed) starts from the same weights, sees the same
 number of samples (but for a lone last one of an epoch, which a batch of several leaves out) and
-takes its learning rate by the linear rule. It is one JSON file when it is
+takes its learning rate by the same rule. It is one JSON file when it is
 done, so a sweep that was broken off goes on where it stopped.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +214,8 @@ def sweep(
             is the control: the original, not converted.
         batch_sizes: samples per forward.
         seeds: how many, or which.
-        options: the recipe; its learning rate holds at its ``batch_size`` and is scaled linearly.
+        options: the recipe; its learning rate holds at its ``batch_size`` and is scaled
+            linearly, for Adam's relatives by the root.
             None takes the defaults of ``FineTune``.
         from_scratch: start from random weights, drawn anew per seed and the same for all targets
             and batch sizes: the function's own initialisation, or for a module every layer's
@@ -468,7 +470,8 @@ def draw_sweep(found: Sweep, path: str | Path) -> Path:
 def _scaled_rate(options: FineTune, batch_size: int) -> float:
     if options.learning_rate is None:
         return options.learning_rate_for(batch_size * options.gradient_accumulation)
-    return options.learning_rate * batch_size / options.batch_size
+    share = batch_size / options.batch_size
+    return options.learning_rate * (math.sqrt(share) if options.adaptive else share)
 
 
 def _first_sample(data: Any) -> Tensor:

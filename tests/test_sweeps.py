@@ -17,7 +17,7 @@ from normswap.sweeps import Cell, Sweep, draw_sweep, sweep
 from normswap.training import FineTune
 
 TRAIN, VAL = samples(16), samples(9, seed=1)
-ONE_EPOCH = FineTune(batch_size=4, epochs=1, learning_rate=0.08, log_every=1)
+ONE_EPOCH = FineTune(batch_size=4, epochs=1, learning_rate=0.08, optimizer="sgd", log_every=1)
 
 
 def small(**changes):
@@ -103,7 +103,13 @@ def test_broken_off_cell_goes_on_from_its_checkpoint(tmp_path):
 
     expected = small()
     options = FineTune(
-        batch_size=4, epochs=1, learning_rate=0.08, log_every=1, checkpoint_every=0, workers=0
+        batch_size=4,
+        epochs=1,
+        learning_rate=0.08,
+        optimizer="sgd",
+        log_every=1,
+        checkpoint_every=0,
+        workers=0,
     )
     with pytest.raises(Stop):
         small(out=tmp_path, seeds=1, batch_sizes=[4, 2], options=options, progress=stop)

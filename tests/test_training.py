@@ -494,10 +494,11 @@ def test_options_that_make_no_sense(changes, text):
 
 
 def test_linear_rule():
-    assert FineTune().learning_rate_for(2) == pytest.approx(0.1 * 2 / 256)
-    assert FineTune(optimizer="adamw").learning_rate_for(32) == pytest.approx(0.0005 * 32 / 256)
+    assert FineTune(optimizer="sgd").learning_rate_for(2) == pytest.approx(0.1 * 2 / 256)
+    assert FineTune(optimizer="adamw").learning_rate_for(64) == pytest.approx(0.001)  # by the root
+    assert FineTune(optimizer="adamw").learning_rate_for(16) == pytest.approx(0.0005)
     assert FineTune(learning_rate=0.3).learning_rate_for(2) == 0.3
-    _, history = train(batch_size=2, gradient_accumulation=4)
+    _, history = train(batch_size=2, gradient_accumulation=4, optimizer="sgd")
     assert history.learning_rate == pytest.approx(0.1 * 8 / 256)
 
 

@@ -55,7 +55,8 @@ def test_a_sampler_decides_how_many_samples_an_epoch_has(drawn, steps):
 @pytest.mark.parametrize("batches", [BatchSampler(RandomSampler(IMAGES), 6, False), [[0, 1, 2]]])
 def test_the_learning_rate_counts_the_samples_of_a_batch_sampler(batches):
     size = batches.batch_size if isinstance(batches, BatchSampler) else 3
-    history = run(DataLoader(TensorDataset(IMAGES, LABELS), batch_sampler=batches))
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_sampler=batches)
+    history = run(loader, optimizer="sgd")
     assert history.learning_rate == pytest.approx(0.1 * size / 256)
 
 

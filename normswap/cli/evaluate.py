@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from normswap.cli.console import print_json, print_table, progress
+from normswap.cli.images import max_pixels_option
 from normswap.cli.options import (
     ModelChoice,
     check_device,
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 
     from normswap.data import Preprocessing
 
+_logger = logging.getLogger("normswap")
+
 
 @cli_command("evaluate")
 @click.option("--data", required=True, help="CLASS/ folders of images, or a timm data set's name.")
@@ -37,6 +44,18 @@ if TYPE_CHECKING:
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
 )
+@click.option(
+    "--val-split",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Score only the share that finetune kept out of training with the same --val-split and "
+    "--seed. [default: what it did, where MODEL remembers this folder]",
+)
+@click.option(
+    "--class-map",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text file: the folder of each class, one a line, in the order of the model's outputs.",
+)
+@max_pixels_option
 @click.option("--skip-broken", is_flag=True, help="Count broken images instead of stopping.")
 @timeout_option
 @json_option
@@ -48,6 +67,9 @@ def command(
     split: str,
     batch_size: int,
     workers: int,
+    val_split: float | None,
+    class_map: Path | None,
+    max_pixels: int,
     skip_broken: bool,
     timeout: float | None,
     as_json: bool,
@@ -58,12 +80,25 @@ def command(
     """
     import normswap
     from normswap.data import labelled_dataset
+    from normswap.regular import read_text
 
     model, preprocessing, names = _open(chosen, timeout)
     on_broken = "skip" if skip_broken else "error"
-    dataset: Any = labelled_dataset(
-        data, preprocessing.resized(chosen.image_size), split, class_names=names
+    names = names if class_map is None else tuple(read_text(class_map).split("\n"))
+    names = None if names is None else tuple(name.strip() for name in names if name.strip())
+    share, seed = _division(model, data, val_split, chosen.seed)
+    read = functools.partial(
+        labelled_dataset,
+        data,
+        preprocessing.resized(chosen.image_size),
+        split,
+        val_split=share,
+        seed=seed,
+        max_pixels=max_pixels,
     )
+    dataset: Any = read(class_names=names)
+    if names is None:
+        dataset = _with_classes_of(model, dataset, read)
     with progress("evaluating") as show:
         metrics = normswap.evaluate(
             model,
@@ -89,6 +124,64 @@ def command(
             )
         ],
         numeric=("top-1", "top-5", "loss", "images", "broken"),
+    )
+
+
+def _division(
+    model: nn.Module, data: str, val_split: float | None, seed: int
+) -> tuple[float | None, int]:
+    """Which images of one folder to score: those that the model was not trained on."""
+    from normswap.data import has_splits, is_named, listing_digest
+    from normswap.provenance import provenance_of
+
+    if is_named(data) or has_splits(data) or not Path(data).is_dir():
+        if val_split is not None:
+            raise click.UsageError("--val-split divides one folder; these data have parts already.")
+        return None, seed
+    if val_split is not None:
+        return val_split, seed
+    found = [entry["division"] for entry in provenance_of(model).history if "division" in entry]
+    if not found:
+        return None, seed
+    known, name = found[-1], Path(data).resolve().name
+    if known.get("listing") == listing_digest(data):
+        share = float(known["val_split"])
+        _logger.info("%s: the %.0f %% that were kept out of training", name, 100 * share)
+        return share, int(known["seed"])
+    if known.get("data") == name:
+        _logger.warning(
+            "%s: the model was trained on images of a folder of this name, whose files have "
+            "changed since; all of them are scored",
+            name,
+        )
+    return None, seed
+
+
+def _with_classes_of(model: nn.Module, dataset: Any, read: Callable[..., Any]) -> Any:
+    """Folders whose order says nothing of the model's classes are refused, or named by ImageNet."""
+    import torch
+
+    from normswap.data import LabelledImages, imagenet_names
+    from normswap.running import device_of
+    from normswap.training.tasks.classification import class_scores
+
+    if not isinstance(dataset, LabelledImages):
+        return dataset
+    with torch.no_grad():
+        images = torch.stack([dataset[0][0]] * (getattr(model, "batch_size", None) or 1))
+        outputs = class_scores(model.eval()(images.to(device_of(model)))).shape[1]
+    folders = len(dataset.class_names)
+    if outputs == folders:
+        return dataset
+    if outputs == 1000:
+        with contextlib.suppress(DataError):
+            return read(class_names=imagenet_names())
+    raise DataError(
+        "--data",
+        got=f"{folders} class folders ({', '.join(dataset.class_names[:3])} …) for a model with "
+        f"{outputs} outputs of unknown names",
+        need="to know which output each folder is",
+        hint="--class-map FILE with a folder's name for each output, a line each",
     )
 
 

@@ -88,6 +88,7 @@ def command(
     work = _workplace(output, first=first, force=force, resume=resume)
     import normswap
     from normswap.artifact import check_target
+    from normswap.provenance import add_facts
     from normswap.training.checkpoints import RUN_FILES
 
     check_target(output, force=True)
@@ -114,6 +115,9 @@ def command(
             resume=resume,
             progress=lambda now: show(now.step, now.steps, _facts(now)),
         )
+    division = run.images.division(chosen.seed)
+    if division is not None:
+        add_facts(model, division=division)
     if first:
         normswap.save(model.cpu(), work, force=True)
         if work != output:

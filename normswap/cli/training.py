@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normswap.cli.images import ImageChoice, image_options
 from normswap.cli.options import Function
 
 if TYPE_CHECKING:
@@ -32,43 +33,41 @@ class Images:
 class RunChoice:
     """Where the images are, and how to train on them."""
 
-    data: str
-    val_split: float | None
-    skip_broken: bool
+    images: ImageChoice
     recipe: dict[str, Any]
 
     def options(self, **more: Any) -> FineTune:
         """The library's own options."""
         from normswap.training import FineTune
 
-        on_broken = "skip" if self.skip_broken else "error"
+        on_broken = "skip" if self.images.skip_broken else "error"
         return FineTune(on_broken=on_broken, **self.recipe, **more)
 
     def open(self, source: Source, image_size: int | None, seed: int) -> Images:
         """Training and validation images; the model's head is made to fit their classes."""
-        from normswap.data import labelled_dataset
+        from normswap.provenance import remember
         from normswap.sources import fit_head
 
-        read = functools.partial(
-            labelled_dataset,
-            self.data,
-            source.preprocessing.resized(image_size),
-            val_split=self.val_split,
-            seed=seed,
-        )
-        found: Any = read(split="train", train=True)
+        self.images.check_division()
+        preprocessing = self.images.preprocessing(source.preprocessing.resized(image_size))
+        remember(source.model, preprocessing=preprocessing.to_json())
+        read = self.images.reader(preprocessing, seed)
+        found = read(train=True)
         names, new_head = fit_head(source, found.class_names)
-        train = read(split="train", train=True, class_names=names)
-        return Images(train, read(class_names=names), new_head)
+        train = read(train=True, class_names=names)
+        val = read(train=False, class_names=names) if self.images.validation else None
+        self.images.check_files(train, *([] if val is None else [val]))
+        return Images(train, val, new_head)
 
 
 def run_options(function: Function) -> Function:
     """Add the options of a training run; the callback gets them as ``run: RunChoice``."""
 
+    @image_options
     @functools.wraps(function)
-    def wrapper(*, data: str, val_split: float | None, skip_broken: bool, **rest: Any) -> Any:
+    def wrapper(*, images: ImageChoice, **rest: Any) -> Any:
         recipe = {name: rest.pop(name) for name in _RECIPE if name in rest}
-        return function(run=RunChoice(data, val_split, skip_broken, recipe), **rest)
+        return function(run=RunChoice(images, recipe), **rest)
 
     for option in reversed(_RUN_OPTIONS):
         wrapper = option(wrapper)
@@ -79,20 +78,12 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 _SHARE = click.FloatRange(0, 1)
 _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
-        "--data", required=True, help="train/CLASS/ and val/CLASS/ folders, or a timm data set."
-    ),
-    click.option(
-        "--val-split",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        help="Share kept for validation, where --data is one folder of CLASS/ folders.",
-    ),
-    click.option(
         "--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Passes over it."
     ),
     click.option(
-        "--lr", "learning_rate", type=_POSITIVE, help="Learning rate. [default: linear rule]"
+        "--lr", "learning_rate", type=_POSITIVE, help="Learning rate. [default: by batch size]"
     ),
-    click.option("--optimizer", default="sgd", show_default=True, help="A name timm knows."),
+    click.option("--optimizer", default="adamw", show_default=True, help="A name timm knows."),
     click.option(
         "--weight-decay",
         type=click.FloatRange(min=0),
@@ -129,7 +120,6 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--check-data", is_flag=True, help="Read all images first, to notice other ones later."
     ),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
-    click.option("--skip-broken", is_flag=True, help="Skip broken images instead of stopping."),
 )
 _RECIPE = (
     "epochs", "learning_rate", "optimizer", "weight_decay", "warmup_epochs",

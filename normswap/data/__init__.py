@@ -5,14 +5,31 @@ Transforms and named datasets are timm's; folders follow torchvision's ``ImageFo
 """
 
 from normswap.data.detection import DetectionImages, detection_dataset
-from normswap.data.images import image_files, load_images, read_image, to_channels, transform
-from normswap.data.labelled import LabelledImages, has_splits, labelled_dataset
+from normswap.data.images import (
+    AUGMENTATION,
+    MAX_PIXELS,
+    image_files,
+    load_images,
+    read_image,
+    to_channels,
+    transform,
+)
+from normswap.data.labelled import (
+    LabelledImages,
+    has_splits,
+    imagenet_names,
+    is_named,
+    labelled_dataset,
+    listing_digest,
+)
 from normswap.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from normswap.data.segmentation import SegmentationImages, segmentation_dataset
 
 __all__ = [
+    "AUGMENTATION",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MAX_PIXELS",
     "DetectionImages",
     "LabelledImages",
     "Preprocessing",
@@ -20,7 +37,10 @@ __all__ = [
     "detection_dataset",
     "has_splits",
     "image_files",
+    "imagenet_names",
+    "is_named",
     "labelled_dataset",
+    "listing_digest",
     "load_images",
     "read_image",
     "segmentation_dataset",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
+import threading
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,19 @@ logger = logging.getLogger("normswap")
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 )
+AUGMENTATION: dict[str, Any] = {
+    "scale": (0.7, 1.0),
+    "ratio": (0.9, 1.1),
+    "hflip": 0.0,
+    "vflip": 0.0,
+    "color_jitter": None,
+}
+"""What ``transform(train=True)`` does unless it is told otherwise: a crop to 70 % of the area or
+more, nothing that changes what the image shows (a mirrored digit is another sign)."""
+
+MAX_PIXELS = 1_000_000_000
+"""Images with more are refused as a bomb; a gigapixel takes 3 GB of memory."""
+
 # what Pillow's decoders raise on files that are cut off, mislabelled or hostile
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -40,10 +55,11 @@ def transform(
 
     Args:
         preprocessing: what the model wants.
-        train: timm's training augmentation (random resized crop, flip, colour jitter) in place of
-            resize and crop.
-        augmentation: options of ``timm.data.create_transform``, for example
-            ``auto_augment="rand-m9-mstd0.5"`` or ``re_prob=0.25``.
+        train: timm's training augmentation in place of resize and crop: ``AUGMENTATION``, a random
+            crop alone.
+        augmentation: options of ``timm.data.create_transform`` that go before, for example
+            ``hflip=0.5``, ``color_jitter=0.4``, ``auto_augment="rand-m9-mstd0.5"`` or
+            ``re_prob=0.25``.
 
     Returns:
         A function from a PIL image to a (C, H, W) tensor.
@@ -77,7 +93,7 @@ def _timm_transform(
         std=preprocessing.std,
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
-        **augmentation,
+        **({**AUGMENTATION, **augmentation} if train else augmentation),
     )
     return make
 
@@ -151,28 +167,66 @@ def _to_8_bit(image: Image) -> Image:
     return PIL.Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 
-def read_image(path: Path, channels: int = 3) -> Any:
+def read_image(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Any:
     """Read and decode one image file; see :func:`to_channels` for what comes back.
 
-    Raises:
-        DataError: the file cannot be decoded; the text names it.
-    """
-    import PIL.Image
+    Args:
+        path: of the file.
+        channels: 1 or 3.
+        max_pixels: larger images are refused.
 
+    Raises:
+        DataError: the file cannot be decoded, or is larger; the text names it.
+    """
     try:
-        with warnings.catch_warnings(), open_regular(path) as file, PIL.Image.open(file) as image:
+        with warnings.catch_warnings(), open_regular(path) as file, opened(file) as image:
             warnings.simplefilter("ignore")  # remarks on odd but readable metadata
+            check_pixels(path, image, max_pixels)
             image.load()
             return to_channels(image, channels)
     except DataError as error:
         raise DataError(str(path), got=error.got, need=error.need, hint=error.hint) from error
-    except (*UNREADABLE, PIL.Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(
             str(path),
             got=f"a broken image ({type(error).__name__}: {str(error)[:80]})",
             need="a complete image file",
             hint="removing it, or skipping broken images (on_broken='skip')",
         ) from error
+
+
+_BOUND = threading.Lock()
+
+
+@contextlib.contextmanager
+def opened(file: Any) -> Iterator[Image]:
+    """``PIL.Image.open`` without its own bound; ``check_pixels`` has ours."""
+    import PIL.Image
+
+    with _BOUND:  # Pillow keeps its bound in a global, and looks at it when it reads the header
+        before, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = PIL.Image.open(file)
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = before
+    with image:
+        yield image
+
+
+def check_pixels(path: Path, image: Image, max_pixels: int) -> None:
+    """Refuse an image whose header promises more than may be decoded.
+
+    Raises:
+        DataError: it has more pixels than that.
+    """
+    found = image.width * image.height
+    if found > max_pixels:
+        raise DataError(
+            str(path),
+            got=f"an image of {image.width} x {image.height} = {found:,} pixels",
+            need=f"at most {max_pixels:,}",
+            hint=f"--max-pixels {found} (max_pixels={found}) if the file is what it says",
+        )
 
 
 def image_files(folder: str | Path) -> list[Path]:

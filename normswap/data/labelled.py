@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import warnings
@@ -16,10 +17,13 @@ from torch.utils.data import Dataset
 
 from normswap import checks
 from normswap.data.images import (
+    MAX_PIXELS,
     UNREADABLE,
     channels_of,
     check_on_broken,
+    check_pixels,
     images_below,
+    opened,
     read_image,
     transform,
 )
@@ -48,6 +52,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         on_broken: ``"error"``: reading a broken image raises and names it; ``"skip"``: all files
             are decoded once, here, and the broken ones left out (they stand in ``skipped``), so
             that length, order and metrics are those of the good images.
+        max_pixels: larger images are refused.
     """
 
     def __init__(
@@ -58,15 +63,17 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         *,
         channels: int = 3,
         on_broken: str = "error",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_on_broken(on_broken)
+        self.max_pixels = max_pixels
         self.samples = list(samples)
         self.class_names = tuple(class_names)
         self.transform = make
         self.channels = channels
         self.skipped: tuple[Path, ...] = ()
         if on_broken == "skip":
-            self._leave_out_broken()
+            self.leave_out_broken()
 
     @property
     def targets(self) -> list[int]:
@@ -78,20 +85,42 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, target = self.samples[index]
-        return self.transform(read_image(path, self.channels)), target
+        return self.transform(read_image(path, self.channels, self.max_pixels)), target
 
-    def _leave_out_broken(self) -> None:
+    def broken(self) -> tuple[Path, ...]:
+        """The files that cannot be decoded; every file is read once."""
         paths = [path for path, _ in self.samples]
         with ThreadPoolExecutor() as pool:  # decoding releases the GIL
-            good = list(pool.map(_is_readable, paths))
-        self.skipped = tuple(path for path, ok in zip(paths, good, strict=True) if not ok)
-        self.samples = [sample for sample, ok in zip(self.samples, good, strict=True) if ok]
+            good = list(pool.map(functools.partial(_is_readable, self.max_pixels), paths))
+        return tuple(path for path, ok in zip(paths, good, strict=True) if not ok)
+
+    def check(self) -> None:
+        """Find broken files before work starts.
+
+        Raises:
+            DataError: there are some; the text names the first ten.
+        """
+        found = [str(path) for path in self.broken()]
+        if found:
+            raise DataError(
+                found[0],
+                got=f"{len(found)} of {len(self)} images broken: {_some(found, 10)}",
+                need="images that can be decoded",
+                hint="repairing or removing them, or --skip-broken (on_broken='skip')",
+            )
+
+    def leave_out_broken(self) -> None:
+        """Go on without the files that cannot be decoded, and name them."""
+        paths = [path for path, _ in self.samples]
+        self.skipped = self.broken()
+        gone = set(self.skipped)
+        self.samples = [sample for sample in self.samples if sample[0] not in gone]
         if self.skipped:
             logger.warning(
-                "skipped %d of %d images: broken, the first is %s",
+                "skipped %d of %d images: broken: %s",
                 len(self.skipped),
                 len(paths),
-                self.skipped[0],
+                _some(map(str, self.skipped), 10),
             )
         if not self.samples:
             raise DataError(
@@ -102,15 +131,14 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             )
 
 
-def _is_readable(path: Path) -> bool:
-    import PIL.Image
-
+def _is_readable(max_pixels: int, path: Path) -> bool:
     try:
-        with warnings.catch_warnings(), open_regular(path) as file, PIL.Image.open(file) as image:
+        with warnings.catch_warnings(), open_regular(path) as file, opened(file) as image:
             warnings.simplefilter("ignore")
+            check_pixels(path, image, max_pixels)
             image.draft("RGB", (64, 64))  # JPEG: the whole file is read at an eighth of the work
             image.load()
-    except (*UNREADABLE, PIL.Image.DecompressionBombError):
+    except (*UNREADABLE, DataError):
         return False
     return True
 
@@ -128,6 +156,7 @@ def labelled_dataset(
     root: str | Path | None = None,
     download: bool = False,
     augmentation: Mapping[str, Any] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset[tuple[Tensor, int]]:
     """Images with labels, as a dataset of (tensor, class number) with ``.class_names``.
 
@@ -146,18 +175,38 @@ def labelled_dataset(
         root: where a named dataset lies, or is to be put.
         download: let timm download a named dataset.
         augmentation: further options of ``transform``, used when ``train`` is set.
+        max_pixels: larger images are refused.
 
     Raises:
         DataError: no such folder, no class folders, a class folder that is empty or missing in
             one of the splits, folders that are not among ``class_names``.
     """
     make = transform(preprocessing, train, **(augmentation or {}) if train else {})
-    if str(spec).startswith(_NAMED) and not Path(spec).exists():
+    if is_named(spec):
         return _named_dataset(str(spec), split, train, class_names, make, root, download)
     samples, names = _folder_samples(Path(spec), split, class_names, val_split, seed)
     return LabelledImages(
-        samples, names, make, channels=channels_of(preprocessing), on_broken=on_broken
+        samples,
+        names,
+        make,
+        channels=channels_of(preprocessing),
+        on_broken=on_broken,
+        max_pixels=max_pixels,
     )
+
+
+def is_named(spec: str | Path) -> bool:
+    """Whether a spec is the name of a data set, and no folder."""
+    return str(spec).startswith(_NAMED) and not Path(spec).exists()
+
+
+def listing_digest(folder: str | Path) -> str:
+    """SHA-256 over the names and sizes of the images in a folder, wherever that lies."""
+    root = Path(folder)
+    names = sorted(
+        f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in images_below(root)
+    )
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def has_splits(folder: str | Path) -> bool:
@@ -259,8 +308,7 @@ def _class_numbers(folder: Path, folders: Iterable[str], names: Sequence[str]) -
     unknown = set(folders) - set(numbers)
     if unknown and len(names) == 1000:
         # ImageNet folders carry WordNet ids, its models readable names
-        synsets = library("timm.data").ImageNetInfo().label_names()
-        numbers = {name: number for number, name in enumerate(synsets)}
+        numbers = {name: number for number, name in enumerate(imagenet_names())}
         unknown = set(folders) - set(numbers)
     counts = Counter(names)
     twice = {name for name in folders if counts[name] > 1}
@@ -279,6 +327,12 @@ def _class_numbers(folder: Path, folders: Iterable[str], names: Sequence[str]) -
             hint="renaming them, or fine-tuning the model on this folder first",
         )
     return numbers
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's thousand classes, which are the names of its folders."""
+    found: tuple[str, ...] = tuple(library("timm.data").ImageNetInfo().label_names())
+    return found
 
 
 def _some(names: Iterable[str], count: int = 5) -> str:

@@ -8,7 +8,7 @@ sees the samples it would have seen, whatever the number of workers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -306,6 +306,15 @@ def evaluation_batches(
     )
     with safe_path():  # the workers start here
         return map(checked, loader), True
+
+
+def named_samples(data: Any, indices: Iterable[int]) -> str:
+    """Samples by their files, where the data set knows them, else by their numbers."""
+    files = getattr(data, "samples", None)
+    known = isinstance(files, list) and all(isinstance(item, tuple) for item in files)
+    names = [str(files[index][0]) if known and files else str(index) for index in sorted(indices)]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def _as_batch(batch: Any) -> Batch:

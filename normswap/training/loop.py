@@ -27,6 +27,7 @@ from normswap.training.batches import (
     check_evaluation_data,
     evaluation_batches,
     in_memory,
+    named_samples,
     training_batches,
 )
 from normswap.training.checkpoints import (
@@ -490,7 +491,8 @@ class Run:
         new = set(broken) - self.record.broken
         if new:
             self.record.broken |= new
-            log.warning("samples that cannot be read, replaced: %s", sorted(new))
+            names = named_samples(self.job.train_data, new)
+            log.warning("samples that cannot be read, replaced: %s", names)
 
     def _after_update(self) -> None:
         if self.place.step % self.options.log_every == 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from normswap.errors import DataError
 from normswap.running import evaluating, placed
-from normswap.training.batches import Share, evaluation_batches
+from normswap.training.batches import Share, evaluation_batches, named_samples
 from normswap.training.execution import usable_device
 from normswap.training.options import FineTune
 from normswap.training.samples import Batch
 from normswap.training.tasks import Metrics, Task, task_for
+
+log = logging.getLogger("normswap")
 
 
 def evaluate(
@@ -58,8 +61,18 @@ def evaluate(
         data, batch_size=batch_size, workers=workers, on_broken=on_broken, share=Share()
     )
     with placed(where, model) as there:
-        judge = task_for(FineTune(), task)
-        return metrics_from(judge, added_up(judge, model, batches, there, progress=progress))
+        judge, left_out = task_for(FineTune(), task), set[int]()
+        seen = _noted(batches, left_out)
+        totals = added_up(judge, model, seen, there, progress=progress)
+        if left_out:
+            log.warning("left out, as they cannot be read: %s", named_samples(data, left_out))
+        return metrics_from(judge, totals)
+
+
+def _noted(batches: Iterable[Batch], broken: set[int]) -> Iterator[Batch]:
+    for batch in batches:
+        broken.update(batch.broken)
+        yield batch
 
 
 def added_up(
