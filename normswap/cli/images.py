@@ -144,7 +144,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--validation/--no-validation", default=True, help="Whether to keep images for validation."
     ),
     click.option("--skip-broken", is_flag=True, help="Skip broken images instead of stopping."),
-    click.option("--check-data", is_flag=True, help="Decode every image once before training."),
+    click.option(
+        "--check-data",
+        is_flag=True,
+        help="Decode every image first: broken ones are named, and --resume notices other ones.",
+    ),
     max_pixels_option,
     click.option("--no-aug", is_flag=True, help="Train on the images as they are."),
     click.option(

@@ -41,7 +41,9 @@ class RunChoice:
         from normswap.training import FineTune
 
         on_broken = "skip" if self.images.skip_broken else "error"
-        return FineTune(on_broken=on_broken, **self.recipe, **more)
+        return FineTune(
+            on_broken=on_broken, check_data=self.images.check_data, **self.recipe, **more
+        )
 
     def open(self, source: Source, image_size: int | None, seed: int) -> Images:
         """Training and validation images; the model's head is made to fit their classes."""
@@ -116,13 +118,10 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         " themselves.",
     ),
     click.option("--norms-only", is_flag=True, help="Train the normalisers only."),
-    click.option(
-        "--check-data", is_flag=True, help="Read all images first, to notice other ones later."
-    ),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
 )
 _RECIPE = (
     "epochs", "learning_rate", "optimizer", "weight_decay", "warmup_epochs",
     "gradient_accumulation", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "amp",
-    "freeze_backbone", "passage", "norms_only", "workers", "check_data",
+    "freeze_backbone", "passage", "norms_only", "workers",
 )  # fmt: skip
