@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from normswap.errors import CheckpointError, in_short
+from normswap.errors import CheckpointError
 from normswap.fitting import fit_checkpoint, some
+from normswap.reading import reading
 from normswap.regular import check_regular
 
 logger = logging.getLogger("normswap")
@@ -90,10 +90,8 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
+    with _reading(path):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
 
 
 def check_archive(path: Path) -> None:
@@ -114,28 +112,29 @@ def check_archive(path: Path) -> None:
 
 
 def _read_pickle(path: Path) -> Any:
-    try:
+    with _reading(path):
         check_archive(path)
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([argparse.Namespace]),
         ):
             warnings.simplefilter("ignore")  # remarks on TorchScript archives: an error follows
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = _foreign_names(path, error)
-        if foreign is None:
-            raise _unreadable(path, error) from error
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                _refuse_foreign(path, error)
+                raise
+
+
+def _refuse_foreign(path: Path, error: Exception) -> None:
+    foreign = _foreign_names(path, error)
+    if foreign is not None:
         raise CheckpointError(
             str(path),
             got=f"a pickle that holds more than tensors: {foreign}; nothing of it was run",
             need="a state dict of tensors",
             hint="torch.save(model.state_dict(), …) or safetensors, where the file was made",
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
-    except (AttributeError, IndexError, AssertionError, ImportError) as error:  # garbled opcodes
-        raise _unreadable(path, error) from error
 
 
 def _foreign_names(path: Path, error: Exception) -> str | None:
@@ -171,13 +170,11 @@ def _pickled_names(path: Path) -> list[str]:
     return names
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    # torch's own text for a broken pickle advises to run whatever code is in it
-    broken = isinstance(error, pickle.UnpicklingError)
-    reason = "no pickle that can be read to its end" if broken else in_short(error)
-    return CheckpointError(
-        str(path),
-        got=f"an unreadable file of {path.stat().st_size} bytes ({reason})",
+def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    return reading(
+        path,
+        CheckpointError,
+        what=f"an unreadable file of {path.stat().st_size} bytes",
         need="a complete .safetensors, .pth, .pt or .bin file",
         hint="downloading or copying it again",
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import CheckpointError
+from normswap.reading import reading
 
 logger = logging.getLogger("normswap")
 
@@ -126,7 +127,8 @@ def fit_checkpoint(
     strange = [name for name in extra if _belongs(name, own, fresh)]
     if strange:
         raise _unfit(where, [], strange, len(own))
-    model.load_state_dict({k: v for k, v in mine.items() if k in own}, strict=False)
+    with reading(where, CheckpointError, need="plain tensors", hint="saving model.state_dict()"):
+        model.load_state_dict({k: v for k, v in mine.items() if k in own}, strict=False)
     _start_afresh(model, fresh)
     taken = tuple(name for name in mine if name in own)
     found = Fit(prefix, taken, (*left, *extra), fresh)
@@ -307,11 +309,12 @@ def _wrong_shapes(names: list[str], own: State, state: State, terms: _Terms) -> 
     heads = {(_shape(own[n])[:1], _shape(state[n])[:1]) for n in names}
     hint = "the model that the file was made with"
     if len(heads) == 1:
-        (mine,), (theirs,) = heads.pop()
-        classes = terms.num_classes
-        if mine != theirs and mine == (classes if classes is not None else mine):
+        mine, theirs = heads.pop()  # nothing of a scalar
+        classes = mine if terms.num_classes is None else (terms.num_classes,)
+        if mine and theirs and mine == classes != theirs:
             hint = (
-                f"--num-classes {theirs} (num_classes={theirs}): the head has that many outputs; "
+                f"--num-classes {theirs[0]} (num_classes={theirs[0]}): the head has that many "
+                "outputs; "
                 "or --ignore-head (ignore_head=True) for a fresh one"
             )
     return CheckpointError(

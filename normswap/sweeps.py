@@ -29,6 +29,7 @@ from normswap.errors import NormSwapError, TrainingError
 from normswap.files import json_digest, remove, sole_writer, write_whole
 from normswap.passage import needs_passage
 from normswap.provenance import provenance_of
+from normswap.reading import Malformed, reading
 from normswap.regular import read_text
 from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
 from normswap.training.batches import in_memory, samples_per_epoch
@@ -38,6 +39,7 @@ from normswap.training.identity import (
     machine_changes,
     machine_identity,
 )
+from normswap.training.likeness import check_like
 from normswap.training.options import fingerprint
 from normswap.training.samples import rng_kept, seed_everything
 
@@ -85,6 +87,27 @@ class Cell:
     loss: float | None = None
     seconds: float = 0.0
     failure: str | None = None
+
+    @classmethod
+    def from_json(cls, data: Any, wanted: Cell) -> Cell:
+        """The inverse of ``dataclasses.asdict``, for the file of a cell that is wanted.
+
+        Raises:
+            Malformed, TypeError: a field of another type, or another cell.
+        """
+        found = cls(**data)
+        if not isinstance(found.failure, str | None):
+            raise Malformed(f"failure is {found.failure!r:.40}")
+        check_like(asdict(_FINISHED), asdict(replace(found, failure=None)), "cell")
+        if (found.target, found.batch_size, found.seed) != (
+            wanted.target,
+            wanted.batch_size,
+            wanted.seed,
+        ):
+            raise Malformed(f"the cell {found.name}")
+        if found.failure is None and found.top1 is None:
+            raise Malformed("no top1")
+        return found
 
     @property
     def name(self) -> str:
@@ -327,8 +350,10 @@ class _Bench:
         if not path.exists():
             _write(path, now)
             return
-        then = json.loads(read_text(path))
-        changed = list(_changes(now, then))
+        with _reading(path, "the settings of a sweep"):
+            then = json.loads(read_text(path))
+            changed = list(_changes(now, then))
+            other = machine_changes(now["machine"], then.get("machine"))
         if changed:
             raise TrainingError(
                 str(self.out),
@@ -336,7 +361,6 @@ class _Bench:
                 need="the settings of the sweep that is there",
                 hint="them, or another folder",
             )
-        other = machine_changes(now["machine"], then.get("machine"))
         if other:
             log.warning("gone on with %s: cells may differ in their last bits", ", ".join(other))
 
@@ -344,8 +368,10 @@ class _Bench:
         """The finished cell, from its file or by training."""
         path = None if self.out is None else self.out / "cells" / f"{cell.name}.json"
         if path is not None and path.exists():
-            stored = _read_cell(path)
-            made_with = stored.pop("recipe", None)
+            with _reading(path, "a cell of a sweep"):
+                stored = _read_cell(path)
+                made_with = stored.pop("recipe", None)
+                found = Cell.from_json(stored, cell)
             if made_with != _recipe(self.targets[cell.target]):
                 raise TrainingError(
                     str(path),
@@ -353,9 +379,9 @@ class _Bench:
                     need=f"one of {_recipe(self.targets[cell.target])}",
                     hint="another label for this target, or another folder",
                 )
-            if stored["failure"] is None:
+            if found.failure is None:
                 remove(path.with_suffix(""))  # a sweep that was killed had no time for it
-                return Cell(**stored)
+                return found
         log.info("cell %d of %d: %s", done + 1, total, cell.name)
 
         def inner(now: Progress) -> None:
@@ -465,6 +491,19 @@ def draw_sweep(found: Sweep, path: str | Path) -> Path:
             if point.mean is not None and point.low is not None and point.high is not None
         ]
     return pictures.accuracy_by_batch(lines, found.batch_sizes, "bn", path)
+
+
+_FINISHED = Cell("bn", 1, 0, 0.1, samples=1, seconds=1.0)
+"""Fields of the types that a file may hold; what is None here may be a number."""
+
+
+def _reading(path: Path, what: str) -> contextlib.AbstractContextManager[None]:
+    return reading(
+        path,
+        TrainingError,
+        need=f"{what}, as normswap wrote it",
+        hint="removing the file, or another folder",
+    )
 
 
 def _scaled_rate(options: FineTune, batch_size: int) -> float:

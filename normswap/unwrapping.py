@@ -95,7 +95,9 @@ def unwrap(
             hint="save(model, directory, source='python:package.module:factory')",
         )
     plain = fold_weights(copied(model))
-    found = _differences(rebuild(origin), plain)
+    # what is written below is code made of the record: rebuild refuses a record that is not plain
+    original = rebuild(origin, trust=provenance_of(model).trusted)
+    found = _differences(original, plain)
     text = _text(origin, found, plain)
     with draft_folder(target, (WEIGHTS, MODEL)) as draft:
         _check_target(target, force)  # again: somebody may have been there meanwhile

@@ -276,6 +276,7 @@ COMMANDS = {
     "export": ["-o", "out.onnx"],
     "sweep": ["--data", "data", "-o", "out"],
     "bench": ["--rounds", "1"],
+    "unwrap": ["-o", "out"],
 }
 
 
@@ -325,6 +326,37 @@ def test_nor_what_comes_after_a_load_into_a_model_of_ones_own(folder, artefact, 
             sources.original(sources.provenance_of(model).source)
     normswap.save(model, folder.parent / "saved")
     assert "python:evilmod:f" in caplog.text
+    assert untouched(folder)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        'timm/test_resnet."""\nimport evilmod\n"""',
+        'torchvision/resnet18:"""\nimport evilmod',
+        'python:evilmod:f"""\nimport evilmod',
+        "hf-hub:evil/repo\nimport evilmod",
+        "timm/test_resnet.a\n",
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"architecture": "test_resnet'); import evilmod; ('"},
+        {"options": {"img_size=32); import evilmod; dict(a": 1}},
+        {"image_size); import evilmod; dict(a": 1},
+    ],
+)
+def test_a_record_writes_no_code(folder, spec, arguments):
+    """``unwrap`` writes a Python file that names the source, and runs it."""
+    rewrite(folder / "model", source=hostile(spec, arguments))
+    fresh = sources.build(SPEC, pretrained=False, num_classes=3, image_size=32).model
+    with nothing_may_run():
+        model = normswap.load("model", into=fresh)
+        with pytest.raises(NormSwapError):
+            normswap.unwrap(model, folder.parent / "plain")
+    assert not (folder.parent / "plain").exists()
     assert untouched(folder)
 
 

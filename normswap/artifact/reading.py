@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from normswap.errors import ArtifactError
 from normswap.files import current, file_digest
 from normswap.graph.numbers import check_numbers
 from normswap.provenance import provenance_of, remember
+from normswap.reading import reading
 from normswap.sources import Source, build
 from normswap.trust import Trust, trusted
 
@@ -146,9 +146,16 @@ def load(
     consent = trusted(trust)
     document, state, statistics = _read(Path(directory))
     record = document.provenance()
-    model = same_model(document, record, into, state, consent)
-    fill(model, state, document)
-    check_channels(str(directory), model, statistics)
+    with reading(
+        directory,
+        ArtifactError,
+        what=f"a malformed {RECORD}",
+        need="an artefact as normswap wrote it",
+        hint="copying it again, or asking its author for it",
+    ):
+        model = same_model(document, record, into, state, consent)
+        fill(model, state, document)
+        check_channels(str(directory), model, statistics)
     remember(
         model,
         source=record.source,
@@ -190,23 +197,20 @@ def _stamp(folder: Path) -> list[tuple[int, ...]]:
 def _read_weights(document: Document) -> tuple[dict[str, Tensor], Sites]:
     path = current(document.folder, WEIGHTS)
     expected = document.get("sha256", str)
-    try:
+    hint = "copying the artefact again"
+    with reading(path, ArtifactError, need="the saved weights", hint=hint):
         found = file_digest(path)
         if found != expected:
             raise ArtifactError(
                 str(path),
                 got=f"SHA-256 {found[:16]}…",
                 need=f"SHA-256 {expected[:16]}…, as {RECORD} says",
-                hint="copying the artefact again: the file has been edited or damaged",
+                hint=f"{hint}: the file has been edited or damaged",
             )
         # copies, because tensors in a mapped file lie at odd addresses, where CPU kernels round
         # differently
         state = {name: tensor.clone() for name, tensor in load_file(path).items()}
         statistics = unpacked(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(
-            str(path), got=str(error), need="the saved weights", hint="copying the artefact again"
-        ) from error
     for alias, name in document.aliases().items():
         if name not in state:
             raise document.malformed("aliases", {alias: name})

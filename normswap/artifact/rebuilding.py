@@ -12,6 +12,7 @@ from normswap.artifact.record import Document
 from normswap.errors import ArtifactError, ConsentError, NormSwapError
 from normswap.factories import no_larger_than
 from normswap.provenance import Provenance, remember
+from normswap.reading import reading
 from normswap.sources import rebuild
 from normswap.trust import Trust
 
@@ -71,21 +72,23 @@ def swapped_again(where: str, model: nn.Module, plans: Sequence[Mapping[str, Any
     from normswap.swap import apply_plan
 
     try:
-        for plan in plans:
-            model = apply_plan(model, Plan.from_json(dict(plan))).model
+        with reading(
+            where,
+            ArtifactError,
+            what="a malformed plan",
+            need="plans as normswap wrote them",
+            hint="saving the model again; the file has been edited or damaged",
+        ):
+            for plan in plans:
+                model = apply_plan(model, Plan.from_json(dict(plan))).model
+    except ArtifactError:
+        raise
     except NormSwapError as error:
         raise ArtifactError(
             where,
             got=f"a plan that does not fit the model ({error.where}: got {error.got})",
             need="the BatchNorm original that the plan was made for",
             hint="load(directory, into=that model)",
-        ) from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ArtifactError(
-            where,
-            got=f"a malformed plan ({type(error).__name__}: {error})",
-            need="plans as normswap wrote them",
-            hint="saving the model again; the file has been edited or damaged",
         ) from error
     return model
 

@@ -13,6 +13,7 @@ from normswap.data import Preprocessing
 from normswap.errors import ArtifactError, DataError
 from normswap.files import current, json_digest
 from normswap.provenance import Provenance
+from normswap.reading import reading
 from normswap.regular import read_text
 
 FORMAT_VERSION = 1
@@ -90,12 +91,9 @@ def read_record(folder: Path) -> Mapping[str, Any]:
             need="a directory that normswap saved",
             hint="the folder that `normswap convert -o` named",
         )
-    try:
+    with reading(path, ArtifactError, need="JSON", hint="saving the model again"):
         data = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            str(path), got=f"no readable JSON ({error})", need="JSON", hint="saving the model again"
-        ) from error
+        digest = record_digest(data) if isinstance(data, dict) else ""
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is not int or version < 1:
         raise ArtifactError(
@@ -111,7 +109,7 @@ def read_record(folder: Path) -> Mapping[str, Any]:
             need=f"at most {FORMAT_VERSION}, which normswap {normswap.__version__} reads",
             hint="`pip install --upgrade normswap`",
         )
-    if data.get("record_sha256") != record_digest(data):
+    if data.get("record_sha256") != digest:
         raise ArtifactError(
             str(path),
             got="content that does not agree with its own SHA-256",

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from normswap.cli.console import one_line
 from normswap.errors import NormSwapError, ParityError
 
 DONE, FAILED, USAGE, PARITY, INTERRUPTED = 0, 1, 2, 3, 130
@@ -68,16 +69,16 @@ def describe(error: BaseException) -> tuple[int, str]:
         return USAGE, error.format_message()
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "normswap"
-        return USAGE, _line(f"{command}: {error.format_message()} Try '{command} --help'.")
+        return USAGE, one_line(f"{command}: {error.format_message()} Try '{command} --help'.")
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return INTERRUPTED, "normswap: interrupted; what was already saved is complete."
     if isinstance(error, ParityError):
-        return PARITY, _line(str(error))
+        return PARITY, one_line(str(error))
     if type(error).__name__ == "TrainingInterrupted":  # by name: its room needs torch
-        return INTERRUPTED, _line(str(error))
+        return INTERRUPTED, one_line(str(error))
     if isinstance(error, NormSwapError):
-        return FAILED, _line(str(error))
-    return FAILED, _line(_foreign(error))
+        return FAILED, one_line(str(error))
+    return FAILED, one_line(_foreign(error))
 
 
 def _foreign(error: BaseException) -> str:
@@ -96,7 +97,3 @@ def _foreign(error: BaseException) -> str:
             "without). Try 'pip install normswap', with its dependencies."
         )
     return f"{type(error).__name__}: {error}. Unexpected: run again with --debug."
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

@@ -60,11 +60,21 @@ class _Stderr(logging.Handler):
     """Writes to what stderr is at the time: a progress bar puts itself in between."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        lines = self.format(record).split("\n")
+        sys.stderr.write("".join(_visible(line) + "\n" for line in lines))
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
-    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"warning: {one_line(str(message))}\n")
+
+
+def one_line(text: str) -> str:
+    """A text as one line that a terminal shows and does not obey: names come from files, too."""
+    return _visible(" ".join(text.split()))
+
+
+def _visible(text: str) -> str:
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def stdout() -> Console:

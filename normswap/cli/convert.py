@@ -23,6 +23,7 @@ from normswap.cli.options import (
     model_options,
 )
 from normswap.errors import PlanError
+from normswap.reading import reading
 from normswap.regular import read_text
 from normswap.targets import FALLBACKS, INITS, TARGETS
 
@@ -296,12 +297,8 @@ def read_plan(path: Path) -> Plan:
     from normswap.planning import Plan
 
     hint = "the output of `normswap convert MODEL --to TARGET --dry-run --json`"
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else str(error)
-        raise PlanError(str(path), got=str(problem), need="a plan in JSON", hint=hint) from error
-    return Plan.from_json(content)
+    with reading(path, PlanError, need="a plan in JSON", hint=hint):
+        return Plan.from_json(json.loads(read_text(path)), where=f"{path}, plan")
 
 
 def print_plan(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from normswap.errors import PlanError
 from normswap.graph import CallSite, Removal
 from normswap.graph.vocabulary import REPLACEABLE
+from normswap.reading import Malformed, reading
 from normswap.recipes import Recipe, recipe_from_json
 from normswap.targets import INITS
 
@@ -113,22 +114,29 @@ class Plan:
         }
 
     @staticmethod
-    def from_json(data: Any) -> Plan:
+    def from_json(data: Any, *, where: str = "plan") -> Plan:
         """The plan that :meth:`to_json` wrote down.
+
+        Args:
+            data: plain data, of which nothing is believed.
+            where: it comes from, for the error.
 
         Raises:
             PlanError: if the data is no plan, or one of a newer format.
         """
-        try:
+        with reading(
+            where,
+            PlanError,
+            need=f"a plan of format {PLAN_FORMAT}",
+            hint="normswap convert --dry-run --json",
+        ):
             if data["plan_format"] > PLAN_FORMAT:
-                raise _unreadable(f"plan_format {data['plan_format']}")
+                raise Malformed(f"plan_format {data['plan_format']}")
             entries = tuple(_entry_from_json(entry) for entry in data["entries"])
             names = Counter(name for entry in entries for name in entry.names)
             if twice := [name for name, count in names.items() if count > 1]:
-                raise ValueError(f"several entries for {twice[0]}")
+                raise Malformed(f"several entries for {twice[0]}")
             return Plan(str(data["target"]), entries, tuple(map(str, data.get("notes", ()))))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _unreadable(f"{type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {name}" for name, n in self.counts().items())
@@ -154,15 +162,6 @@ def _line(entry: PlanEntry, width: int) -> str:
     return "; ".join(parts)
 
 
-def _unreadable(got: str) -> PlanError:
-    return PlanError(
-        "plan",
-        got=got,
-        need=f"a plan of format {PLAN_FORMAT}",
-        hint="normswap convert --dry-run --json",
-    )
-
-
 def _entry_to_json(entry: PlanEntry) -> dict[str, Any]:
     return asdict(entry) | {"recipe": entry.recipe and entry.recipe.to_json()}
 
@@ -170,7 +169,7 @@ def _entry_to_json(entry: PlanEntry) -> dict[str, Any]:
 def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
     known = {f.name for f in fields(PlanEntry)}
     if not isinstance(data, dict) or set(data) - known:
-        raise TypeError(f"unknown fields in {data!r:.80}")
+        raise Malformed(f"unknown fields in {data!r:.80}")
     removal = data.get("removal")
     if removal is not None:
         call = removal.get("call")
@@ -178,10 +177,11 @@ def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
             call = CallSite(**{**call, "position": tuple(call["position"])})
         lists = {key: tuple(removal[key]) for key in ("names", "feeders")}
         removal = Removal(**{**removal, **lists, "call": call})
+        _check_removal(removal)
     lists = {key: tuple(map(str, data[key])) for key in ("names", "notes")}
     entry = PlanEntry(**{**data, **lists, "recipe": None, "removal": removal})
     if not entry.names or not isinstance(entry.becomes, str):
-        raise TypeError(f"no names in {data!r:.80}")
+        raise Malformed(f"no names in {data!r:.80}")
     entry = replace(entry, recipe=_recipe_of(entry, data.get("recipe") or {}))
     _check_entry(entry)
     return entry
@@ -189,8 +189,20 @@ def _entry_from_json(data: dict[str, Any]) -> PlanEntry:
 
 def _recipe_of(entry: PlanEntry, recipe: Any) -> Recipe | None:
     if not isinstance(recipe, dict) or recipe.get("target", KEEP) != entry.becomes:
-        raise ValueError(f"{entry.name} becomes {entry.becomes!r} by a recipe {recipe!r:.60}")
+        raise Malformed(f"{entry.name} becomes {entry.becomes!r} by a recipe {recipe!r:.60}")
     return None if entry.becomes == KEEP else recipe_from_json(recipe)
+
+
+def _check_removal(removal: Removal) -> None:
+    """Strings where strings belong: they are looked up in the model."""
+    call = removal.call
+    texts = [removal.how, removal.op, *removal.names, *removal.feeders]
+    if call is not None:
+        texts += [call.owner, call.method, call.digest]
+        if len(call.position) != 4 or not all(type(number) is int for number in call.position):
+            raise Malformed(f"a call at {call.position!r:.60}")
+    if not all(isinstance(text, str) for text in texts):
+        raise Malformed(f"a removal of {texts!r:.80}")
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -206,14 +218,12 @@ def _check_entry(entry: PlanEntry) -> None:
     for name, kinds in _KINDS.items():
         value = getattr(entry, name)
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise TypeError(f"{entry.name}: {name} {value!r:.60}")
+            raise Malformed(f"{entry.name}: {name} {value!r:.60}")
     if entry.rank not in range(4) or isinstance(entry.rank, bool):
-        raise ValueError(f"{entry.name}: rank {entry.rank!r}, not 0, 1, 2 or 3")
+        raise Malformed(f"{entry.name}: rank {entry.rank!r}, not 0, 1, 2 or 3")
     gone = None if entry.removal is None else entry.removal.op
     if gone is not None and (entry.recipe is None or gone not in entry.recipe.takes):
         name = REPLACEABLE.get(gone, gone)
-        raise ValueError(
-            f"{entry.name}: a {name} is to go, and {entry.becomes} does not replace it"
-        )
+        raise Malformed(f"{entry.name}: a {name} is to go, and {entry.becomes} does not replace it")
     if entry.init not in INITS:
-        raise ValueError(f"init {entry.init!r}, not one of {', '.join(INITS)}")
+        raise Malformed(f"init {entry.init!r}, not one of {', '.join(INITS)}")

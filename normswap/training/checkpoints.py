@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from normswap.artifact.record import OWN_FILES
 from normswap.checkpoints import check_archive
 from normswap.errors import TrainingError, in_short
 from normswap.files import content_digest, current, write_whole
+from normswap.reading import Malformed, reading
 from normswap.training.options import FineTune
 from normswap.training.records import CURVE, EVENTS, METRICS
 
@@ -52,26 +53,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         TrainingError: the file is damaged, has been changed or is no checkpoint of a fine-tune.
     """
-    try:
+    with reading_checkpoint(path):
         place = current(path.parent, path.name)
         check_archive(place)
         state = torch.load(place, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch's own text for a broken pickle advises to run whatever code is in it
-        broken = isinstance(error, pickle.UnpicklingError)
-        got = (
-            "no pickle that can be read" if broken else f"{type(error).__name__}: {in_short(error)}"
-        )
-        raise _unreadable(path, got) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise _unreadable(path, f"format {found!r}")
-    seal = state.pop("sha256", None)
-    if seal is None:
-        raise _unreadable(path, "no hash of its content, as version 0.1 wrote it")
-    if seal != content_digest(state):
-        raise _unreadable(path, "content that does not agree with its own SHA-256")
+        if not isinstance(state, dict):
+            raise Malformed(f"a {type(state).__name__}, no dict")
+        if state.get("format") != FORMAT:
+            raise Malformed(f"format {state.get('format')!r}")
+        seal = state.pop("sha256", None)
+        if seal is None:
+            raise Malformed("no hash of its content, as version 0.1 wrote it")
+        if seal != content_digest(state):
+            raise Malformed("content that does not agree with its own SHA-256")
     return state
+
+
+def reading_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn any failure of reading a checkpoint, or of taking it over, into one that names it."""
+    return reading(
+        path,
+        TrainingError,
+        need=f"a training checkpoint of format {FORMAT}, as this run wrote it",
+        hint="another output directory, or removing the file to start afresh",
+    )
 
 
 def remove_parts(folder: Path) -> None:
@@ -104,7 +109,8 @@ def earlier_run(folder: Path | None, resume: bool, options: FineTune) -> dict[st
             hint="resume=True, another folder, or removing this one",
         )
     found = read_checkpoint(last)
-    check_same(folder, options.differences(found["options"]))
+    with reading_checkpoint(last):
+        check_same(folder, options.differences(found["options"]))
     return found
 
 
@@ -125,17 +131,8 @@ def check_fit(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     other += [k for k in mine if k in theirs and _shape(mine[k]) != _shape(theirs[k])]
     if other:
         more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-        raise ValueError(f"{other[0]}{more}")
+        raise Malformed(f"{other[0]}{more}")
 
 
 def _shape(value: Any) -> Any:
     return getattr(value, "shape", None)
-
-
-def _unreadable(path: Path, got: str) -> TrainingError:
-    return TrainingError(
-        str(path),
-        got=got,
-        need=f"a training checkpoint of format {FORMAT}",
-        hint="another output directory, or removing the file to start afresh",
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import operator
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from normswap.files import sole_writer
 from normswap.passage import Passage, as_original, forget_statistics, needs_passage
 from normswap.plain import plain
 from normswap.provenance import add_history
+from normswap.reading import Malformed
 from normswap.running import evaluating, placed
 from normswap.training import execution
 from normswap.training.batches import (
@@ -34,9 +36,11 @@ from normswap.training.checkpoints import (
     BEST,
     FORMAT,
     LAST,
+    check_fit,
     check_same,
     earlier_run,
     read_checkpoint,
+    reading_checkpoint,
     remove_parts,
     write_checkpoint,
 )
@@ -54,6 +58,7 @@ from normswap.training.identity import (
     machine_changes,
     machine_identity,
 )
+from normswap.training.likeness import check_like
 from normswap.training.optimisation import Updates
 from normswap.training.options import FineTune
 from normswap.training.parameters import (
@@ -261,11 +266,11 @@ class Record:
     def from_state(cls, state: dict[str, Any]) -> Record:
         """The inverse of ``state``."""
         return cls(
-            epochs=[Epoch(**row) for row in state["epochs"]],
-            best=None if state["best"] is None else Epoch(**state["best"]),
-            broken=set(state["broken"]),
-            original=None if state["original"] is None else Metrics(**state["original"]),
-            start=None if state["start"] is None else Metrics(**state["start"]),
+            epochs=[Epoch.from_json(row) for row in state["epochs"]],
+            best=None if state["best"] is None else Epoch.from_json(state["best"]),
+            broken={operator.index(number) for number in state["broken"]},
+            original=_looked(state["original"]),
+            start=_looked(state["start"]),
         )
 
 
@@ -381,11 +386,12 @@ class Run:
 
     def go(self, found: dict[str, Any] | None) -> History:
         """Train from a checkpoint, or from the start, to the end."""
-        self._check_agreement(found)
         if self.job.folder is not None:
             self.identity = self._identify()
-        if found is not None:
-            self._resume(found)
+        with reading_checkpoint((self.job.folder or Path()) / LAST):
+            self._check_agreement(found)
+            if found is not None:
+                self._resume(found)
         self._open_records()
         if found is None:
             self._record_start()
@@ -782,14 +788,29 @@ class Run:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave, and what this process had for itself."""
         self.updates.load_state(state)
+        if not isinstance(state["processes"], list) or len(state["processes"]) != self.share.world:
+            raise Malformed(f"the state of other than {self.share.world} processes")
         if self.passage is not None:
+            _check_passage(self.passage.state(), state["passage"])
             self.passage.load_state(state["passage"])
         own = state["processes"][self.share.rank]
         self.place, self.meter = Place(**state["place"]), Meter(**own["meter"])
+        check_like(asdict(Meter()), asdict(self.meter), "meter")
         self.record = Record.from_state(state)
         self.batches.load_state(own["data"])
         load_norm_state(self.model, own["norms"])
         load_rng_state(own["rng"])
+
+    def _check_model(self, found: dict[str, Any], folder: Path) -> None:
+        try:
+            check_fit(self.model.state_dict(), found["model"])
+        except ValueError as error:
+            raise TrainingError(
+                f"resume from {folder}",
+                got=f"a model that differs from the run's: {error}",
+                need="the model the run was started with",
+                hint="it, or another folder for a new run",
+            ) from error
 
     def _resume(self, found: dict[str, Any]) -> None:
         """Go to where a checkpoint was written.
@@ -802,19 +823,14 @@ class Run:
         check_same(folder, [f"{k}={now[k]} (was {then[k]})" for k in now if now[k] != then[k]])
         self._check_identity(folder, found.get("identity", {}))
         self._check_place(folder / LAST, found["place"])
-        try:
-            self.load_state(found)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise TrainingError(
-                f"resume from {folder}",
-                got=f"a model that differs from the run's: {reason}",
-                need="the model the run was started with",
-                hint="it, or another folder for a new run",
-            ) from error
+        self._check_model(found, folder)
+        self.load_state(found)
         self.record.resumed_from = self.place.step
         if self.options.keep == "best" and self.record.best is not None:
-            self.record.best_weights = read_checkpoint(folder / BEST)["model"]
+            best = read_checkpoint(folder / BEST)
+            with reading_checkpoint(folder / BEST):
+                check_fit(self.updates.shown.state_dict(), best["model"])
+                self.record.best_weights = best["model"]
         log.info("resumed at step %d of %d", self.place.step, self.steps)
 
     def _check_place(self, path: Path, place: dict[str, int]) -> None:
@@ -852,6 +868,21 @@ def _numbers(loss: Tensor, right: Tensor | None) -> tuple[float, float | None]:
         return loss.item(), None
     value, hits = torch.stack([loss.detach().double(), right.double()]).tolist()
     return value, hits
+
+
+def _check_passage(own: dict[str, Any], state: dict[str, Any]) -> None:
+    steps, done = state["steps"], state["done"]
+    if not whole(steps, 1) or not whole(done, 0, steps):
+        raise Malformed(f"passage at step {done!r:.40} of {steps!r:.40}")
+    sites = own["sites"] if done < steps else {}  # at its end nothing of it is left
+    check_like({**own, "sites": sites}, state, "passage")
+
+
+def _looked(state: Any) -> Metrics | None:
+    if state is None:
+        return None
+    check_like(asdict(Metrics(0.0, 0.0, 0.0, 0)), state, "metrics")
+    return Metrics(**state)
 
 
 def _better(row: Epoch, best: Epoch | None) -> bool:

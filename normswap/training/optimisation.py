@@ -11,6 +11,7 @@ from torch import nn
 from normswap.copying import values_only
 from normswap.errors import TrainingError
 from normswap.training.checkpoints import check_fit
+from normswap.training.likeness import check_like, check_optimizer_state
 from normswap.training.options import FineTune
 from normswap.training.parameters import parameter_groups
 
@@ -91,6 +92,14 @@ class Updates:
             ValueError, KeyError, RuntimeError: it belongs to another model.
         """
         check_fit(self.model.state_dict(), state["model"])
+        if self.average is not None:
+            check_fit(self.average.module.state_dict(), state["average"])
+        now, then = self.optimizer.state_dict(), state["optimizer"]
+        check_like(now["param_groups"], then["param_groups"], "optimizer.param_groups")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        check_optimizer_state(then["param_groups"], then["state"], parameters)
+        if self.scheduler is not None:
+            check_like(self.scheduler.state_dict(), state["scheduler"], "scheduler")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

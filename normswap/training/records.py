@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from normswap import pictures
+from normswap.errors import TrainingError
 from normswap.files import write_whole
+from normswap.reading import Malformed, reading
 from normswap.regular import read_text
 from normswap.training.tasks.base import Metrics
 
@@ -79,6 +82,22 @@ class Epoch:
     images_per_second: float | None
     val_metric: float | None = None
     passage: float | None = None
+
+    @classmethod
+    def from_json(cls, data: Any) -> Epoch:
+        """The inverse of ``dataclasses.asdict``.
+
+        Raises:
+            Malformed, TypeError: a field is missing, or is no number.
+        """
+        found = cls(**data)
+        for item in fields(found):
+            value = getattr(found, item.name)
+            kinds = (int,) if item.type == "int" else (int, float)
+            absent = value is None and "None" in str(item.type)
+            if isinstance(value, bool) or not (absent or isinstance(value, kinds)):
+                raise Malformed(f"{item.name} of an epoch is {value!r:.40}")
+        return found
 
     @property
     def score(self) -> float | None:
@@ -222,19 +241,36 @@ class Recorder:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, without one that a killed process left half written."""
+    """The lines of ``metrics.jsonl``, without one that a killed process left half written.
+
+    Raises:
+        TrainingError: the file holds something else.
+    """
     path = Path(folder) / METRICS
     return [row for row, _ in _rows(path)] if path.exists() else []
 
 
 def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
     found = []
-    for line in read_text(path).splitlines():
-        try:
-            found.append((json.loads(line), line))
-        except json.JSONDecodeError:
-            break
+    with _reading_metrics(path):
+        for line in read_text(path).splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise Malformed(f"the line {line:.40}")
+            found.append((row, line))
     return found
+
+
+def _reading_metrics(path: Path) -> contextlib.AbstractContextManager[None]:
+    return reading(
+        path,
+        TrainingError,
+        need="one JSON object with its step on each line, as a run wrote them",
+        hint="removing the file: the run goes on without its earlier lines",
+    )
 
 
 def _truncate(path: Path, step: int) -> None:
