@@ -59,7 +59,7 @@ _HOME = {
     "Source": "sources",
     "Conversion": "swap",
     "apply_plan": "swap",
-    "convert": "swap",
+    "convert": "keeping",
     "Sweep": "sweeps",
     "sweep": "sweeps",
     "Epoch": "training",
@@ -173,6 +173,7 @@ if TYPE_CHECKING:
     from normswap.graph import Site as Site
     from normswap.graph import register_batchnorm as register_batchnorm
     from normswap.graph import walk as walk
+    from normswap.keeping import convert as convert
     from normswap.onnx import Case as Case
     from normswap.onnx import OnnxModel as OnnxModel
     from normswap.onnx import Parity as Parity
@@ -195,7 +196,6 @@ if TYPE_CHECKING:
     from normswap.sources import Source as Source
     from normswap.swap import Conversion as Conversion
     from normswap.swap import apply_plan as apply_plan
-    from normswap.swap import convert as convert
     from normswap.sweeps import Sweep as Sweep
     from normswap.sweeps import sweep as sweep
     from normswap.training import Epoch as Epoch

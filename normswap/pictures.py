@@ -37,6 +37,28 @@ def drift(errors: Mapping[str, Values], title: str, path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def costs(
+    values: Mapping[str, float], became: Mapping[str, str], title: str, path: str | Path
+) -> Path:
+    """What the conversion of every site costs by itself, along a network.
+
+    Args:
+        values: site → cost, in nats.
+        became: site → what it became; one colour each.
+        title: above the picture.
+        path: ``.png``, ``.svg`` or ``.pdf``.
+    """
+    figure = _figure(9, 3.5)
+    axes = figure.subplots()
+    for number, kind in enumerate(sorted({became.get(name, "") for name in values})):
+        mine = [i for i, name in enumerate(values) if became.get(name, "") == kind]
+        heights = [max(list(values.values())[i], 1e-6) for i in mine]
+        axes.bar(mine, heights, color=f"C{number}", label=kind)
+    axes.set(xlabel="site", ylabel="cost by itself, nats", title=title, yscale="log")
+    axes.legend()
+    return _save(figure, path)
+
+
 def learning_curve(
     epochs: Sequence[int],
     panels: Mapping[str, tuple[Values, Values]],

@@ -1,5 +1,8 @@
 """Bring a converted model to its BatchNorm original on unlabelled images."""
 
 from normswap.calibration.calibrate import Calibration, calibrate
+from normswap.calibration.closed_form import solve_once, steadied
+from normswap.calibration.distillation import taken
+from normswap.calibration.flow import linear_output
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "linear_output", "solve_once", "steadied", "taken"]

@@ -18,11 +18,11 @@ from normswap.calibration.flow import Scale, linear_output, own_parameters
 from normswap.calibration.lockstep import Ahead, Stop, lanes, stop_after, stop_before, stops
 from normswap.calibration.regression import ROWS, Regression
 from normswap.calibration.steady import Moments, steady_scales
-from normswap.drift import Pair
-from normswap.graph import Movable, call
+from normswap.drift import Pair, paired_sites
+from normswap.graph import Movable, call, movable_producers
 from normswap.graph.norms import state_of
 from normswap.recipes import recipe_of
-from normswap.running import copied, hooked, input_of
+from normswap.running import copied, evaluating, hooked, input_of
 
 Batches = Sequence[Any]
 _LEAST = 0.5
@@ -249,3 +249,39 @@ def in_lockstep(
                 return None
             fit.at(stop, values, ahead)
     return fit.scales
+
+
+# --- both, once -----------------------------------------------------------------------------------
+
+
+def solve_once(
+    model: nn.Module, teacher: nn.Module, batches: Batches, draw: torch.Generator
+) -> None:
+    """The whole closed form in one round, in place.
+
+    Args:
+        model: the converted model.
+        teacher: its original, in eval mode like the model.
+        batches: what both are called with; four or more, so that some can choose the strengths.
+        draw: which positions the regression looks at.
+    """
+    pairs, producers, once = _replaced(model, teacher, batches[0])
+    with evaluating(model, teacher):
+        steady(pairs, producers, teacher, batches)
+        in_lockstep(Fit(once, producers, draw), (model, teacher), batches)
+
+
+def steadied(model: nn.Module, teacher: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """Scale the producers in place, and say by what, by the name of the site behind them."""
+    pairs, producers, _ = _replaced(model, teacher, batches[0])
+    with evaluating(model, teacher):
+        steady(pairs, producers, teacher, batches)
+    return {name: producer.loudness() for name, producer in producers.items()}
+
+
+def _replaced(
+    model: nn.Module, teacher: nn.Module, batch: Any
+) -> tuple[tuple[Pair, ...], dict[str, Movable], tuple[Pair, ...]]:
+    pairs = tuple(pair for pair in paired_sites(model, teacher) if pair.replaced)
+    producers, once = movable_producers((p.name for p in pairs), model, teacher, batch)
+    return pairs, producers, tuple(pair for pair in pairs if pair.name in once)

@@ -42,7 +42,9 @@ _SETTINGS = {
 """What version 0.1 had in the place of ``gn(groups=16)``, and the targets that have it."""
 _BESIDE_PLAN = ("init", "groups", "window", "through_history", "include", "exclude", "fallback")
 """Options that a plan has settled already."""
-_CALIBRATION = ("calibrate_seconds", "calibrate_all")
+_SECONDS, _KEEP_SECONDS = 60.0, 180.0
+_NOT_KEPT = ("calibrate_moves", "calibrate_all", "plan_file")
+_CALIBRATION = ("calibrate_seconds", "calibrate_moves", "calibrate_all", "keep")
 _TARGETS = (
     "\b\nTARGET is one of\n"
     + "\n".join(f"  {name:<10} {meaning}" for name, meaning in TARGETS.items())
@@ -115,11 +117,31 @@ def _number_of_groups(
 @click.option(
     "--calibrate-seconds",
     type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    help="Time for that.",
+    help="Time for that [default: 60, with --keep 180].",
 )
-@click.option("--calibrate-all", is_flag=True, help="Move every parameter, not the norms' only.")
+@click.option(
+    "--calibrate-moves",
+    type=click.Choice(("norms", "producers", "all")),
+    help="What may move: the new layers, the convolutions in front of them too, or everything "
+    "[default: producers where channels share statistics, else norms].",
+)
+@click.option(
+    "--calibrate-all", is_flag=True, hidden=True, help="Old spelling of --calibrate-moves all."
+)
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="PERCENT",
+    help="Convert as many layers as leave this share of MODEL's decisions on the images of "
+    "--calibrate; the others become frozen, which needs no batch either.",
+)
+@click.option(
+    "--costs",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="With --keep: write what every layer costs by itself: a picture (.png), JSON (.json) or a "
+    "table.",
+)
 @click.option(
     "--drift",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -145,8 +167,11 @@ def command(
     exclude: tuple[str, ...],
     fallback: str | None,
     images: Path | None,
-    calibrate_seconds: float,
+    calibrate_seconds: float | None,
+    calibrate_moves: str | None,
     calibrate_all: bool,
+    keep: float | None,
+    costs: Path | None,
     drift: Path | None,
     dry_run: bool,
     force: bool,
@@ -157,11 +182,8 @@ def command(
     Every layer is planned before any is changed: --dry-run shows what becomes what, and why not.
     """
     _check_usage(click.get_current_context())
-    _check_places(output if not dry_run else None, drift, force=force)
+    _check_places(output if not dry_run else None, (drift, costs), force=force)
     import normswap
-    from normswap.copying import copied
-    from normswap.drift import predict_drift
-    from normswap.graph.norms import is_batchnorm
 
     settings = {"groups": groups, "window": window, "through_history": through_history}
     recipe = read_plan(plan_file) if plan_file else _with_old_options(str(target), settings)
@@ -180,28 +202,28 @@ def command(
     if plan.idle is not None:
         raise plan.idle
     batch = chosen.images(source, images) if images else None
-    teacher = copied(source.model) if images else None
-    originals = {n: m for n, m in source.model.named_modules() if is_batchnorm(m)}
-    result = normswap.convert(
-        source.model,
-        plan,
-        example_inputs=options["example_inputs"],
-        allow_nonfinite=chosen.allow_nonfinite,
-    )
+    options["allow_nonfinite"] = chosen.allow_nonfinite
     report = None
-    if teacher is not None:
-        scope = "all" if calibrate_all else "norms"
-        report = _calibrate(result.model, teacher, batch, calibrate_seconds, scope, chosen.seed)
-    found = report.after if report else predict_drift(result.model, originals, plan)
+    if keep is not None:
+        share = (keep, calibrate_seconds or _KEEP_SECONDS, chosen.seed)
+        result, found = _kept(source.model, recipe, options, batch, share)
+    else:
+        scope = "all" if calibrate_all else calibrate_moves
+        work = (scope, calibrate_seconds or _SECONDS, chosen.seed)
+        result, found, report = _converted(source.model, plan, options, batch, work)
     normswap.save(result.model, output, force=force)
     if drift is not None:
         found.write(drift)
+    if costs is not None:
+        result.write(costs)
     if as_json:
         facts = {"output": output, "plan": result.plan.to_json(), "kept": result.kept}
         calibration = report.to_json() if report else None
         print_json({**facts, "drift": found.to_json(), "calibration": calibration})
         return
     print_summary(result.plan)
+    if keep is not None:
+        _print_kept(result)
     _print_trust(result.plan, report, found)
     say(f"wrote {output}")
 
@@ -212,22 +234,78 @@ def _planned(model: nn.Module, recipe: Any, options: dict[str, Any]) -> Plan:
     return recipe if isinstance(recipe, normswap.Plan) else normswap.plan(model, recipe, **options)
 
 
-def _check_places(output: Path | None, drift: Path | None, *, force: bool) -> None:
+def _check_places(output: Path | None, pictures: tuple[Path | None, ...], *, force: bool) -> None:
     """Find out before long work whether the results can be written."""
     if output is not None:
         check_output(output, force=force)
         from normswap.artifact import check_target
 
         check_target(output, force=force)
-    if drift is not None:
-        check_file(drift, force=force)
+    for file in pictures:
+        if file is not None:
+            check_file(file, force=force)
+
+
+def _converted(
+    model: nn.Module, plan: Plan, options: dict[str, Any], images: Any, work: tuple[Any, ...]
+) -> tuple[Any, Drift, Calibration | None]:
+    """Convert, and calibrate where there are images."""
+    import normswap
+    from normswap.copying import copied
+    from normswap.drift import predict_drift
+    from normswap.graph.norms import is_batchnorm
+
+    teacher = None if images is None else copied(model)
+    originals = {n: m for n, m in model.named_modules() if is_batchnorm(m)}
+    result = normswap.convert(
+        model,
+        plan,
+        example_inputs=options["example_inputs"],
+        allow_nonfinite=options["allow_nonfinite"],
+    )
+    if teacher is None:
+        return result, predict_drift(result.model, originals, plan), None
+    report = _calibrate(result.model, teacher, images, work)
+    return result, report.after, report
+
+
+def _kept(
+    model: nn.Module, target: Any, options: dict[str, Any], images: Any, work: tuple[Any, ...]
+) -> tuple[Any, Drift]:
+    """Convert what a share of the decisions allows."""
+    import normswap
+    from normswap.copying import copied
+    from normswap.drift import measure_drift
+
+    keep, seconds, seed = work
+    teacher = copied(model)
+    with progress("choosing layers") as show:
+        result = normswap.convert(
+            model,
+            target,
+            **options,
+            keep=keep / 100,
+            images=images,
+            seconds=seconds,
+            seed=seed,
+            progress=lambda share, what: show(share, 1.0, what),
+        )
+    return result, measure_drift(result.model, teacher, images)
+
+
+def _print_kept(result: Any) -> None:
+    """The costs, the dearest last, and what is kept."""
+    rows = [(*row[:2], row[2]) for row in result.rows]
+    print_table(("layer", "became", "nats by itself"), rows, numeric=("nats by itself",))
+    say(result.summary)
 
 
 def _calibrate(
-    model: nn.Module, teacher: nn.Module, images: Any, seconds: float, scope: Any, seed: int
+    model: nn.Module, teacher: nn.Module, images: Any, work: tuple[Any, ...]
 ) -> Calibration:
     import normswap
 
+    scope, seconds, seed = work
     with progress("calibrating") as show:
         report: Calibration = normswap.calibrate(
             model,
@@ -277,6 +355,10 @@ def _without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((name, "-o, not with --dry-run") for name in ("drift", "images"))
     if values["images"] is None:
         yield from ((name, "--calibrate IMAGES") for name in _CALIBRATION)
+    if values["keep"] is None:
+        yield "costs", "--keep PERCENT"
+    else:
+        yield from ((name, "--calibrate IMAGES, not with --keep") for name in _NOT_KEPT)
     for name, targets in _SETTINGS.items():
         if values["target"] not in targets:
             yield name, f"--to {' or '.join(targets)}, not with --to {values['target']}"

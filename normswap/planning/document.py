@@ -33,6 +33,8 @@ class PlanEntry:
         reason: why the site does not get the target that was asked for; None if it does.
         notes: what else a user should know.
         producer: name of the module that makes its input, for a layer that has to know it.
+        cost: what its conversion alone costs, in nats of the outputs' softmax, where that was
+            measured to decide what is converted.
         removal: how the activation behind it is taken out, for the new layer to take its place.
     """
 
@@ -47,6 +49,7 @@ class PlanEntry:
     notes: tuple[str, ...] = ()
     producer: str | None = None
     removal: Removal | None = None
+    cost: float | None = None
 
     @property
     def name(self) -> str:
@@ -159,6 +162,8 @@ def _line(entry: PlanEntry, width: int) -> str:
     if entry.removal:
         parts.append(f"takes the {REPLACEABLE[entry.removal.op]}'s place")
     parts += [text for text in (entry.reason, *entry.notes) if text]
+    if entry.cost is not None:
+        parts.append(f"costs {entry.cost:.2g} nats alone")
     return "; ".join(parts)
 
 

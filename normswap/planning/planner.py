@@ -24,7 +24,7 @@ from normswap.graph.numbers import dead_channels
 from normswap.graph.vocabulary import REPLACEABLE
 from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
-from normswap.recipes import Recipe, recipe_for
+from normswap.recipes import FrozenBatchNorm, Recipe, recipe_for
 from normswap.targets import FALLBACKS, INITS
 
 Target = str | Recipe | Mapping[str, "str | Recipe"]
@@ -41,6 +41,8 @@ def plan(
     fallback: str | Recipe | None = None,
     init: str = "match",
     graph: Graph | None = None,
+    frozen: Mapping[str, str] | None = None,
+    costs: Mapping[str, float] | None = None,
 ) -> Plan:
     """Say what would become what, and why not. Read-only.
 
@@ -59,6 +61,8 @@ def plan(
         init: ``match`` (keep the pretrained function), ``copy`` (γ and β as they are) or
             ``reset`` (1 and 0); it concerns the per-sample targets only.
         graph: what :func:`normswap.walk` said of this model, if it was walked already.
+        frozen: sites that become ``frozen`` whatever their target, and why.
+        costs: what the conversion of each site alone was found to cost, to be written down.
 
     Raises:
         PlanError: unknown target, fallback or init; a pattern that matches nothing; a model
@@ -75,7 +79,7 @@ def plan(
     choice = _Choice(target, fallback)
     _check_init(init)
     if graph is None:
-        graph = walk(model, _inputs_for(model, example_inputs), exclude=exclude)
+        graph = walk(model, inputs_for(model, example_inputs), exclude=exclude)
     else:
         graph = replace(graph, sites=tuple(s for s in graph if not matches(s.names, exclude)))
     every = qualified_names(model)
@@ -95,8 +99,8 @@ def plan(
     _check_patterns(names, exclude, "exclude")
     choice.check_patterns(names)
     modules = {n: m for m, found in every.items() for n in found}
-    planner = _Planner(model, modules, choice, include, init)
-    entries = _settle_removals(graph, planner)
+    planner = _Planner(model, modules, choice, include, init, frozen or {})
+    entries = [_with_cost(entry, costs or {}) for entry in _settle_removals(graph, planner)]
     entries = [*entries, *left_alone]
     return Plan(choice.label, tuple(entries), (*graph.notes, *_notes(entries, modules)))
 
@@ -157,12 +161,14 @@ class _Planner:
         choice: _Choice,
         include: Patterns,
         init: str,
+        frozen: Mapping[str, str],
     ) -> None:
         self._model = model
         self._modules = modules
         self._choice = choice
         self._include = include
         self._init = init
+        self._frozen = frozen
 
     def entry(self, site: Site) -> PlanEntry:
         if self._include is not None and not matches(site.names, self._include):
@@ -173,6 +179,8 @@ class _Planner:
         if site.mixed:
             return _kept(site, "its inputs have different numbers of dimensions")
         refusal = recipe.refusal(site, self._model)
+        if refusal is None and site.name in self._frozen:
+            return self._entry_for(site, FrozenBatchNorm(), self._frozen[site.name])
         if refusal is None:
             return self._entry_for(site, recipe, None)
         return self._fall_back(site, recipe, f"no {recipe.target}: {refusal}")
@@ -228,6 +236,10 @@ class _Planner:
         instead = self._fall_back(site, recipe, why)
         again = instead.recipe is not None and instead.recipe.insists
         return _kept(site, why) if again else instead
+
+
+def _with_cost(entry: PlanEntry, costs: Mapping[str, float]) -> PlanEntry:
+    return replace(entry, cost=costs[entry.name]) if entry.name in costs else entry
 
 
 def _kept(site: Site, reason: str) -> PlanEntry:
@@ -372,7 +384,8 @@ def _check_patterns(names: list[tuple[str, ...]], patterns: Patterns, option: st
             )
 
 
-def _inputs_for(model: nn.Module, example_inputs: Any) -> Any:
+def inputs_for(model: nn.Module, example_inputs: Any) -> Any:
+    """What to call ``model`` with: what was given, or zeros of the size that it remembers."""
     if example_inputs is not None:
         return example_inputs
     record = provenance_of(model)
@@ -387,4 +400,4 @@ def _inputs_for(model: nn.Module, example_inputs: Any) -> Any:
     )
 
 
-__all__ = ["Plan", "PlanEntry", "plan"]
+__all__ = ["Plan", "PlanEntry", "inputs_for", "plan"]

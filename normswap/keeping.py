@@ -1,0 +1,497 @@
+"""Convert as many layers as a share of the original's decisions allows; the others stay frozen.
+
+Every site's own cost is measured first: what its error does to the outputs, to second order, from a
+few backward passes for all sites together. Then the cheapest sites are converted, solved in closed
+form and judged on images that neither saw; how many there can be is found by bisection. What is
+left becomes ``frozen``, which needs no batch either and is exactly BatchNorm.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap import pictures, swap
+from normswap.calibration import linear_output, solve_once, steadied, taken
+from normswap.drift import Agreement, batches
+from normswap.errors import PlanError
+from normswap.files import write_whole
+from normswap.graph import Graph, walk
+from normswap.graph.norms import fused_parts
+from normswap.graph.numbers import check_numbers
+from normswap.planning import Patterns, Plan, Target, inputs_for, plan
+from normswap.provenance import add_history
+from normswap.recipes import Recipe, recipe_of
+from normswap.running import (
+    call,
+    copied,
+    device_of,
+    entries,
+    evaluating,
+    hooked,
+    input_of,
+    leaves,
+    moved,
+)
+from normswap.swap import Conversion
+
+_log = logging.getLogger("normswap")
+
+_MARGIN = 0.84
+"""Standard errors between what is kept on the judging images and what is promised: four in five."""
+_BATCH = 16
+_DRAWS = 4
+"""Random directions per image in which an error's effect on the outputs is looked at."""
+_WEIGHED = 48
+"""Images that are enough for the costs."""
+
+
+@dataclass(frozen=True)
+class Kept(Conversion):
+    """What ``convert(..., keep=…)`` did.
+
+    Attributes:
+        share: decisions of the original kept on the images that judged, 0 to 1.
+        bound: its lower confidence bound, which is at least what was asked for.
+        images: how many images judged.
+        costs: site → what its conversion alone costs, in nats of the outputs' softmax.
+    """
+
+    share: float = 1.0
+    bound: float = 1.0
+    images: int = 0
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table: site, what it became, its cost, the cheapest first."""
+        became = {entry.name: entry.becomes for entry in self.plan}
+        ordered = sorted(self.costs.items(), key=lambda pair: pair[1])
+        return [(name, became.get(name, "keep"), f"{cost:.4f}") for name, cost in ordered]
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a picture of the costs along the network."""
+        became = {entry.name: entry.becomes for entry in self.plan}
+        return pictures.costs(self.costs, became, self.summary, path)
+
+    def write(self, path: str | Path) -> Path:
+        """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
+        path = Path(path)
+        if path.suffix.lower() in (".png", ".svg", ".pdf"):
+            return self.draw(path)
+        facts = {"share": self.share, "bound": self.bound, "images": self.images}
+        text = json.dumps({**facts, "costs": dict(self.costs)}, indent=1)
+        if path.suffix.lower() != ".json":
+            text = "\n".join(["  ".join(row) for row in self.rows] + [self.summary])
+        return write_whole(path, text + "\n")
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        done = sum(entry.becomes != "frozen" for entry in self.plan if entry.name in self.costs)
+        return (
+            f"{done} of {len(self.costs)} sites converted, the others frozen; {self.share:.1%} of "
+            f"the original's decisions kept on {self.images} images (at least {self.bound:.1%})"
+        )
+
+
+def convert(
+    model: nn.Module,
+    target: Target | Plan,
+    *,
+    example_inputs: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    fallback: str | Recipe | None = None,
+    init: str = "match",
+    optimizer: Any = None,
+    allow_nonfinite: bool = False,
+    keep: float | None = None,
+    images: Tensor | Iterable[Any] | None = None,
+    seconds: float = 180,
+    seed: int = 0,
+    progress: Callable[[float, str], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Conversion:
+    """Replace the BatchNorm layers of a model, in place, all or nothing.
+
+    Args:
+        model: any eager module, also on the meta device.
+        target: a target, as in ``gn`` or ``gn(groups=16)``, a recipe, a mapping from
+            name patterns to either, or a :class:`Plan` that was made before.
+        example_inputs: what the model is called with; see :func:`normswap.plan`.
+        include: patterns of the names to convert.
+        exclude: patterns of the names to leave alone.
+        fallback: what a site becomes that the target cannot take.
+        init: ``match``, ``copy`` or ``reset``; see :func:`normswap.plan`.
+        optimizer: an optimizer whose parameter groups move to the new parameters.
+        allow_nonfinite: convert weights and running statistics that are not finite, and negative
+            variances, all the same.
+        keep: share of the original's decisions that has to stay, above 0 and at most 1. As many
+            layers are converted as that allows, by ``images``; the others become ``frozen``.
+        images: for ``keep``: preprocessed images without labels, a tensor or an iterable of
+            batches. Half of them calibrate, half of them judge.
+        seconds: for ``keep``: about how long it may take; fewer images are used where it is short.
+        seed: of the random choices that ``keep`` makes.
+        progress: called with the share of ``keep``'s work that is done, and what comes next.
+        clock: what ``seconds`` are read from.
+
+    Returns:
+        Conversion: the model, the plan, the new modules by name, and the kept ones with reasons. A
+            plan that converts nothing leaves the model as it was, and is logged as a warning. With
+            ``keep`` a :class:`normswap.keeping.Kept`, which has the costs too.
+
+    Raises:
+        PlanError: a request that cannot be satisfied; see :func:`normswap.plan`.
+        WalkError: the model cannot be run or understood, or not any more with its new layers.
+        SwapError: the plan does not fit the model, or ``optimizer`` is none.
+        ImpossibleNumbersError: weights or running statistics that are not finite, or negative
+            variances.
+        CalibrationError: there are no images, or none that the model takes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert(net, "frn", example_inputs=torch.zeros(1, 3, 8, 8)).model
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): FilterResponseNorm2d(8, eps=1e-06, affine=True, learnable_eps=False, tlu=True)
+          (2): Identity()
+        )
+    """
+    options: dict[str, Any] = {
+        "include": include,
+        "exclude": exclude,
+        "fallback": fallback,
+        "init": init,
+    }
+    if keep is None:
+        if images is not None:
+            raise PlanError(
+                "images",
+                got="images without keep",
+                need="the share of decisions to keep",
+                hint="keep=0.95, or normswap.calibrate for a converted model",
+            )
+        return swap.convert(
+            model,
+            target,
+            example_inputs=example_inputs,
+            optimizer=optimizer,
+            allow_nonfinite=allow_nonfinite,
+            **options,
+        )
+    _check(target, keep, images, seconds)
+    if not allow_nonfinite:
+        check_numbers(model)
+    inputs = inputs_for(model, example_inputs)
+    graph = walk(model, inputs, exclude=exclude)
+    begun = clock()
+    budget = _Budget(clock, begun + seconds, progress)
+    chooser = _Chooser(model, target, graph, {**options, "example_inputs": inputs}, seed)
+    with torch.inference_mode(mode=False), taken():
+        found = chooser.choose(keep, images, budget)
+    result = swap.convert(
+        model,
+        found.plan,
+        example_inputs=inputs,
+        optimizer=optimizer,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if found.state is not None:
+        result.model.load_state_dict(found.state)
+    kept = Kept(
+        result.model,
+        result.plan,
+        result.replaced,
+        result.kept,
+        share=found.share,
+        bound=found.bound,
+        images=found.images,
+        costs=chooser.costs,
+    )
+    _log.info("%s", kept.summary)
+    add_history(
+        result.model, "calibrated", images=found.images, parameters="producers", keep=keep,
+        agreement=found.share, seconds=clock() - begun, steps=0, stopped="closed form",
+    )  # fmt: skip
+    return kept
+
+
+def _check(target: Any, keep: Any, images: Any, seconds: float) -> None:
+    wrong = None
+    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+    if not number or not 0 < keep <= 1:
+        wrong = ("keep", repr(keep), "a share above 0 and at most 1", "keep=0.95")
+    elif isinstance(target, Plan):
+        wrong = ("keep", "a finished plan", "a target", "convert(model, 'gn', keep=0.95, …)")
+    elif images is None:
+        wrong = ("images", "None", "images that show what is kept", "images=a preprocessed tensor")
+    elif not 0 < seconds < math.inf:
+        wrong = ("seconds", repr(seconds), "a positive, finite number", "seconds=180")
+    if wrong is not None:
+        where, got, need, hint = wrong
+        raise PlanError(where, got=got, need=need, hint=hint)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    clock: Callable[[], float]
+    deadline: float
+    progress: Callable[[float, str], None] | None
+
+    @property
+    def left(self) -> float:
+        return self.deadline - self.clock()
+
+    def tell(self, share: float, what: str) -> None:
+        if self.progress is not None:
+            self.progress(share, what)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One number of converted sites, and how it did."""
+
+    plan: Plan
+    state: dict[str, Tensor] | None
+    share: float
+    bound: float
+    images: int
+
+
+class _Chooser:
+    """Which sites are converted."""
+
+    def __init__(
+        self, model: nn.Module, target: Any, graph: Graph, options: dict[str, Any], seed: int
+    ) -> None:
+        self.teacher = copy.deepcopy(model).eval()
+        self.target, self.graph, self.options = target, graph, options
+        self.draw = torch.Generator().manual_seed(seed)
+        self.costs: dict[str, float] = {}
+
+    def choose(self, keep: float, images: Any, budget: _Budget) -> _Found:
+        """The most sites with which at least ``keep`` of the decisions stay."""
+        device = device_of(self.teacher)
+        whole = self._plan(())
+        sites = [e.name for e in whole.swapped if e.recipe is not None and e.recipe.per_sample]
+        if not sites:  # all others are exact
+            return _Found(whole, None, 1.0, 1.0, 0)
+        every = [moved(batch, device) for batch in _shuffled(images, self.draw)]
+        judges, used = every[::2], every[1::2] or every
+        budget.tell(0.0, "what each site costs")
+        with evaluating(self.teacher):
+            model = self._converted(whole)
+            self.costs = _costs(self.teacher, model, sites, _first(used, _WEIGHED), self.draw)
+        order = sorted(sites, key=self.costs.__getitem__)
+        low, best = 0, _Found(self._plan(order), None, 1.0, 1.0, _count(judges))
+        high = len(order)
+        tries = math.ceil(math.log2(high + 1)) + 1
+        at, number = high, 0  # all of them first: then nothing has to be searched
+        while low < high:
+            number += 1
+            budget.tell(min(number / (tries + 1), 0.99), f"{at} of {len(order)} sites")
+            found = self._tried(order[at:], used, judges)
+            if found.bound >= keep:
+                low, best = at, found
+            else:
+                high = at - 1
+            at = (low + high + 1) // 2
+            if budget.left <= 0:
+                break
+        budget.tell(1.0, "done")
+        return best
+
+    def _plan(self, frozen: Iterable[str]) -> Plan:
+        reasons = dict.fromkeys(frozen, "frozen, to keep the decisions asked for")
+        return plan(
+            self.teacher,
+            self.target,
+            graph=self.graph,
+            frozen=reasons,
+            costs=self.costs,
+            **self.options,
+        )
+
+    def _converted(self, found: Plan) -> nn.Module:
+        """A copy; that its numbers are sound was looked at before."""
+        return swap.convert(copy.deepcopy(self.teacher), found, allow_nonfinite=True).model
+
+    def _tried(self, frozen: list[str], used: list[Any], judges: list[Any]) -> _Found:
+        """A copy with these sites frozen, solved in closed form, and what it keeps."""
+        found = self._plan(frozen)
+        model = self._converted(found)
+        solve_once(model, self.teacher, used, self.draw)
+        share, bound = kept_share(model, self.teacher, judges)
+        return _Found(found, model.state_dict(), share, bound, _count(judges))
+
+
+@torch.no_grad()
+def kept_share(model: nn.Module, teacher: nn.Module, judges: list[Any]) -> tuple[float, float]:
+    """The share of the teacher's decisions that a model keeps, and its lower confidence bound.
+
+    Where there are no classes to choose between it is one minus the outputs' relative error.
+    """
+    agreement, count = Agreement(), 0
+    difference = whole = 0.0
+    with evaluating(model, teacher):
+        for batch in judges:
+            reference = [leaf.clone() for leaf in leaves(call(teacher, copied(batch)))]
+            found = leaves(call(model, copied(batch)))
+            agreement.add(found, reference)
+            count += entries(batch)
+            for ours, theirs in zip(found, reference, strict=False):
+                difference += float((ours - theirs).square().sum())
+                whole += float((theirs - theirs.mean(0)).square().sum())
+    share = agreement.value
+    if share is None:
+        share = 1 - (difference / max(whole, 1e-12)) ** 0.5
+        return share, share
+    return share, _lower(share, count)
+
+
+def _lower(share: float, count: int) -> float:
+    """Wilson's bound: of images, not of pixels, which are no independent witnesses."""
+    z2 = _MARGIN**2 / max(count, 1)
+    middle = share + z2 / 2
+    spread = math.sqrt(max(share * (1 - share) * z2 + z2 * z2 / 4, 0.0))
+    # where everything is kept nothing speaks against it
+    return share if share == 1 else (middle - spread) / (1 + z2)
+
+
+# --- what each site costs -------------------------------------------------------------------------
+
+
+def _costs(
+    teacher: nn.Module, model: nn.Module, sites: list[str], found: list[Any], draw: torch.Generator
+) -> dict[str, float]:
+    """What each site's own error costs, in nats, to second order.
+
+    A site's error e changes the outputs by J·e; with random v of the softmax's own covariance the
+    mean of (v·J·e)² is twice the divergence that makes. One backward pass gives v·J·e of all sites.
+    """
+    scales = steadied(model, teacher, found)
+    ours, theirs = dict(model.named_modules()), dict(teacher.named_modules())
+    errors = {n: _SiteError(theirs[n], ours[n], scales.get(n)) for n in sites}
+    hooks = [theirs[n].register_forward_hook(e.nudge, with_kwargs=True) for n, e in errors.items()]
+    with torch.enable_grad(), hooked(*hooks):
+        for batch in found:
+            outputs = leaves(call(teacher, copied(batch)))
+            for last in (False,) * (_DRAWS - 1) + (True,):
+                _look(list(errors.values()), outputs, draw, last=last)
+    return {name: error.cost for name, error in errors.items()}
+
+
+class _SiteError:
+    """What one converted site does wrong by itself, as a gain on its error that is 0."""
+
+    def __init__(self, bn: nn.Module, layer: nn.Module, scale: Tensor | None) -> None:
+        self.bn, self.layer, self.scale = bn, layer, scale
+        self.gain: Tensor | None = None
+        self._seen: list[Tensor] = []
+
+    @property
+    def cost(self) -> float:
+        """Mean divergence of the outputs, in nats; infinite where it never ran."""
+        return float(torch.cat(self._seen).square().mean() / 2) if self._seen else math.inf
+
+    def see(self, slope: Tensor | None) -> None:
+        """Take in how one random direction of the outputs answers to the gains."""
+        if slope is not None:
+            self._seen.append(slope.detach().flatten())
+
+    def nudge(self, _: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        """A forward hook on the BatchNorm."""
+        x = input_of(args, kwargs).detach()
+        with torch.no_grad():
+            error = self._error(x, output.detach())
+        shape = [len(output), *[1] * (output.dim() - 1)]
+        self.gain = torch.zeros(shape, device=output.device, requires_grad=True)
+        return output + self.gain.to(output) * error
+
+    def _error(self, x: Tensor, output: Tensor) -> Tensor:
+        """The output of the layer with the γ and β that err least here, minus the BatchNorm's."""
+        recipe = recipe_of(self.layer)
+        louder = x if self.scale is None else x * self._column(self.scale, x)
+        normal = None if recipe is None else recipe.standardise(self.layer, louder)
+        if normal is None:
+            return torch.zeros_like(output)
+        plain, axes = linear_output(self.bn, x), [0, *range(2, x.dim())]
+        centred, middle = normal - normal.mean(axes, True), plain.mean(axes, True)
+        power = centred.square().mean(axes, True).clamp_min(1e-12)
+        fitted = (centred * plain).mean(axes, True) / power * centred + middle
+        parts = fused_parts(self.bn)
+        return (fitted if parts is None else parts[1](fitted)) - output
+
+    @staticmethod
+    def _column(values: Tensor, x: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (x.dim() - 2)).to(x)
+
+
+def _look(
+    errors: list[_SiteError], outputs: list[Tensor], draw: torch.Generator, *, last: bool
+) -> None:
+    ran = [error for error in errors if error.gain is not None]
+    gains = [error.gain for error in ran if error.gain is not None]
+    aim = _direction(outputs, draw)
+    if not gains or aim is None:
+        return
+    slopes = torch.autograd.grad(aim, gains, retain_graph=not last, allow_unused=True)
+    for error, slope in zip(ran, slopes, strict=True):
+        error.see(slope)
+        if last:
+            error.gain = None
+
+
+def _direction(outputs: list[Tensor], draw: torch.Generator) -> Tensor | None:
+    """A random direction of the outputs in which a step of 1 costs half a nat per image."""
+    for z in outputs:
+        if z.dim() >= 2 and z.shape[1] > 1 and z.requires_grad:
+            p = z.detach().float().softmax(1).movedim(1, -1)
+            rows = p.reshape(-1, p.shape[-1])
+            chosen = torch.multinomial(rows.cpu(), 1, generator=draw).to(rows.device)
+            v = (torch.zeros_like(rows).scatter_(1, chosen, 1.0) - rows).view_as(p)
+            return (v * z.float().movedim(1, -1)).sum() / math.sqrt(rows.shape[0] / len(z))
+    varying = [z for z in outputs if z.requires_grad and z.numel()]
+    if not varying:
+        return None
+    steps = [
+        torch.randn(z.shape, generator=draw).to(z) / z.detach().std().clamp_min(1e-6)
+        for z in varying
+    ]
+    return torch.stack([(v * z).sum() for v, z in zip(steps, varying, strict=True)]).sum()
+
+
+def _first(found: list[Any], count: int) -> list[Any]:
+    """Batches of about ``count`` entries."""
+    chosen, seen = [], 0
+    for batch in found:
+        chosen.append(batch)
+        seen += entries(batch)
+        if seen >= count:
+            break
+    return chosen
+
+
+def _count(found: list[Any]) -> int:
+    return sum(entries(batch) for batch in found)
+
+
+def _shuffled(images: Any, draw: torch.Generator) -> list[Any]:
+    """Small batches in random order."""
+    if isinstance(images, Tensor):
+        images = images[torch.randperm(len(images), generator=draw)]
+    found = batches(images, _BATCH)
+    if isinstance(images, Tensor):
+        return found
+    return [found[i] for i in torch.randperm(len(found), generator=draw).tolist()]
