@@ -183,6 +183,7 @@ class Drift:
         images: number of batches' entries seen; 0 where only predictions are known.
         sure_agreement: the same share among those choices of which the original is sure (it gives
             them more than half of the softmax), or None.
+        evidence: where only predictions are known, what such conversions kept of real networks.
     """
 
     sites: tuple[SiteDrift, ...]
@@ -190,6 +191,7 @@ class Drift:
     agreement: float | None
     images: int
     sure_agreement: float | None = None
+    evidence: tuple[str, ...] = ()
 
     @property
     def trusted(self) -> bool:
@@ -214,7 +216,8 @@ class Drift:
         known = [site for site in self.sites if site.alone or site.predicted]
         worst = max(known, key=lambda s: s.alone or s.predicted or 0.0, default=None)
         place = f"; the worst layer is {worst.name}" if worst is not None else ""
-        return f"{self.summary}: do not use it without calibration or fine-tuning{place}"
+        seen = "".join(f"; for comparison, {words}" for words in self.evidence)
+        return f"{self.summary}: do not use it without calibration or fine-tuning{place}{seen}"
 
     @property
     def summary(self) -> str:
@@ -533,7 +536,9 @@ def predict_drift(
         for name, bn in originals.items()
         if name in now
     )
-    return Drift(sites, None, None, 0)
+    standing = (recipe_of(now[site.name]) for site in sites if site.predicted)
+    words = {recipe.evidence for recipe in standing if recipe is not None and recipe.evidence}
+    return Drift(sites, None, None, 0, evidence=tuple(sorted(words)))
 
 
 def predicted_drift(module: nn.Module, original: nn.Module) -> float | None:

@@ -254,3 +254,15 @@ def test_a_report_is_written_by_its_suffix(suffix, tmp_path):
         assert json.loads(content)["trusted"] in (True, False)
     else:
         assert b"bn2" in content
+
+
+@pytest.mark.parametrize(("target", "words"), [("frn", "which is chance"), ("gn", "33 %")])
+def test_a_prediction_says_what_such_conversions_kept_of_a_real_network(target, words):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    net[1].running_var.uniform_(0.5, 2.0)
+    originals = {"1": copy.deepcopy(net[1])}
+    model = normswap.convert(net, target, example_inputs=torch.zeros(1, 3, 8, 8)).model
+    found = predict_drift(model, originals)
+    assert not found.trusted
+    assert "EfficientNet-Lite0" in found.warning
+    assert words in found.warning

@@ -59,6 +59,7 @@ class Recipe(ABC):
         takes_as: what a layer with an activation inside is called in a report.
         layers: the classes that it builds.
         apart: what several processes do not share of its layer, in words.
+        evidence: what a matched conversion kept of a real network, in words.
     """
 
     target: ClassVar[str] = ""
@@ -68,6 +69,7 @@ class Recipe(ABC):
     takes_as: ClassVar[str] = ""
     layers: ClassVar[tuple[type[nn.Module], ...]] = ()
     apart: ClassVar[str | None] = None
+    evidence: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
