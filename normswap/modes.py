@@ -21,10 +21,12 @@ def refuse_other_meanings(model: nn.Module) -> None:
     Raises:
         WalkError: naming the method, and the attribute that holds the network if there is one.
     """
-    for name, module in model.named_modules():
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    odd = {cls for cls in kinds if _other_meaning(cls, cls.train, cls.eval) is not None}
+    for name, module in model.named_modules() if odd else ():
         cls: Any = type(module)
-        method = _other_meaning(cls, cls.train, cls.eval)
-        if method is not None:
+        if cls in odd:
+            method = _other_meaning(cls, cls.train, cls.eval)
             raise WalkError(
                 name or "the model",
                 got=f"a {cls.__name__}, whose {method} is a method of its own",

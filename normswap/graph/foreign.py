@@ -26,6 +26,7 @@ from normswap.graph.vocabulary import activation_op
 _WEIGHTS = ("weight", "gamma", "gain", "scale")
 _BIASES = ("bias", "beta", "shift")
 _MEANS = ("running_mean", "moving_mean", "stored_mean", "mean")
+_MEAN_SET = frozenset(_MEANS)
 _VARIANCES = ("running_var", "moving_var", "moving_variance", "stored_var", "var")
 _EPSILONS = ("eps", "epsilon")
 _USUAL_EPS = (1e-5, 1e-3, 0.0, 1e-6, 1e-4, 1e-8, 1e-12, 1e-2)
@@ -188,6 +189,8 @@ def foreign(module: nn.Module) -> Foreign | None:
 
 def _roles_of(module: nn.Module) -> Roles | None:
     """The usual names under which a module owns BatchNorm's tensors, all of one length."""
+    if _MEAN_SET.isdisjoint(module._buffers) and _MEAN_SET.isdisjoint(module._parameters):
+        return None
     held = {
         n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
     }

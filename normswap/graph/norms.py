@@ -101,7 +101,12 @@ def _runs_known_forward(module: nn.Module) -> bool:
     if declared_roles(module) is not None or "forward" in vars(module):
         return False
     cls: Any = type(module)
-    return _is_batchnorm_class(cls) and cls.forward in _known_forwards()
+    return _is_known(cls, cls.forward)
+
+
+@functools.cache  # for good: a class that runs a known forward descends from the known class
+def _is_known(cls: Any, forward: object) -> bool:
+    return _is_batchnorm_class(cls) and forward in _known_forwards()
 
 
 def _other(module: nn.Module) -> Foreign | None:

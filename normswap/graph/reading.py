@@ -75,9 +75,10 @@ class _Reader:
 
     def __init__(self, model: nn.Module, names: Names, found: Names, runs: Sequence[Run]) -> None:
         self._found = found
+        self._affine = {module: _affine(module) for module in found}
         self._holders: dict[int, list[str]] = defaultdict(list)
         for module, found_names in found.items():
-            for tensor in _affine(module).values():
+            for tensor in self._affine[module].values():
                 self._holders[id(tensor)].append(found_names[0])
         self._runs = runs
         self._names = {module: found_names[0] for module, found_names in names.items()}
@@ -150,7 +151,7 @@ class _Reader:
     def _tied(self, module: nn.Module) -> list[str]:
         """A note for each of γ and β that other BatchNorms hold too."""
         notes = []
-        for letter, tensor in _affine(module).items():
+        for letter, tensor in self._affine[module].items():
             others = [name for name in self._holders[id(tensor)] if name != self._names[module]]
             if others:
                 notes.append(
