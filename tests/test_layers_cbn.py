@@ -662,3 +662,37 @@ def test_an_operation_between_the_producer_and_the_layer_is_noticed():
     norm.reset_history()
     with pytest.raises(LayerError, match="has not made"):
         norm(conv(x).relu())
+
+
+class HoldsItsNorm(nn.Conv2d):
+    """A convolution that carries its norm, as detectron2's do."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.norm = CrossIterationBatchNorm2d(self.out_channels, window=3)
+        self.norm.attach(self)
+
+    def forward(self, x):
+        return self.norm(super().forward(x)).relu()
+
+
+def test_inside_its_convolution_it_computes_what_it_does_behind_it():
+    torch.manual_seed(0)
+    inside = HoldsItsNorm(2, 3, 3)
+    behind = wired(nn.Conv2d(2, 3, 3), CrossIterationBatchNorm2d(3, window=3))
+    behind[0].load_state_dict(inside.state_dict(), strict=False)
+    models = {inside: inside.parameters(), behind: behind.parameters()}
+    optimizers = [torch.optim.SGD(parameters, 0.1) for parameters in models.values()]
+    for _ in range(5):
+        x = torch.randn(2, 2, 6, 6)
+        found, right = inside(x), behind(x).relu()
+        torch.testing.assert_close(found, right)
+        for output, optimizer in zip((found, right), optimizers, strict=True):
+            optimizer.zero_grad()
+            output.square().sum().backward()
+            optimizer.step()
+    twin = copy.deepcopy(inside)
+    assert twin.norm.producer is twin
+    torch.testing.assert_close(twin.eval()(x), inside.eval()(x))
+    inside.norm.detach()
+    assert not inside._forward_pre_hooks

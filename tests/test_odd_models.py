@@ -253,3 +253,23 @@ def test_what_does_not_come_along_is_said():
     (entry,) = plan(model, "gn", example_inputs=images()).entries
     assert any("state-dict hooks" in note for note in entry.notes)
     assert any("no β" in note for note in entry.notes)
+
+
+def test_quantisation_aware_convolutions_become_exact_targets_or_are_refused():
+    """torch.ao folds the norm that they hold into their weight: they read its statistics."""
+    from torch.ao.nn.intrinsic.qat import ConvBn2d
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(ConvBn2d(3, 8, 3, qconfig=get_default_qat_qconfig("fbgemm"))).eval()
+
+    x = images()
+    for target in ("frozen", "brn"):
+        model = build()
+        right = model(x)
+        result = convert(model, target, example_inputs=x)
+        assert list(result.replaced) == ["0.bn"]
+        torch.testing.assert_close(result.model(x), right)
+    with pytest.raises(WalkError, match="has no attribute 'running_var'"):
+        convert(build(), "gn", example_inputs=x)
