@@ -189,7 +189,7 @@ def foreign(module: nn.Module) -> Foreign | None:
 
 def _roles_of(module: nn.Module) -> Roles | None:
     """The usual names under which a module owns BatchNorm's tensors, all of one length."""
-    if _MEAN_SET.isdisjoint(module._buffers) and _MEAN_SET.isdisjoint(module._parameters):
+    if _MEAN_SET.isdisjoint((*module._buffers.keys(), *module._parameters.keys())):
         return None
     held = {
         n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
