@@ -174,7 +174,7 @@ class Child:
             return answer[0]
         self.close()
         if late:
-            raise ChildError(f"did not finish within {clock.seconds:g} s")
+            raise ChildError(f"did not finish within its timeout of {clock.seconds:g} s")
         raise ChildError(f"crashed on this file (exit status {self._process.returncode})")
 
     def _talk(self, request: dict[str, Any], data: Sequence[bytes], answer: list[Any]) -> None:

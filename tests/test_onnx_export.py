@@ -472,3 +472,23 @@ def test_a_program_that_cannot_be_looked_into_is_a_failed_proof_all_the_same(tmp
     monkeypatch.setattr(proof.blame, "program_values", refuses)
     with pytest.raises(ParityError, match="function:"):
         export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs())
+
+
+class Either(nn.Module):
+    """Branches that the graph keeps, each with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16)
+        self.small, self.large = nn.Linear(16, 5), nn.Linear(16, 5)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).mean((2, 3))
+        return torch.cond(x.sum() > 0, self.small, self.large, (y,))
+
+
+def test_weights_that_only_a_branch_reads_stay_in_the_file(tmp_path):
+    path = tmp_path / "m.onnx"
+    assert export_onnx(Either(), path, example_inputs=inputs(), static_batch=True).passed
+    assert "If" in ops(path)
+    assert verify_onnx(path).passed

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from normswap.onnx.file.parity import Array
+from normswap.onnx.file.parsing import messages
 
 BLOCK = 16
 """onnxruntime's largest channel block; other channel counts leave the blocked layout."""
@@ -44,6 +45,14 @@ def fastest(proto: onnx.ModelProto) -> None:
         if node.op_type == "Add":
             graph.affine(node)
     graph.finish()
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """What a node reads: its inputs, and what the graphs in it read, from wherever it comes."""
+    inner = [m for m in messages(node) if isinstance(m, onnx.NodeProto | onnx.GraphProto)]
+    nodes = (name for m in inner if isinstance(m, onnx.NodeProto) for name in m.input)
+    outputs = (v.name for m in inner if isinstance(m, onnx.GraphProto) for v in m.output)
+    return [*nodes, *outputs]
 
 
 @dataclass
@@ -86,7 +95,7 @@ class _Graph(Wiring):
         graph = self.proto.graph
         self.uses: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
-            for name in node.input:
+            for name in reads(node):
                 self.uses.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
 
@@ -223,7 +232,7 @@ class _Graph(Wiring):
         for index in reversed(range(len(graph.value_info))):
             if graph.value_info[index].name not in made:
                 del graph.value_info[index]
-        read = {name for node in graph.node for name in node.input} | self.outputs
+        read = {name for node in graph.node for name in reads(node)} | self.outputs
         for index in reversed(range(len(graph.initializer))):
             if graph.initializer[index].name not in read:
                 del graph.initializer[index]

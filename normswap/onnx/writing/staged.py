@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from normswap.onnx.writing.forms import Wiring
+from normswap.onnx.writing.forms import Wiring, reads
 
 
 def stage(proto: onnx.ModelProto) -> int:
@@ -112,7 +112,7 @@ class _Rewriter(Wiring):
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
         del graph.node[:]
         graph.node.extend(nodes)
-        read = {name for node in nodes for name in node.input}
+        read = {name for node in nodes for name in reads(node)}
         for name in self.released - read:
             graph.initializer.remove(self.constants[name])
 
