@@ -24,6 +24,7 @@ from torch import Tensor
 
 from normswap.errors import CheckpointError
 from normswap.fitting import fit_checkpoint, some
+from normswap.pickles import unfolds
 from normswap.reading import reading
 from normswap.regular import check_regular
 
@@ -98,12 +99,12 @@ def check_archive(path: Path) -> None:
     """Make sure that a file of ``torch.save`` unpacks to no more than it is.
 
     Raises:
-        OSError: it is no regular file, or an archive that grows when it is unpacked.
+        OSError: it is no regular file, an archive that grows when it is unpacked, or a pickle
+            whose objects hold one another over and over.
     """
     size = check_regular(path)
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return
+    if unfolds(path):
+        raise OSError(errno.EFBIG, "a pickle that unfolds to far more than it is", str(path))
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > size:

@@ -21,6 +21,7 @@ from normswap.cli.convert import read_plan
 from normswap.data.images import read_image
 from normswap.errors import ArtifactError, CheckpointError, DataError, PlanError, TrainingError
 from normswap.factories import no_larger_than
+from normswap.pickles import unfolds
 from normswap.regular import check_regular, open_regular, read_text
 from normswap.training.checkpoints import read_checkpoint
 
@@ -242,3 +243,50 @@ def test_weights_that_are_not_the_ones_of_the_record_are_seen_at_once(artefact):
     rewrite(artefact, lambda record: record.update(sha256=digest))
     with pytest.raises(ArtifactError, match=r"model\.safetensors"):
         normswap.load(artefact)
+
+
+def knotted(levels, close):
+    """A tuple of itself, twice, again and again; as a key it would be hashed for ever."""
+    grow = b"h\x01\x86q\x01" * levels  # take the last one again, make a pair, keep it
+    return b"\x80\x02}q\x00)q\x01" + grow + close
+
+
+CLOSES = {
+    "key": b"K\x01s.",
+    "keys": b"q\x020(h\x02K\x01u.",
+    "size": b"0ctorch\nSize\nq\x03h\x01\x85RK\x01s.",
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("close", CLOSES)
+def test_a_pickle_that_unfolds_without_end_is_refused(close, old, tmp_path):
+    path, knot = tmp_path / "knot.pth", knotted(60, CLOSES[close])
+    if old:
+        path.write_bytes(knot)
+    else:
+        torch.save({}, tmp_path / "plain.pth")
+        with (
+            zipfile.ZipFile(tmp_path / "plain.pth") as source,
+            zipfile.ZipFile(path, "w") as target,
+        ):
+            for entry in source.infolist():
+                content = source.read(entry)
+                target.writestr(entry.filename, knot if "data.pkl" in entry.filename else content)
+    with pytest.raises(CheckpointError, match="unfolds to far more than it is"):
+        load_checkpoint(path)
+    with pytest.raises(TrainingError, match="unfolds to far more than it is"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_pickles_of_optimizers_and_histories_do_not_unfold(new, tmp_path):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(30)))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    history = [(step, {"loss": 0.5, ("train", step): (1, 2, (3, 4))}) for step in range(300)]
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": history}
+    torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=new)
+    assert not unfolds(tmp_path / "m.pth")
+    assert len(load_checkpoint(tmp_path / "m.pth")) == 60
