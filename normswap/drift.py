@@ -211,13 +211,17 @@ class Drift:
     @property
     def warning(self) -> str | None:
         """What to tell a user whose model should be calibrated or fine-tuned first; else None."""
+        return self.warned("calibration or fine-tuning")
+
+    def warned(self, remedy: str) -> str | None:
+        """``warning``, with what would help named by the caller."""
         if self.trusted:
             return None
         known = [site for site in self.sites if site.alone or site.predicted]
         worst = max(known, key=lambda s: s.alone or s.predicted or 0.0, default=None)
         place = f"; the worst layer is {worst.name}" if worst is not None else ""
         seen = "".join(f"; for comparison, {words}" for words in self.evidence)
-        return f"{self.summary}: do not use it without calibration or fine-tuning{place}{seen}"
+        return f"{self.summary}: do not use it without {remedy}{place}{seen}"
 
     @property
     def summary(self) -> str:
@@ -225,7 +229,9 @@ class Drift:
         parts = []
         if not self.images and self._predicted:
             middle, most = statistics.median(self._predicted), max(self._predicted)
-            parts.append(f"predicted error of a layer by itself {middle:.0%}, at most {most:.0%}")
+            parts.append(
+                f"predicted error of a layer by itself: median {middle:.0%}, largest {most:.0%}"
+            )
         unknown = sum(site.predicted is None for site in self.sites)
         if not self.images and unknown:
             layers = "1 layer" if unknown == 1 else f"{unknown} layers"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.options import (
     ModelChoice,
     check_file,
@@ -226,6 +226,7 @@ def command(
         _print_kept(result)
     _print_trust(result.plan, report, found)
     say(f"wrote {output}")
+    say_next("finetune", output, "--data", "DATA", "--batch-size", 2, "-o", f"{output}-tuned")
 
 
 def _planned(model: nn.Module, recipe: Any, options: dict[str, Any]) -> Plan:
@@ -330,8 +331,9 @@ def _print_trust(plan: Plan, report: Calibration | None, drift: Drift) -> None:
     elif any(entry.init != "match" for entry in per_sample):
         say("warning: nothing was matched: expect to train it like a new network")
         return
-    if drift.warning:
-        say(f"warning: {drift.warning}")
+    warning = drift.warned("fine-tuning" if report else "calibration or fine-tuning")
+    if warning:
+        say(f"warning: {warning}")
 
 
 def _check_usage(context: click.Context) -> None:
@@ -398,7 +400,8 @@ def print_plan(plan: Plan) -> None:
     ]
     columns = ("name", "is", "C", "becomes", "with", "remarks")
     title = f"{len(rows)} BatchNorm layers, target {plan.target}"
-    print_table(columns, rows, title=title, numeric=("C",))
+    droppable = ("is", "with", "remarks")
+    print_table(columns, rows, title=title, numeric=("C",), droppable=droppable)
     for note in plan.notes:
         say(f"note: {note}")
 
@@ -421,8 +424,12 @@ def _settings(entry: PlanEntry) -> str:
 
 def print_summary(plan: Plan) -> None:
     """What became what and why, counted."""
-    counts = Counter((entry.kind, entry.becomes, entry.reason or "") for entry in plan.entries)
+    counts = Counter(
+        (e.kind, e.becomes if e.recipe is None else e.recipe.short, e.reason or "")
+        for e in plan.entries
+    )
     rows = [(number, *what) for what, number in counts.most_common()]
-    print_table(("layers", "were", "became", "because"), rows, numeric=("layers",))
+    columns = ("layers", "were", "became", "because")
+    print_table(columns, rows, numeric=("layers",), droppable=("because",))
     for note in plan.notes:
         say(f"note: {note}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.cli.console import print_json, say
+from normswap.cli.console import print_json, say, say_next
 from normswap.cli.options import (
     ModelChoice,
     check_file,
@@ -74,3 +74,4 @@ def _report(parity: Parity | None, file: Path | None, *, as_json: bool) -> None:
     print_parity(parity)
     if file is not None:
         say(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
+        say_next("verify", file)

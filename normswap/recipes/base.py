@@ -213,6 +213,11 @@ class Recipe(ABC):
         del iterations
         return self.schedule(layer)
 
+    @property
+    def short(self) -> str:
+        """The target, with what tells two of its layers apart in a summary."""
+        return self.target
+
     # as data
 
     def to_json(self) -> dict[str, Any]:

@@ -99,6 +99,10 @@ class GroupNorm(_Grouped):
     def read(cls, layer: Any) -> GroupNorm:
         return cls(groups=layer.num_groups)
 
+    @property
+    def short(self) -> str:
+        return self.target if self.groups is None else f"{self.target}(groups={self.groups})"
+
     def settle(self, site: Site, norm: nn.Module) -> Self:
         state = state_of(norm)
         eps = state.eps if self.eps is None else self.eps
