@@ -646,3 +646,19 @@ def test_a_remembered_place_is_a_hint_and_no_more(tmp_path, monkeypatch):
         assert whereabouts.find_checkpoint("abc", "w.pth") == Path("w.pth")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "w.pth"))  # a file: no cache to be had
     whereabouts.note_checkpoint("abc", tmp_path / "w.pth")
+
+
+def test_the_same_model_is_the_same_bytes_whatever_order_metadata_come_in(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    found = []
+    for number in range(8):  # of two entries, safetensors writes either first
+        file = tmp_path / f"{number}.safetensors"
+        save_file({"a": torch.ones(3)}, file, metadata={"format": "pt", "é": "1", "b": "2"})
+        writing._sort_metadata(file)
+        found.append(file.read_bytes())
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt", "é": "1", "b": "2"}
+        assert torch.equal(load_file(file)["a"], torch.ones(3))
+    assert len(set(found)) == 1

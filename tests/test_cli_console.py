@@ -51,7 +51,9 @@ def test_inspect_at_80_columns(monkeypatch):
     assert CliRunner().invoke(app, arguments).exit_code == 0
     lines = text.getvalue().splitlines()
     assert max(map(len, lines[:-1])) <= 80
-    assert sum("layer4.0.downsample.1" in line for line in lines) == 1
+    assert "…" not in text.getvalue()
+    assert sum("layer4.0.downsample.2" in line for line in lines) == 1
+    assert sum("layer4.0.downsample.1" in line for line in lines) == 1  # what feeds it
     follow = (
         "normswap convert timm/test_resnet --no-pretrained --num-classes 7 --to gn -o converted"
     )

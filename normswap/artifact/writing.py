@@ -97,6 +97,7 @@ def _write(
     (draft / WEIGHTS).touch()
     mode = (draft / WEIGHTS).stat().st_mode
     save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", **more})
+    _sort_metadata(draft / WEIGHTS)
     (draft / WEIGHTS).chmod(mode)  # safetensors makes files for the owner alone
     document["sha256"] = file_digest(draft / WEIGHTS)
     document["record_sha256"] = record_digest(document)
@@ -139,6 +140,21 @@ def _is_artifact(folder: Path) -> bool:
     except ArtifactError as error:
         return "written by normswap" in error.got  # a newer one is one, too
     return True
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata in order: it writes them in a random one.
+
+    The header is an 8-byte length and JSON, padded with blanks; its length stays.
+    """
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 def _describe(

@@ -139,6 +139,7 @@ def _table(
     left_out: Sequence[str],
 ) -> Table:
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
@@ -146,8 +147,12 @@ def _table(
     shown = [index for index, column in enumerate(columns) if column not in left_out]
     for index in shown:
         right = columns[index] in numeric
+        words = [word for row in rows for word in row[index].split()]
         table.add_column(
-            columns[index], justify="right" if right else "left", no_wrap=right or index == 0
+            columns[index],
+            justify="right" if right else "left",
+            no_wrap=right or index == 0,
+            min_width=max(map(cell_len, words), default=0),  # rich would cut words to make room
         )
     for row in rows:
         table.add_row(*(Text(row[index]) for index in shown))
