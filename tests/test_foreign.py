@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 
 import normswap
 from normswap import convert, plan, walk
-from normswap.errors import PlanError, WalkError
-from normswap.graph import norms
+from normswap.errors import PlanError, SwapError, WalkError
+from normswap.graph import foreign, norms
 
 
 class Buffers(nn.Module):
@@ -116,7 +116,21 @@ class Greek(nn.Module):
         return F.batch_norm(x, mean, var, self.gamma, self.beta, eps=1e-6)
 
 
-FOREIGN = [Buffers, NoEps, Activated, WithChild, Synchronised, Greek]
+class Broadcast(nn.Module):
+    """Holds everything in the form in which it is multiplied; trains γ and β."""
+
+    def __init__(self, channels):
+        super().__init__()
+        shape = (1, channels, 1, 1)
+        self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+
+    def forward(self, x):
+        return (x - self.running_mean) / (self.running_var + 1e-5).sqrt() * self.weight + self.bias
+
+
+FOREIGN = [Buffers, NoEps, Activated, WithChild, Synchronised, Greek, Broadcast]
 
 
 def network(kind, channels=8):
@@ -157,6 +171,15 @@ def test_matched_group_norm_keeps_its_activation_and_its_flags():
         assert norm.eps == slope.eps
     frozen = convert(network(Buffers), "gn", example_inputs=x).model[1]
     assert not frozen.weight.requires_grad
+
+
+@pytest.mark.parametrize("target", ["gn", "frn", "frozen"])
+def test_parameters_in_another_form_go_on_being_trained(target):
+    with torch.no_grad():
+        norm = convert(network(Broadcast), target, example_inputs=images()).model[1]
+    assert norm.weight.shape == (8,)
+    assert norm.weight.requires_grad
+    assert norm.bias.requires_grad
 
 
 def test_the_relu_inside_becomes_a_tlu():
@@ -369,8 +392,6 @@ class NeedsGPU(Odd):
 
 @pytest.fixture
 def declare(monkeypatch):
-    from normswap.graph import foreign
-
     monkeypatch.setattr(foreign, "_declared", {})
     yield lambda cls, **roles: normswap.register_batchnorm(cls, **roles)
     foreign._known.clear()
@@ -387,6 +408,15 @@ def test_a_declared_class_is_converted_with_its_activation(declare):
     result = convert(model, "frozen", example_inputs=x)
     torch.testing.assert_close(result.model(x), right, rtol=1e-5, atol=1e-5)
     assert result.model[1].eps == 0.01
+
+
+def test_a_plan_for_a_declared_class_asks_for_the_declaration(declare):
+    declare(Odd, weight="g", bias="b", mean="m", var="s2")
+    made = plan(network(Odd), "gn", example_inputs=images())
+    foreign._declared.clear()
+    foreign._known.clear()
+    with pytest.raises(SwapError, match=r"nobody has declared.*--batchnorm 'package.module:Odd"):
+        convert(network(Odd), made)
 
 
 def test_a_declaration_that_is_wrong_is_refused(declare):

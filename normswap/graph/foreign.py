@@ -199,9 +199,14 @@ def _roles_of(module: nn.Module) -> Roles | None:
         return None
     weight, bias = _named(held, _WEIGHTS), _named(held, _BIASES)
     tensors = [held[name] for name in (mean, var, weight, bias) if name is not None]
-    if any(t.ndim != 1 or t.shape != tensors[0].shape for t in tensors):
+    if any(not _is_row(t) or t.numel() != tensors[0].numel() for t in tensors):
         return None
     return Roles(weight or "weight", bias or "bias", mean, var)
+
+
+def _is_row(tensor: Tensor) -> bool:
+    """Whether a tensor is (C,), or that in the form of (1, C, 1, 1)."""
+    return tensor.ndim > 0 and tensor.numel() == max(tensor.shape)
 
 
 def _named(held: dict[str, Tensor], names: tuple[str, ...]) -> str | None:
@@ -242,9 +247,9 @@ def _check_declared(module: nn.Module, roles: Roles) -> None:
     lengths = set()
     for name in (roles.mean, roles.var):
         tensor = getattr(module, name, None)
-        if not isinstance(tensor, Tensor) or tensor.ndim != 1:
+        if not isinstance(tensor, Tensor) or not _is_row(tensor):
             raise _contradiction(module, f"holds no tensor of shape (C,) as {name!r}")
-        lengths.add(len(tensor))
+        lengths.add(tensor.numel())
     if len(lengths) > 1:
         raise _contradiction(module, f"holds a {roles.mean} and a {roles.var} of two lengths")
 
@@ -373,7 +378,7 @@ class _Probe:
             self._put(roles.bias, self._uniform(like, -1.0, 1.0))
         problem: Exception | None = None
         for first, *rest in _SHAPES:
-            shape = (first, len(like), *rest)
+            shape = (first, like.numel(), *rest)
             noise = torch.randn(shape, generator=self.generator, device="cpu")
             x = noise * _along(var.sqrt(), noise) + _along(mean, noise)
             try:

@@ -179,7 +179,7 @@ def channels_of(module: nn.Module) -> int:
     """Number of features C of a BatchNorm: what its tensors say, for they may have been cut."""
     roles = _roles(module)
     held = (getattr(module, name, None) for name in (roles.mean, roles.weight, roles.bias))
-    found = next((len(t) for t in held if isinstance(t, Tensor)), None)
+    found = next((t.numel() for t in held if isinstance(t, Tensor)), None)
     return int(module.num_features) if found is None else found  # type: ignore[arg-type]
 
 
@@ -195,15 +195,22 @@ def state_of(module: nn.Module) -> BatchNormState:
     roles = STANDARD if found is None else found.roles
     momentum = roles.momentum
     return BatchNormState(
-        weight=getattr(module, roles.weight, None),
-        bias=getattr(module, roles.bias, None),
-        mean=getattr(module, roles.mean, None),
-        var=getattr(module, roles.var, None),
+        weight=_flat(getattr(module, roles.weight, None)),
+        bias=_flat(getattr(module, roles.bias, None)),
+        mean=_flat(getattr(module, roles.mean, None)),
+        var=_flat(getattr(module, roles.var, None)),
         batches=getattr(module, "num_batches_tracked", None),
         eps=float(getattr(module, "eps", 1e-5)) if found is None else found.eps,
         momentum=getattr(module, momentum, 0.1) if isinstance(momentum, str) else momentum,
         channels=channels_of(module),
     )
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    """(1, C, 1, 1), as some hold it, as (C,); the same memory and the same gradient flag."""
+    if tensor is None or tensor.ndim == 1:
+        return tensor
+    return tensor.detach().reshape(-1).requires_grad_(tensor.requires_grad)
 
 
 def is_norm(module: nn.Module) -> bool:

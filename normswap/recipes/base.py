@@ -306,7 +306,7 @@ def share_tensors(norm: nn.Module, new: nn.Module) -> nn.Module:
 def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
     if tensor is None or isinstance(tensor, nn.Parameter):
         return tensor
-    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+    return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
 
 
 def set_affine(norm: nn.Module, new: nn.Module, matched: Affine | None, init: str) -> nn.Module:

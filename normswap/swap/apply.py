@@ -193,11 +193,16 @@ def _module_of(model: nn.Module, entry: PlanEntry) -> nn.Module:
         if channels == entry.channels:
             return module
         found = f"{channels} channels"
+    hint = "a new plan for this model"
+    if found == entry.kind:
+        found += ", which nobody has declared to be a BatchNorm"
+        hint = f"declaring it as before: --batchnorm 'package.module:{entry.kind}(…)'"
+        hint += f" (normswap.register_batchnorm({entry.kind}, …))"
     raise SwapError(
         entry.name or "the model",
         got=found,
         need=f"the {entry.kind} of {entry.channels} channels that the plan was made for",
-        hint="a new plan for this model",
+        hint=hint,
     )
 
 
