@@ -287,6 +287,23 @@ def test_evaluate_gives_the_file_the_accuracy_of_its_model(artefact, exported, d
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "edge", "word"),
+    [((), 224, "trained at 176×176"), (("--image-size", "64"), 64, "crop 0.95")],
+)
+def test_evaluate_takes_timms_size_for_tests_and_says_so(options, edge, word, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "0.png")
+    network = ("timm/resnet10t", "--no-pretrained", "--num-classes", "2")
+    arguments = ("evaluate", *network, "--data", tmp_path, *options)
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert (found["input_size"], found["crop_pct"]) == ([3, edge, edge], 0.95)
+    text = run(*arguments).stdout
+    assert f"seen at {edge}×{edge}, crop 0.95" in text
+    assert word in text
+
+
 def test_evaluate_table_and_broken_images(artefact, digits, tmp_path):
     good = next((digits / "3").iterdir())
     for number in range(10):

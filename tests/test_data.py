@@ -90,6 +90,20 @@ def test_resized():
         SMALL.resized(0)
 
 
+def test_the_size_for_tests_is_taken_where_there_is_one():
+    plain = data.Preprocessing()
+    assert plain.tested() == plain
+    assert "test_input_size" not in plain.to_json()
+    other = data.Preprocessing((3, 176, 176), test_input_size=(3, 224, 224), test_crop_pct=0.95)
+    assert data.Preprocessing.from_json(other.to_json()) == other
+    assert other.tested() == data.Preprocessing((3, 224, 224), crop_pct=0.95)
+    assert other.resized(100).tested() == data.Preprocessing((3, 100, 100), crop_pct=0.95)
+    assert other.with_channels(1).tested().input_size == (1, 224, 224)
+    for bad in ({"test_input_size": (1, 9, 9)}, {"test_input_size": (3, 9)}, {"test_crop_pct": 0}):
+        with pytest.raises(DataError, match=next(iter(bad))):
+            data.Preprocessing(**bad)
+
+
 @pytest.mark.parametrize("name", ["resnet50:IMAGENET1K_V2", "efficientnet_b3", "inception_v3"])
 def test_transform_is_that_of_torchvisions_weights(name):
     from torchvision import models

@@ -17,6 +17,7 @@ from torch import nn
 
 from normswap import checkpoints, libraries, sources
 from normswap.errors import CheckpointError, InstallationError, SpecError
+from normswap.factories.timm_models import timm_preprocessing
 from normswap.provenance import provenance_of
 
 
@@ -137,6 +138,17 @@ def test_example_inputs_take_the_type_of_the_weights():
     source = sources.build("timm/resnet10t", pretrained=False)
     source.model.double()
     assert source.example_inputs().dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "resnet50.a1_in1k", "mobilenetv3_small_100"])
+def test_images_for_tests_are_those_of_timms_own_validation(name):
+    cfg = libraries.library("timm").get_pretrained_cfg(name).to_dict()
+    timm_data = libraries.library("timm.data")
+    right = timm_data.resolve_data_config({}, pretrained_cfg=cfg, use_test_size=True)
+    found = timm_preprocessing(cfg)
+    assert found.tested().input_size == right["input_size"]
+    assert found.tested().crop_pct == right["crop_pct"]
+    assert found.input_size == cfg["input_size"]
 
 
 def test_image_size_reaches_architectures_that_must_know_it():

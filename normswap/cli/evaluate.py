@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.cli.console import print_json, print_table, progress
+from normswap.cli.console import print_json, print_table, progress, say
 from normswap.cli.images import max_pixels_option
 from normswap.cli.options import (
     ModelChoice,
@@ -87,10 +87,12 @@ def command(
     names = names if class_map is None else tuple(read_text(class_map).split("\n"))
     names = None if names is None else tuple(name.strip() for name in names if name.strip())
     share, seed = _division(model, data, val_split, chosen.seed)
+    usual = preprocessing.resized(chosen.image_size)
+    seen = usual.tested()
     read = functools.partial(
         labelled_dataset,
         data,
-        preprocessing.resized(chosen.image_size),
+        seen,
         split,
         val_split=share,
         seed=seed,
@@ -107,11 +109,13 @@ def command(
             device=check_device(chosen.device),
             workers=workers,
             on_broken=on_broken,
-            progress=lambda seen: show(seen, len(dataset)),
+            progress=lambda done: show(done, len(dataset)),
         )
     if as_json:
-        print_json({"model": chosen.spec, "data": data, "split": split, **metrics.to_json()})
+        facts = {"model": chosen.spec, "data": data, "split": split, **metrics.to_json()}
+        print_json({**facts, "input_size": seen.input_size, "crop_pct": seen.crop_pct})
         return
+    say(_size_in_words(seen, usual))
     print_table(
         ("top-1", "top-5", "loss", "images", "broken"),
         [
@@ -183,6 +187,15 @@ def _with_classes_of(model: nn.Module, dataset: Any, read: Callable[..., Any]) -
         need="to know which output each folder is",
         hint="--class-map FILE with a folder's name for each output, a line each",
     )
+
+
+def _size_in_words(seen: Preprocessing, usual: Preprocessing) -> str:
+    """At which size the images were seen, and why."""
+    edges = ["×".join(str(edge) for edge in one.input_size[1:]) for one in (seen, usual)]
+    text = f"seen at {edges[0]}, crop {seen.crop_pct:g}"
+    if seen == usual:
+        return text
+    return f"{text}: the size for tests, as timm's own validation has it (trained at {edges[1]})"
 
 
 def _open(

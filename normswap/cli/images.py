@@ -41,6 +41,8 @@ class ImageChoice:
                     f"--{name}: got {len(given[name])} numbers; need {known.input_size[0]}, "
                     "one for each channel."
                 )
+        if "crop_pct" in given:
+            given["test_crop_pct"] = None  # who names a crop means it
         return Preprocessing(**{**asdict(known), **given}) if given else known
 
     def check_division(self) -> None:
@@ -77,7 +79,7 @@ class ImageChoice:
         def read(*, train: bool, class_names: Any = None) -> Any:
             return labelled_dataset(
                 self.data,
-                preprocessing,
+                preprocessing if train else preprocessing.tested(),
                 "train" if train else "val",
                 train=train and self.augment,
                 class_names=class_names,

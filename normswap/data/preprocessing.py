@@ -28,6 +28,8 @@ class Preprocessing:
         crop_pct: edge of the crop over edge of the resized image.
         crop_mode: ``"center"`` (keeps the aspect ratio, cuts the rest away), ``"squash"`` (keeps
             all, bends the aspect ratio) or ``"border"`` (keeps all, pads).
+        test_input_size: at which the model is evaluated, where that is not ``input_size``.
+        test_crop_pct: likewise for ``crop_pct``.
 
     Raises:
         DataError: a field is out of its range.
@@ -43,6 +45,8 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    test_input_size: tuple[int, ...] | None = None
+    test_crop_pct: float | None = None
 
     def __post_init__(self) -> None:
         size = _positive_ints("input_size", self.input_size)
@@ -56,8 +60,7 @@ class Preprocessing:
             object.__setattr__(self, name, values)
         if min(self.std) <= 0:
             raise _bad_field("std", str(self.std), "positive numbers")
-        if not checks.above(self.crop_pct, 0) or self.crop_pct > 2:
-            raise _bad_field("crop_pct", repr(self.crop_pct), "a number above 0, at most 2")
+        self._check_crops()
         if self.interpolation not in _INTERPOLATIONS:
             raise _bad_field(
                 "interpolation", repr(self.interpolation), f"one of {', '.join(_INTERPOLATIONS)}"
@@ -65,11 +68,27 @@ class Preprocessing:
         if self.crop_mode not in _CROP_MODES:
             raise _bad_field("crop_mode", repr(self.crop_mode), f"one of {', '.join(_CROP_MODES)}")
 
+    def _check_crops(self) -> None:
+        crops: dict[str, Any] = {"crop_pct": self.crop_pct}
+        if self.test_crop_pct is not None:
+            crops["test_crop_pct"] = self.test_crop_pct
+        for name, share in crops.items():
+            if not checks.above(share, 0) or share > 2:
+                raise _bad_field(name, repr(share), "a number above 0, at most 2")
+        if self.test_input_size is not None:
+            tested = _positive_ints("test_input_size", self.test_input_size)
+            if (len(tested), tested[0]) != (len(self.input_size), self.input_size[0]):
+                raise _bad_field(
+                    "test_input_size", str(tested), f"another size than {self.input_size} alone"
+                )
+            object.__setattr__(self, "test_input_size", tested)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
+            if value is not None
         }
 
     @classmethod
@@ -103,6 +122,8 @@ class Preprocessing:
             return self
         values = asdict(self)
         values["input_size"] = (channels, *self.input_size[1:])
+        if self.test_input_size is not None:
+            values["test_input_size"] = (channels, *self.test_input_size[1:])
         for name in ("mean", "std"):
             old = values[name]
             average = round(sum(old) / len(old), 6)
@@ -122,7 +143,23 @@ class Preprocessing:
             raise _bad_field("image_size", repr(image_size), "one number, or height and width")
         values = asdict(self)
         values["input_size"] = (*self.input_size[:-2], *edges)
+        values["test_input_size"] = None  # who names a size means it
         return Preprocessing(**values)
+
+    def tested(self) -> Preprocessing:
+        """What the model wants of its input when it is evaluated.
+
+        Example:
+            >>> Preprocessing(test_input_size=(3, 288, 288), test_crop_pct=1.0).tested().input_size
+            (3, 288, 288)
+        """
+        values = asdict(self)
+        size, share = (values.pop(name) for name in ("test_input_size", "test_crop_pct"))
+        return Preprocessing(
+            **values
+            | {"input_size": size or self.input_size}
+            | {"crop_pct": self.crop_pct if share is None else share}
+        )
 
 
 def _bad_field(name: str, got: str, need: str) -> DataError:

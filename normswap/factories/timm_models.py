@@ -115,8 +115,11 @@ def _timm_call(arguments: Mapping[str, Any], request: Request) -> tuple[str, dic
 
 
 def timm_preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
-    """Preprocessing as timm's ``pretrained_cfg`` tells of it."""
-    config = library("timm.data").resolve_data_config({}, pretrained_cfg=dict(cfg) or {"": None})
+    """Preprocessing as timm's ``pretrained_cfg`` tells of it, for its own validation too."""
+    known = dict(cfg) or {"": None}
+    resolve = library("timm.data").resolve_data_config
+    config = resolve({}, pretrained_cfg=known)
+    test = resolve({}, pretrained_cfg=known, use_test_size=not cfg.get("fixed_input_size"))
     size = tuple(config["input_size"])
     mean, std = tuple(config["mean"]), tuple(config["std"])
     found = Preprocessing(
@@ -126,8 +129,14 @@ def timm_preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
         config["interpolation"],
         config["crop_pct"],
         config["crop_mode"],
+        test_input_size=_if_other((len(mean), *test["input_size"][1:]), (len(mean), *size[1:])),
+        test_crop_pct=_if_other(test["crop_pct"], config["crop_pct"]),
     )
     return found.with_channels(size[0])
+
+
+def _if_other(value: Any, usual: Any) -> Any:
+    return None if value == usual else value
 
 
 def _timm_class_names(cfg: Mapping[str, Any], model: nn.Module) -> tuple[str, ...] | None:
