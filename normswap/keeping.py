@@ -84,13 +84,17 @@ class Kept(Conversion):
         became = {entry.name: entry.becomes for entry in self.plan}
         return pictures.costs(self.costs, became, self.summary, path)
 
+    def to_json(self) -> dict[str, Any]:
+        """What was kept and what each site costs, ready for ``json.dumps``."""
+        facts = {"share": self.share, "bound": self.bound, "images": self.images}
+        return {**facts, "costs": dict(self.costs)}
+
     def write(self, path: str | Path) -> Path:
         """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
         path = Path(path)
         if path.suffix.lower() in (".png", ".svg", ".pdf"):
             return self.draw(path)
-        facts = {"share": self.share, "bound": self.bound, "images": self.images}
-        text = json.dumps({**facts, "costs": dict(self.costs)}, indent=1)
+        text = json.dumps(self.to_json(), indent=1)
         if path.suffix.lower() != ".json":
             text = "\n".join(["  ".join(row) for row in self.rows] + [self.summary])
         return write_whole(path, text + "\n")

@@ -10,6 +10,7 @@ norm stays a GroupNorm, which computes all of its statistics from the sample.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +134,7 @@ def _descended(error: _Error, signs: Tensor) -> Tensor:
             torch.autograd.backward(loss)
             optimizer.step()
             with torch.no_grad():
-                exponent.clamp_(-torch.tensor(_LOUDEST).log(), torch.tensor(_LOUDEST).log())
+                exponent.clamp_(-math.log(_LOUDEST), math.log(_LOUDEST))
                 if step % 10 == 0:
                     now = signs * exponent.exp()
                     reached = error.elsewhere(now)

@@ -219,7 +219,9 @@ def command(
     if as_json:
         facts = {"output": output, "plan": result.plan.to_json(), "kept": result.kept}
         calibration = report.to_json() if report else None
-        print_json({**facts, "drift": found.to_json(), "calibration": calibration})
+        facts |= {"drift": found.to_json(), "calibration": calibration}
+        facts |= {} if keep is None else {"keep": result.to_json()}
+        print_json(facts)
         return
     print_summary(result.plan)
     if keep is not None:
