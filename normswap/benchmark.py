@@ -293,10 +293,8 @@ def kept_for_backward(model: nn.Module, inputs: Any) -> int:
 
 
 def _history_bytes(model: nn.Module) -> int:
-    from normswap.layers import training_state
-
-    kept = tree_leaves(training_state(model))
-    return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+    keeping: list[Any] = [m for m in model.modules() if hasattr(m, "history_bytes")]
+    return sum(layer.history_bytes() for layer in keeping)
 
 
 def _peak(model: nn.Module, inputs: Any, device: torch.device) -> int | None:

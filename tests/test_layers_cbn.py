@@ -61,7 +61,8 @@ def linear_map(producer):
 def test_five_iterations_match_the_paper(rank, bias, compensate, rule):
     torch.manual_seed(0)
     conv = getattr(nn, f"Conv{rank}d")(2, 3, 2, padding=1, bias=bias).double()
-    norm = NORMS[rank](3, window=3, compensate=compensate, variance_rule=rule).double()
+    exact = {"through_history": False, "sampling": 1}
+    norm = NORMS[rank](3, window=3, compensate=compensate, variance_rule=rule, **exact).double()
     model = wired(conv, norm)
     paper = reference.CrossIteration(linear_map(conv), 3, norm.eps, rule, compensate)
     for _ in range(5):
@@ -97,7 +98,8 @@ def test_the_rules_differ_where_a_predicted_variance_is_negative():
 
 
 def test_gradcheck_with_the_history_held():
-    from normswap.layers.cross_iteration_batch_norm import _average, _NormaliseAcrossIterations
+    from normswap.layers.iteration_window import _NormaliseAcrossIterations
+    from normswap.layers.iteration_window import average as _average
 
     torch.manual_seed(0)
     past = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
@@ -107,12 +109,14 @@ def test_gradcheck_with_the_history_held():
 
     def call(x, weight, bias):
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        window = _average(mean.detach(), variance.detach(), past, "drop")
+        window, _ = _average(
+            mean.detach(), variance.detach(), past[0] - mean.detach(), past[1], "drop"
+        )
         return _NormaliseAcrossIterations.apply(x, weight, bias, *window, 1e-5)
 
     def plain(x, weight, bias):
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        window = _average(mean, variance, past, "drop")
+        window, _ = _average(mean, variance, past[0] - mean, past[1], "drop")
         return F.batch_norm(
             x, window.mean.detach(), window.variance.detach(), weight, bias, False, 0.0, 1e-5
         )
@@ -129,10 +133,10 @@ def test_gradcheck_with_the_history_held():
 
 
 def _differentiable(x, weight, bias, past):
-    from normswap.layers.cross_iteration_batch_norm import _average
+    from normswap.layers.iteration_window import average as _average
 
     mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-    window = _average(mean, variance, past, "drop")
+    window, _ = _average(mean, variance, past[0] - mean, past[1], "drop")
     shape = (1, -1, 1, 1)
     scale = weight / torch.sqrt(window.variance + 1e-5)
     return (x - window.mean.view(shape)) * scale.view(shape) + bias.view(shape)
@@ -567,7 +571,7 @@ def test_gradient_through_the_history_is_that_of_the_papers_formula(kind):
     shape = (4, 5) if kind == "linear" else (2, producer.in_channels, 7, 7)
     kind_of_norm = CrossIterationBatchNorm1d if kind == "linear" else CrossIterationBatchNorm2d
     channels = getattr(producer, "out_features", None) or producer.out_channels
-    norm = kind_of_norm(channels, window=3, through_history=True).double()
+    norm = kind_of_norm(channels, window=3, through_history=True, sampling=1).double()
     with torch.no_grad():
         norm.weight.normal_()
     norm.attach(producer)

@@ -72,6 +72,7 @@ def _known_forwards() -> set[Callable[..., Any]]:
     classes: list[type[nn.Module]] = [
         _BatchNorm,
         nn.SyncBatchNorm,
+        layers.SyncBatchNorm,
         *_OWN_FROZEN,
         layers.TracksBatches,
         *layers.fused_classes.values(),

@@ -1,7 +1,7 @@
 """Normalisers that train with small batches: one file each, torch only.
 
-They know of tensors and of the layer before them, never of models. ``GroupNorm``,
-``InstanceNorm`` and ``SyncBatchNorm`` are torch's own.
+They know of tensors and of the layer before them, never of models. ``GroupNorm``
+and ``InstanceNorm`` are torch's own.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from normswap.layers.ghost_batch_norm import (
     GhostBatchNormAct2d,
 )
 from normswap.layers.producers import patches, producer_problem
+from normswap.layers.sync_batch_norm import SyncBatchNorm
 from normswap.layers.thresholded_linear_unit import ThresholdedLinearUnit
 from normswap.layers.training_state import load_training_state, training_state
 from normswap.layers.weight_standardisation import (
@@ -78,6 +79,7 @@ __all__ = [
     "GhostBatchNormAct2d",
     "GroupNormAct",
     "InstanceNormAct2d",
+    "SyncBatchNorm",
     "ThresholdedLinearUnit",
     "TracksBatches",
     "WeightStandardisedConv1d",

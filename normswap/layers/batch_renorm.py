@@ -11,7 +11,6 @@ from normswap.errors import LayerError
 from normswap.layers.batch_statistics import (
     TracksBatches,
     batch_moments,
-    check_rank,
     in_eager,
     is_recomputation,
 )
@@ -71,8 +70,6 @@ class _Renormalise(torch.autograd.Function):
 
 
 class _BatchRenorm(TracksBatches):
-    _ranks: tuple[int, ...]
-
     def __init__(
         self,
         num_features: int,
@@ -121,6 +118,8 @@ class _BatchRenorm(TracksBatches):
         self.warmup, self.r_ramp, self.d_ramp = int(warmup), int(r_ramp), int(d_ramp)
         self.iteration = 0
 
+    __jit_unused_properties__ = ("limits",)  # TorchScript compiles the others
+
     @property
     def limits(self) -> tuple[float, float]:
         """The bounds of r and d at the present iteration."""
@@ -130,13 +129,10 @@ class _BatchRenorm(TracksBatches):
         r_limit = _ramp(1.0, self.r_max, since, self.r_ramp)
         return r_limit, _ramp(0.0, self.d_max, since, self.d_ramp)
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        check_rank(self, x, self._ranks)
-
     def _train(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             mean, variance = batch_moments(x)
-            r, d = self._corrections(mean, variance)
+            r, d = self._corrections(mean, variance, x.numel() // x.shape[1])
         self._recent.remember(mean, (r, d))
         if torch.compiler.is_compiling():
             return self._train_compiled(x, r, d)
@@ -151,13 +147,16 @@ class _BatchRenorm(TracksBatches):
         y: Tensor = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, self.eps)[0]
         return y
 
-    def _corrections(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    def _corrections(self, mean: Tensor, variance: Tensor, elements: int) -> tuple[Tensor, Tensor]:
         """R and d of this batch; takes the batch into the running statistics, once."""
         if is_recomputation():
             recalled = self._recent.recall(mean, variance, self.eps)
             if recalled is not None:
                 r, d = recalled
                 return r, d
+        if self._counts_anew():
+            self._track(mean, variance, elements)
+            return torch.ones_like(mean), torch.zeros_like(mean)
         running_mean, running_variance = self._running(mean.dtype)
         running_deviation = torch.sqrt(running_variance + self.eps)
         deviation = torch.sqrt(variance + self.eps)

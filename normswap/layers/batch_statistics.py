@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.errors import LayerError
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REMEMBERED = 16
 _SAME_BATCH = 1e-2
+# (mean / deviation)² above which mean((x − μ)·x) is not exact enough
+_FAR = 100.0
+_WEIGHT_ONLY = [False, True, False]
 
 
 def in_eager(function: _Function) -> _Function:
@@ -36,14 +41,23 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Autocast would run the contractions in the low precision."""
-    if torch.amp.is_autocast_available(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
+def aliases(*inputs: Any) -> list[Any]:
+    """Views of a function's inputs, by which it can be differentiated anew.
+
+    The inputs themselves may depend on each other, as the output of a convolution on its weight;
+    ``autograd.grad`` would follow that.
+    """
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+
+
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:
     """View a (C,) vector so that it broadcasts over the channel axis of ``x``."""
-    return vector.reshape(1, -1, *([1] * (x.dim() - 2)))
+    return vector.reshape([1, -1] + [1] * (x.dim() - 2))
 
 
 def reduced_axes(x: Tensor) -> list[int]:
@@ -51,28 +65,55 @@ def reduced_axes(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
-def centred_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance, and ``x`` minus its mean; per channel, in the statistics' dtype.
-
-    Two passes: torch's own single-pass CPU kernel for contiguous batches is five times slower, and
-    ``E[x²] − μ²`` cancels.
-    """
-    x = x.detach().to(statistics_dtype(x.dtype))
-    mean = x.mean(reduced_axes(x))
-    centred = x - per_channel(mean, x)
-    variance = (centred * centred).mean(reduced_axes(x))
-    return mean, variance, centred
-
-
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, in the statistics' dtype."""
+    x = x.detach()
     if _has_fast_kernel(x):
-        return torch.batch_norm_update_stats(x.detach(), None, None, 0.0)
-    x = x.detach().to(statistics_dtype(x.dtype))
-    mean = x.mean(reduced_axes(x))
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
+    if _is_plain_map(x):
+        mean = x.mean(reduced_axes(x))
+        variance = _variance_in_one_read(x, mean)
+        # a variance below zero is rounding too
+        if not torch.addcmul(variance, mean, mean, value=-1.0 / _FAR).min().item() < 0.0:
+            return mean, variance
+    wide = x.to(statistics_dtype(x.dtype))
+    mean = wide.mean(reduced_axes(x))
     # squared in place: one temporary of the size of the batch, not two
-    variance = (x - per_channel(mean, x)).square_().mean(reduced_axes(x))
-    return mean, variance
+    return mean, (wide - per_channel(mean, x)).square_().mean(reduced_axes(x))
+
+
+def _variance_in_one_read(x: Tensor, mean: Tensor) -> Tensor:
+    """``mean((x − μ)·x)``, by a kernel of BatchNorm's backward that writes no temporary.
+
+    A quarter faster than two passes, and eight times as fast as torch's own statistics of
+    contiguous batches. Loses digits where the mean is far from zero.
+    """
+    part = filled(x.shape[1], x.shape[1] / x.numel(), x.dtype)
+    variance: Tensor = torch.ops.aten.native_batch_norm_backward.default(
+        x, x, None, None, None, mean, part, True, 0.0, _WEIGHT_ONLY
+    )[1]
+    return variance
+
+
+@lru_cache(maxsize=1024)
+def filled(size: int, value: float, dtype: torch.dtype) -> Tensor:
+    """A constant vector on the CPU; nobody writes to it."""
+    with torch.inference_mode(False):
+        return torch.full((size,), value, dtype=dtype)
+
+
+def _is_plain_map(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary batch of maps in memory: no trace, no transform, no subclass."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dim() > 2
+        and x.dtype in (torch.float32, torch.float64)
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _has_fast_kernel(x: Tensor) -> bool:
@@ -82,6 +123,20 @@ def _has_fast_kernel(x: Tensor) -> bool:
         return True
     full_precision = x.dtype in (torch.float32, torch.float64)
     return x.device.type == "cpu" and full_precision and x.dim() == 4 and _is_channels_last(x)
+
+
+def answers_at_once(x: Tensor) -> bool:
+    """Whether a question about the values of ``x`` holds nothing up."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def is_all_finite(values: Tensor) -> bool:
+    """Whether every value is known to be finite; False where asking would hold up a device."""
+    return answers_at_once(values) and math.isfinite(values.sum().item())
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -112,14 +167,14 @@ class RecentBatches:
     """
 
     def __init__(self) -> None:
-        self._entries: deque[tuple[Tensor, tuple[Tensor, ...]]] = deque(maxlen=_REMEMBERED)
+        self._entries: deque[tuple[Tensor, tuple[Any, ...]]] = deque(maxlen=_REMEMBERED)
 
-    def remember(self, mean: Tensor, constants: tuple[Tensor, ...]) -> None:
+    def remember(self, mean: Tensor, constants: tuple[Any, ...]) -> None:
         """Keep the constants of one forward, if a checkpoint may run it again."""
         if _may_be_repeated() and not is_recomputation():
             self._entries.append((mean, constants))
 
-    def recall(self, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, ...] | None:
+    def recall(self, mean: Tensor, variance: Tensor, eps: float) -> tuple[Any, ...] | None:
         """The constants of the forward that saw this batch, or None."""
         deviation = torch.sqrt(variance + eps)
         distances = [
@@ -172,12 +227,45 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
         )
         self.iteration = 0
         self._recent = RecentBatches()
+        self._was_reset = False
+
+    _was_reset = False
+    _ranks: tuple[int, ...]
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics."""
+        super().reset_running_stats()
+        self._was_reset = True
+
+    def _counts_anew(self) -> bool:
+        """Whether this forward is one of ``update_bn``'s, which wants BatchNorm's statistics.
+
+        It resets them, sets ``momentum`` to None and runs the data through in training mode
+        without gradients. A layer that leant on what it is still counting would spoil the input
+        of all layers behind it. With gradients that holds for the first batch alone.
+        """
+        if self._was_reset:
+            seen = self.num_batches_tracked
+            anew = self.momentum is None and (
+                not torch.is_grad_enabled() or seen is None or int(seen) == 0
+            )
+            self._was_reset = anew
+        return self._was_reset
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        check_rank(self, x, self._ranks)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise ``x``."""
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if self.training and input.numel() > 0:
-            return self._train(input)
+        if is_scripting():
+            if self.training:
+                raise RuntimeError("scripted layers have their eval form only: call eval() first")
+        else:
+            if is_stand_in(input):
+                return as_one_node(self, input)
+            self._check_input_dim(input)
+            if self.training and input.numel() > 0:
+                return self._train(input)
         # an empty batch says nothing about the statistics; its output only has to have a graph
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
@@ -207,9 +295,32 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
         """Take over the new statistics where the ``evidence`` is finite: a NaN must not stay."""
         assert self.running_mean is not None
         assert self.running_var is not None
+        if is_all_finite(evidence):
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(variance)
+            return
         finite = torch.isfinite(evidence)
         self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
         self.running_var.copy_(torch.where(finite, variance, self.running_var))
+
+    def _track(self, mean: Tensor, variance: Tensor, elements: int, finite: bool = False) -> None:
+        """Take a batch into the running statistics as BatchNorm does.
+
+        ``finite`` says that the batch is known to be.
+        """
+        rate = self._count_batch()
+        unbiased = variance * (elements / max(elements - 1, 1))
+        if finite and self.running_mean is not None and self.running_mean.dtype == mean.dtype:
+            assert self.running_var is not None
+            self.running_mean.lerp_(mean, rate)
+            self.running_var.lerp_(unbiased, rate)
+            return
+        running_mean, running_variance = self._running(mean.dtype)
+        self._store_running(
+            torch.lerp(running_mean, mean, rate),
+            torch.lerp(running_variance, unbiased, rate),
+            mean + variance,
+        )
 
     def _count_batch(self) -> float | Tensor:
         """Count one batch and return the weight its statistics get in the running ones."""

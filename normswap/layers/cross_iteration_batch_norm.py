@@ -1,14 +1,14 @@
 """Cross-Iteration Batch Normalization: BatchNorm over the last k iterations.
 
 Statistics of past iterations are brought to today's weights through what the layer before makes
-possible to know exactly (the mean) or to first order (the variance); see ``producers``.
-
-Shapes: k entries of history, G groups, C channels, F weights of one channel.
+possible to know exactly (the mean) or to first order (the variance); see ``producers`` and
+``variance_slope``. The arithmetic of the window is in ``iteration_window``.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+import weakref
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,259 +17,37 @@ from normswap.errors import LayerError
 from normswap.layers.batch_statistics import (
     TracksBatches,
     batch_moments,
-    centred_moments,
     check_positive,
-    check_rank,
     full_precision,
     in_eager,
+    is_all_finite,
     is_recomputation,
-    per_channel,
 )
 from normswap.layers.fused import Fused
+from normswap.layers.iteration_history import Batch, History, Past
+from normswap.layers.iteration_window import (
+    Entries,
+    Reach,
+    Window,
+    average,
+    normalise,
+    offsets_of,
+    predict,
+)
 from normswap.layers.producers import (
     Pad,
     ProducerLink,
     fold_weight,
     mean_patch,
     producer_problem,
-    weight_gradient,
 )
+from normswap.layers.variance_slope import variance_slope
 
 _RULES = ("max", "drop")
-
-
-class _NormaliseAcrossIterations(torch.autograd.Function):
-    """y = γ·(x − μ̄)/√(σ̄² + ε) + β, where this batch has a ``share`` of μ̄ and σ̄².
-
-    The history is constant, so with x̂ = (x − μ̄)·s:
-    ``∂x = γ·s·(g − share·mean(g) − share·x̂·mean(g·x̂))``. BatchNorm's kernel computes that for
-    share = 1; the share of the last term goes into its arguments, the rest is one addition.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        share: Tensor,
-        eps: float,
-    ) -> Tensor:
-        wide_weight = None if weight is None else weight.to(mean.dtype)
-        wide_bias = None if bias is None else bias.to(mean.dtype)
-        if wide_weight is None:
-            wide_weight = torch.ones_like(mean)
-        if wide_bias is None:
-            wide_bias = torch.zeros_like(mean)
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, bias, mean, torch.rsqrt(variance + eps), share)
-        y: Tensor = torch.native_batch_norm(
-            x, wide_weight, wide_bias, mean, variance, False, 0.0, eps
-        )[0]
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, inverse_deviation, share = ctx.saved_tensors
-        root = share.sqrt()
-        scale = root.reciprocal() if weight is None else weight / root
-        grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
-            grad,
-            x,
-            scale,
-            None,
-            None,
-            mean,
-            inverse_deviation * root,
-            True,
-            ctx.eps,
-            [True, True, True],
-        )
-        elements = x.numel() // x.shape[1]
-        gain = scale * root * inverse_deviation
-        rest = gain * grad_shift * ((1.0 - share) / elements)
-        grad_x.add_(per_channel(rest, x).to(grad_x.dtype))
-        grad_weight = None if weight is None else (grad_scale / root).to(weight.dtype)
-        grad_bias = None if bias is None else grad_shift.to(bias.dtype)
-        grad_mean = grad_variance = None
-        if ctx.needs_input_grad[3]:  # the history's part of the statistics is no constant
-            grad_mean = -gain * grad_shift
-            grad_variance = -0.5 * gain * inverse_deviation * (grad_scale / root)
-        return grad_x, grad_weight, grad_bias, grad_mean, grad_variance, None, None
-
-
-class _ThroughHistory(torch.autograd.Function):
-    """μ̄ and σ̄² as functions of today's weight and bias, through past batches alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        mean: Tensor,
-        variance: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *reach: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(*reach)
-        return mean.clone(), variance.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor | None, ...]:
-        reach = _Reach(*ctx.saved_tensors)
-        weight_dtype, bias_dtype = ctx.dtypes
-        rows = (*reach.mean.shape[:2], 1)
-        grad_weight = grad_mean.view(rows) * reach.mean + grad_variance.view(rows) * reach.variance
-        grad_bias = grad_mean * reach.mean_bias + grad_variance * reach.variance_bias
-        return (
-            None,
-            None,
-            grad_weight.to(weight_dtype),
-            None if bias_dtype is None else grad_bias.to(bias_dtype),
-            *[None] * len(reach),
-        )
-
-
-class _Batch(NamedTuple):
-    """What one batch leaves behind, in the statistics' dtype.
-
-    Attributes:
-        mean: (C,), of the producer's output; empty with compensation.
-        variance: (C,), biased.
-        offset: (C,), ``⟨patch, w⟩``, the mean less the bias; empty without compensation.
-        patch: (G, F), ∂mean/∂w; empty without compensation.
-        slope: (weight's shape), ∂variance/∂w up to ``factor``; empty without compensation.
-        factor: (1,), 2 over the number of elements per channel.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    offset: Tensor
-    patch: Tensor
-    slope: Tensor
-    factor: Tensor
-
-
-class _History:
-    """A ring of the last ``size`` batches."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.position = 0
-        self.filled = 0
-        self.rings: _Batch | None = None
-
-    def push(self, batch: _Batch) -> None:
-        """Put ``batch`` in the place of the oldest entry."""
-        if self.size == 0:
-            return
-        if self.rings is None or not _fits(self.rings, batch):
-            self.rings = _Batch(*(_ring_like(field, self.size) for field in batch))
-            self.position = self.filled = 0
-        for ring, field in zip(self.rings, batch, strict=True):
-            ring[self.position].copy_(field)
-        self.position = (self.position + 1) % self.size
-        self.filled = min(self.filled + 1, self.size)
-
-    def entries(self, like: Tensor) -> _Batch | None:
-        """All entries stacked, with the device and dtype of ``like``; None if there are none."""
-        if self.rings is None or self.filled == 0:
-            return None
-        if self.rings.variance.device != like.device or self.rings.variance.dtype != like.dtype:
-            self.rings = _Batch(*(ring.to(like) for ring in self.rings))
-        return _Batch(*(ring[: self.filled] for ring in self.rings))
-
-    def state(self) -> dict[str, Tensor | int]:
-        """Plain data, ready for a training checkpoint."""
-        state: dict[str, Tensor | int] = {"position": self.position, "filled": self.filled}
-        if self.rings is not None:
-            state.update({name: ring.clone() for name, ring in self.rings._asdict().items()})
-        return state
-
-    def load(self, state: dict[str, Tensor | int]) -> None:
-        """Take over what ``state`` returned."""
-        self.position, self.filled = int(state["position"]), int(state["filled"])
-        found = [state[name] for name in _Batch._fields if name in state]
-        rings = [ring.clone() for ring in found if isinstance(ring, Tensor)]
-        self.rings = _Batch(*rings) if rings else None
-
-
-def _ring_like(field: Tensor, size: int) -> Tensor:
-    """``size`` times ``field``, each slot in the memory format of ``field``."""
-    dense = torch.empty_like(field)
-    ring = dense.new_empty(size * field.numel())
-    return ring.as_strided((size, *field.shape), (field.numel(), *dense.stride()))
-
-
-def _fits(rings: _Batch, batch: _Batch) -> bool:
-    return all(
-        ring.shape[1:] == field.shape and ring.dtype == field.dtype and ring.device == field.device
-        for ring, field in zip(rings, batch, strict=True)
-    )
-
-
-class _Window(NamedTuple):
-    """Statistics over the window.
-
-    Attributes:
-        mean: (C,), μ̄.
-        variance: (C,), σ̄².
-        share: (C,), the part that the current batch has in both.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    share: Tensor
-
-
-class _Reach(NamedTuple):
-    """How the statistics over the window depend on today's weights through past batches.
-
-    Attributes:
-        mean: (G, C/G, F), ∂μ̄/∂w.
-        variance: (G, C/G, F), ∂σ̄²/∂w.
-        mean_bias: (C,), ∂μ̄/∂b.
-        variance_bias: (C,), ∂σ̄²/∂b.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    mean_bias: Tensor
-    variance_bias: Tensor
-
-
-def _counts(past_mean: Tensor, past_variance: Tensor, rule: str) -> Tensor:
-    """Which entries of the history have a part in the statistics, per channel."""
-    counts = torch.isfinite(past_mean) & torch.isfinite(past_variance)
-    return counts & (past_variance >= 0) if rule == "drop" else counts
-
-
-def _average(mean: Tensor, variance: Tensor, past: tuple[Tensor, Tensor], rule: str) -> _Window:
-    """Join the batch's moments and the past ones (k, C), as brought to today's weights.
-
-    ``σ̄² = mean(v̂) + Var(μ̂)`` is the paper's ν̄ − μ̄² without its cancellation. An entry that is
-    not finite has no part in it.
-    """
-    past_mean, past_variance = past
-    counts = _counts(past_mean, past_variance, rule)
-    past_mean = torch.where(counts, past_mean, mean)
-    past_variance = torch.where(counts, past_variance.clamp_min(0.0), 0.0)
-    share = (1.0 + counts.sum(0)).to(mean.dtype).reciprocal()
-    present = counts.to(mean.dtype)
-    # deviations from the current mean, so that a mean far from zero costs no digits
-    shift = past_mean - mean
-    mean_shift = shift.sum(0) * share
-    spread = (present * (shift - mean_shift).square()).sum(0) + mean_shift.square()
-    return _Window(mean + mean_shift, (variance + past_variance.sum(0) + spread) * share, share)
+_HISTORY_DTYPES = (None, torch.bfloat16, torch.float16)
 
 
 class _CrossIterationBatchNorm(TracksBatches):
-    _ranks: tuple[int, ...]
-
     def __init__(
         self,
         num_features: int,
@@ -281,13 +59,16 @@ class _CrossIterationBatchNorm(TracksBatches):
         compensate: bool = True,
         variance_rule: str = "max",
         *,
-        through_history: bool = False,
+        through_history: bool | None = None,
+        sampling: int = 2,
+        history_dtype: torch.dtype | None = None,
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        check_positive(self, window=window)
+        check_positive(self, window=window, sampling=sampling)
+        through_history = compensate if through_history is None else through_history
         if burn_in < 0 or variance_rule not in _RULES:
             raise LayerError(
                 type(self).__name__,
@@ -302,14 +83,30 @@ class _CrossIterationBatchNorm(TracksBatches):
                 need="compensation: without it the history does not depend on the weights",
                 hint="compensate=True",
             )
+        if sampling != int(sampling) or history_dtype not in _HISTORY_DTYPES:
+            raise LayerError(
+                type(self).__name__,
+                got=f"sampling={sampling}, history_dtype={history_dtype}",
+                need="a whole number of rows, and None, torch.bfloat16 or torch.float16",
+                hint="sampling=2, history_dtype=None",
+            )
         self.window = window
         self.burn_in = burn_in
         self.compensate = compensate
         self.variance_rule = variance_rule
         self.through_history = through_history
+        self.sampling = int(sampling)
+        self.history_dtype = history_dtype
         self.iteration = 0
-        self._history = _History(window - 1)
         self._link: ProducerLink | None = None
+        self.reset_history()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and self.__dict__.get("_link") is not None:
+            self.__dict__["_link"].listen(bool(value))
+
+    __jit_unused_properties__ = ("producer",)  # TorchScript compiles the others
 
     @property
     def producer(self) -> nn.Module | None:
@@ -360,7 +157,11 @@ class _CrossIterationBatchNorm(TracksBatches):
 
     def reset_history(self) -> None:
         """Forget past iterations; the window fills again."""
-        self._history = _History(self.window - 1)
+        self._history = History(self.window - 1, lends=self.through_history)
+
+    def history_bytes(self) -> int:
+        """Bytes that the history takes; training state, beside parameters and buffers."""
+        return self._history.nbytes()
 
     def training_state(self) -> dict[str, Tensor | int]:
         """The iteration and the history."""
@@ -368,88 +169,163 @@ class _CrossIterationBatchNorm(TracksBatches):
 
     def load_training_state(self, state: dict[str, Tensor | int]) -> None:
         """Take over what ``training_state`` returned."""
-        super().load_training_state(state)
         self._history.load(state)
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        check_rank(self, x, self._ranks)
+        super().load_training_state(state)
 
     @in_eager
     def _train(self, x: Tensor) -> Tensor:
         with torch.no_grad(), full_precision(x.device.type):
             mean, window, reach = self._window_statistics(x.detach())
-        self._recent.remember(mean, (*window, *(reach or ())))
-        centre, spread = window.mean, window.variance
-        if reach is not None and self._link is not None:
-            weight, bias = self._link.producer.weight, self._link.producer.bias
-            folded = fold_weight(self._link.producer, cast(Tensor, weight))
-            centre, spread = _ThroughHistory.apply(centre, spread, folded, bias, *reach)
-        y: Tensor = _NormaliseAcrossIterations.apply(
-            x, self.weight, self.bias, centre, spread, window.share, self.eps
-        )
-        return y
+        self._remember_window(mean, window, reach)
+        if reach is None or self._link is None:
+            return normalise(x, self.weight, self.bias, window, self.eps)
+        producer = self._link.producer
+        return normalise(x, self.weight, self.bias, window, self.eps, producer, reach)
 
-    def _window_statistics(self, x: Tensor) -> tuple[Tensor, _Window, _Reach | None]:
+    def _remember_window(self, mean: Tensor, window: Window, reach: Reach | None) -> None:
+        loan = None if reach is None else reach.loan
+        if loan is not None and reach is not None:
+            # a graph holds the loan if it may need it; without gradients there is no graph
+            if not torch.is_grad_enabled() and not is_recomputation():
+                self._history.keep(loan)
+            reach = reach._replace(loan=None)
+        self._recent.remember(mean, (window, reach, None if loan is None else weakref.ref(loan)))
+
+    def _recalled(self, mean: Tensor, variance: Tensor) -> tuple[Window, Reach | None] | None:
+        """What the first forward of a checkpoint used, in the second."""
+        found = self._recent.recall(mean, variance, self.eps)
+        if found is None:
+            return None
+        window, reach, loan = found
+        if loan is None:
+            return window, reach
+        if loan() is None:
+            raise LayerError(
+                type(self).__name__,
+                got="a checkpoint that runs again after its history was overwritten",
+                need="each forward's backward before many other forwards",
+                hint="torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+            )
+        return window, reach._replace(loan=loan())
+
+    def _window_statistics(self, x: Tensor) -> tuple[Tensor, Window, Reach | None]:
         """The batch's own mean and the statistics over the window, which it enters, once."""
-        if is_recomputation():
-            mean, variance = batch_moments(x)
-            recalled = self._recent.recall(mean, variance, self.eps)
-            if recalled is not None:
-                reach = _Reach(*recalled[3:]) if recalled[3:] else None
-                return mean, _Window(*recalled[:3]), reach
-        self.iteration += 1
-        collects = self.window > 1 and self.iteration > self.burn_in
+        mean, variance = batch_moments(x)
+        recalled = self._recalled(mean, variance) if is_recomputation() else None
+        if recalled is not None:
+            return mean, *recalled
         reach = None
+        collects = False
+        if not self._counts_anew():
+            self.iteration += 1
+            collects = self.window > 1 and self.iteration > self.burn_in
         if not collects:
-            mean, variance = batch_moments(x)
-            window = _Window(mean, variance, torch.ones_like(mean))
+            window = Window(mean, variance, 1.0)
         elif self.compensate:
-            mean, variance, window, reach = self._compensated(x)
+            window, reach = self._compensated(x, mean, variance)
         else:
-            mean, variance, window = self._naive(x)
-        self._track(mean, variance, x.numel() // x.shape[1])
+            window = self._naive(mean, variance)
+        self._track(mean, variance, x.numel() // x.shape[1], _is_known_finite(window))
         return mean, window, reach
 
-    def _naive(self, x: Tensor) -> tuple[Tensor, Tensor, _Window]:
-        mean, variance = batch_moments(x)
-        past = self._history.entries(mean)
-        moments = _no_entries(mean) if past is None else (past.mean, past.variance)
-        window = _average(mean, variance, moments, self.variance_rule)
-        nothing = mean.new_empty(0)
-        self._history.push(_Batch(mean, variance, nothing, nothing, nothing, nothing))
-        return mean, variance, window
+    def _naive(self, mean: Tensor, variance: Tensor) -> Window:
+        self._history.prepare(mean, None, mean.dtype)
+        window, _, _ = self._join_constant(mean, variance, mean)
+        self._history.push(Batch(mean, variance, variance), None)
+        return window
 
-    def _compensated(self, x: Tensor) -> tuple[Tensor, Tensor, _Window, _Reach | None]:
+    def _compensated(
+        self, x: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Window, Reach | None]:
         link = self._link
         call = None if link is None else link.take(x)
         if link is None or call is None:
             raise self._unwired()
         producer = link.producer
-        mean, variance, centred = centred_moments(x)
+        if self._is_constant(producer):
+            return self._beside_a_constant(producer, mean, variance)
         weight = fold_weight(producer, _tensor(producer, "weight").to(mean.dtype))
-        call = call._replace(input=call.input.to(mean.dtype))
-        past = self._history.entries(mean)
-        patch = mean_patch(producer, call, link.pad)
-        patches = (
-            patch.unsqueeze(0) if past is None else torch.cat([patch.unsqueeze(0), past.patch])
-        )
+        groups, per_group, taps = weight.shape
+        slopes = (groups * per_group, taps)
+        self._history.prepare(mean, slopes, self.history_dtype or mean.dtype)
+        past = self._history.past()
+        patch = mean_patch(producer, call._replace(input=call.input.to(mean.dtype)), link.pad)
         # one contraction for the present and the past: the weight is read once
-        offsets = _predicted_offsets(patches, weight)
-        moments = _no_entries(mean)
+        patches = torch.stack([patch] if past is None else [patch, *past.patches])
+        offsets = offsets_of(patches, weight)
+        reach = None
         if past is None:
             bias = _bias(producer)
             self._check_input(mean, variance, offsets[0] if bias is None else offsets[0] + bias)
+            window = Window(mean, variance, 1.0)
         else:
-            slopes = fold_weight(producer, past.slope)
-            moments = _predict(past, offsets[1:], slopes, weight, _bias(producer))
-        window = _average(mean, variance, moments, self.variance_rule)
+            # a bias moves all means alike
+            shift, moved = offsets[1:] - offsets[0], offsets[1:] - past.offset
+            variances = predict(past, moved, weight)
+            window, entries = average(mean, variance, shift, variances, self.variance_rule)
+            reach = self._reach(entries, past.slots, moved, patches[1:])
+        room = self._history.room()
+        moments = mean, variance
+        along = variance_slope(
+            producer, call, x, moments, link.pad, sampling=self.sampling, out=room
+        )
+        if room.dtype != mean.dtype:
+            # what rounding took from the slope is taken from the base, so that v̂(w_τ) = v_τ
+            along = (room.to(mean.dtype) * weight.flatten(0, 1)).sum(-1)
+        if not _is_known_finite(window):
+            finite = torch.isfinite(mean + variance)
+            # such an entry does not count, but whoever multiplies it by 0 must not meet a NaN
+            room.copy_(torch.where(finite.unsqueeze(1), room, 0.0).nan_to_num_())
+            patch = torch.nan_to_num(patch, posinf=0.0, neginf=0.0)
+        self._history.push(Batch(offsets[0], variance, along - variance), patch)
+        return window, reach
+
+    def _is_constant(self, producer: nn.Module) -> bool:
+        """Whether the producer's weight stands still, so that its past batches need no slope."""
+        weight = cast(Tensor, producer.weight)
+        moved = self._history.has_moved(weight)
+        return not (weight.requires_grad or moved or self._history.has_slopes)
+
+    def _beside_a_constant(
+        self, producer: nn.Module, mean: Tensor, variance: Tensor
+    ) -> tuple[Window, Reach | None]:
+        """A frozen weight: past batches are what they were, but for the bias."""
+        self._history.prepare(mean, None, mean.dtype)
+        bias = _bias(producer)
+        offset = mean if bias is None else mean - bias.to(mean.dtype)
+        window, past, entries = self._join_constant(mean, variance, offset)
         reach = None
-        if past is not None and self.through_history:
-            reach = _reach(window, moments, past, offsets[1:], slopes, self.variance_rule)
-        slope = weight_gradient(producer, call, centred, link.pad)
-        factor = mean.new_full((1,), 2.0 * x.shape[1] / x.numel())
-        self._history.push(_Batch(mean.new_empty(0), variance, offsets[0], patch, slope, factor))
-        return mean, variance, window, reach
+        if past is not None and entries is not None:
+            reach = self._reach(entries, past.slots, torch.zeros_like(entries.deviation), None)
+        self._history.push(Batch(offset, variance, variance), None)
+        return window, reach
+
+    def _join_constant(
+        self, mean: Tensor, variance: Tensor, offset: Tensor
+    ) -> tuple[Window, Past | None, Entries | None]:
+        """Past batches as they were."""
+        past = self._history.past()
+        if past is None:
+            return Window(mean, variance, 1.0), None, None
+        shift = past.offset - offset
+        window, entries = average(mean, variance, shift, past.variance, self.variance_rule)
+        return window, past, entries
+
+    def _reach(
+        self, entries: Entries, slots: tuple[int, ...], moved: Tensor, patches: Tensor | None
+    ) -> Reach | None:
+        """What the gradient needs to go on through past batches, if it shall."""
+        if not self.through_history or self._link is None:
+            return None
+        weight = cast(Tensor, self._link.producer.weight)
+        bias = cast(Tensor | None, self._link.producer.bias)
+        if patches is None or not weight.requires_grad:
+            if bias is None or not bias.requires_grad:
+                return None
+            return Reach(entries, moved, None, None)
+        if isinstance(entries.share, Tensor):
+            moved = torch.where(entries.share > 0, moved, 0.0)
+        return Reach(entries, moved, patches, self._history.lend(slots, weight))
 
     def _check_input(self, mean: Tensor, variance: Tensor, made: Tensor) -> None:
         """What comes in must be what the producer makes: an operation between moves the means."""
@@ -472,27 +348,21 @@ class _CrossIterationBatchNorm(TracksBatches):
             hint="attach() with the module that makes the input",
         )
 
-    def _track(self, mean: Tensor, variance: Tensor, elements: int) -> None:
-        running_mean, running_variance = self._running(mean.dtype)
-        rate = self._count_batch()
-        unbiased = variance * (elements / max(elements - 1, 1))
-        self._store_running(
-            running_mean + rate * (mean - running_mean),
-            running_variance + rate * (unbiased - running_variance),
-            mean + variance,
-        )
-
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
         return (
             f"{super().extra_repr()}, window={self.window}, burn_in={self.burn_in}, "
-            f"compensate={self.compensate}, variance_rule={self.variance_rule!r}"
-            + (", through_history=True" if self.through_history else "")
+            f"compensate={self.compensate}, variance_rule={self.variance_rule!r}, "
+            f"through_history={self.through_history}, sampling={self.sampling}"
+            + ("" if self.history_dtype is None else f", history_dtype={self.history_dtype}")
         )
 
 
-def _no_entries(mean: Tensor) -> tuple[Tensor, Tensor]:
-    return mean.new_empty(0, mean.numel()), mean.new_empty(0, mean.numel())
+def _is_known_finite(window: Window) -> bool:
+    """Whether the batch in this window is known to be finite."""
+    if isinstance(window.share, float) and window.share < 1.0:
+        return True
+    return is_all_finite(window.mean + window.variance)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
@@ -503,65 +373,6 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
 def _bias(producer: nn.Module) -> Tensor | None:
     return None if producer.bias is None else _tensor(producer, "bias")
-
-
-def _predicted_offsets(patches: Tensor, weight: Tensor) -> Tensor:
-    """``⟨p̄, w⟩``: (k, G, F) with (G, C/G, F) to (k, C)."""
-    return torch.matmul(weight, patches.permute(1, 2, 0)).flatten(0, 1).t()
-
-
-def _contract(slopes: Tensor, weight: Tensor) -> Tensor:
-    """``⟨D, w⟩``: (k, G, C/G, F) with (G, C/G, F) to (k, C).
-
-    With the weight as the row, one product per channel takes a fifth of the time of ``einsum``,
-    which makes it the column.
-    """
-    rows = weight.flatten(0, 1).unsqueeze(1)
-    return torch.bmm(rows, slopes.flatten(1, 2).permute(1, 2, 0)).squeeze(1).t()
-
-
-def _predict(
-    past: _Batch, offsets: Tensor, slopes: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Moments (k, C) of past batches under today's weights.
-
-    ``μ̂ = ⟨p̄, w⟩ + b`` and, with ``⟨D, w_τ⟩ = 2v_τ``, ``v̂ = ⟨D, w⟩ − v_τ − ⟨p̄, w − w_τ⟩²``.
-    """
-    contracted = _contract(slopes, weight) * past.factor
-    means = offsets if bias is None else offsets + bias.to(offsets.dtype)
-    return means, contracted - past.variance - (offsets - past.offset).square()
-
-
-def _reach(
-    window: _Window,
-    moments: tuple[Tensor, Tensor],
-    past: _Batch,
-    offsets: Tensor,
-    slopes: Tensor,
-    rule: str,
-) -> _Reach:
-    """Derivatives of ``_average`` and ``_predict`` by the weight, past batches only.
-
-    ``∂σ̄²/∂μ̂_τ = 2·share·(μ̂_τ − μ̄)`` and ``∂σ̄²/∂v̂_τ = share`` where v̂_τ counts and is positive.
-    """
-    past_mean, past_variance = moments
-    counts = _counts(past_mean, past_variance, rule)
-    share = torch.where(counts, window.share, 0.0)
-    lean = 2.0 * share * torch.where(counts, past_mean - window.mean, 0.0)
-    grows = torch.where(past_variance > 0, share, 0.0)
-    moved = torch.where(counts, offsets - past.offset, 0.0)
-    patches = torch.nan_to_num(past.patch, posinf=0.0, neginf=0.0).transpose(0, 1)
-    slopes = torch.nan_to_num(slopes, posinf=0.0, neginf=0.0).flatten(1, 2).transpose(0, 1)
-    groups = len(patches)
-
-    def spread(coefficients: Tensor) -> Tensor:  # (k, C) over the patches: (G, C/G, F)
-        return coefficients.t().reshape(groups, -1, len(coefficients)) @ patches
-
-    of_slopes = (grows * past.factor).t().unsqueeze(1) @ slopes
-    of_patches = spread(lean - 2.0 * grows * moved)
-    return _Reach(
-        spread(share), of_patches + of_slopes.view_as(of_patches), share.sum(0), lean.sum(0)
-    )
 
 
 class CrossIterationBatchNorm1d(_CrossIterationBatchNorm):

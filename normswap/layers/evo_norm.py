@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,18 @@ from torch import Tensor, nn
 from normswap.errors import LayerError
 from normswap.layers.batch_statistics import check_rank, per_channel, statistics_dtype
 from normswap.layers.fused import Fused
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
 
 _PAPER_GROUPS = 32
 
 
 class _EvoNorm(nn.Module):
-    _ranks: tuple[int, ...]
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows none of these
+        _ranks: tuple[int, ...]
 
-    weight: nn.Parameter
-    bias: nn.Parameter
-    v: nn.Parameter
+        weight: nn.Parameter
+        bias: nn.Parameter
+        v: nn.Parameter
 
     def __init__(
         self,
@@ -57,11 +60,15 @@ class _EvoNorm(nn.Module):
         std = grouped.var(2, unbiased=False).add(self.eps).sqrt().to(x.dtype)
         std = std.repeat_interleave(self.num_features // self.groups, 1)
         gate = (x * per_channel(self.v.to(x.dtype), x)).sigmoid()
-        return x * gate / std.reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+        # lists, because TorchScript has no stars
+        return x * gate / std.reshape([x.shape[0], x.shape[1]] + [1] * (x.dim() - 2))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Gate ``x`` by itself and divide it by the spread of its group."""
-        check_rank(self, input, self._ranks)
+        if not is_scripting():
+            if is_stand_in(input):
+                return as_one_node(self, input)
+            check_rank(self, input, self._ranks)
         y = self.standardised(input) * per_channel(self.weight.to(input.dtype), input)
         return y + per_channel(self.bias.to(input.dtype), input)
 

@@ -7,19 +7,20 @@ as it can; the plain form is what compilers and exporters get to see.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from normswap.layers.batch_statistics import (
+    aliases,
     check_rank,
     full_precision,
     per_channel,
     statistics_dtype,
 )
 from normswap.layers.fused import Fused
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
 
 _FRESH_LEARNT_EPS = 1e-4
 # below this many elements per row, torch's channel-wise kernel spends its time between rows
@@ -27,12 +28,13 @@ _LONG_ROW = 16
 
 
 class _FilterResponseNorm(nn.Module):
-    _ranks: tuple[int, ...]
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows none of these
+        _ranks: tuple[int, ...]
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    tau: nn.Parameter | None
-    eps_l: nn.Parameter | None
+        weight: nn.Parameter | None
+        bias: nn.Parameter | None
+        tau: nn.Parameter | None
+        eps_l: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,14 +73,18 @@ class _FilterResponseNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise each channel of each sample of ``x`` by its root mean square."""
-        check_rank(self, input, self._ranks)
-        if input.numel() == 0 or _must_be_plain():
-            return plain_filter_response_norm(
-                input, self.weight, self.bias, self.tau, self.eps_l, self.eps
-            )
-        y: Tensor = _FilterResponse.apply(
+        if not is_scripting():
+            if is_stand_in(input):
+                return as_one_node(self, input)
+            check_rank(self, input, self._ranks)
+            if input.numel() > 0 and not _must_be_plain():
+                return self._by_hand(input)
+        return plain_filter_response_norm(
             input, self.weight, self.bias, self.tau, self.eps_l, self.eps
         )
+
+    def _by_hand(self, x: Tensor) -> Tensor:
+        y: Tensor = _FilterResponse.apply(x, self.weight, self.bias, self.tau, self.eps_l, self.eps)
         return y
 
     def extra_repr(self) -> str:
@@ -112,8 +118,10 @@ def plain_filter_response_norm(
     # x * x, not x.square(): exporters make Pow of the latter, which runtimes compute slowly
     square = x * x
     mean_square = square.mean(list(range(2, x.dim())), keepdim=True) if x.dim() > 2 else square
-    epsilon = abs(eps) if eps_l is None else per_channel(eps_l.abs(), x) + abs(eps)
-    scale = torch.rsqrt(mean_square + epsilon)
+    if eps_l is None:
+        scale = torch.rsqrt(mean_square + abs(eps))
+    else:
+        scale = torch.rsqrt(mean_square + (per_channel(eps_l.abs(), x) + abs(eps)))
     if weight is not None:
         scale = scale * per_channel(weight, x)
     y = x * scale
@@ -154,12 +162,14 @@ class _FilterResponse(torch.autograd.Function):
         if tau is not None:
             threshold = per_channel(tau.to(y.dtype), y)
             torch.maximum(y, threshold, out=y)
+        ctx.eps = eps
         ctx.save_for_backward(x, inverse_root, weight, bias, tau, eps_l)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # somebody wants second derivatives
+            return _differentiable_backward(ctx, grad)
         with full_precision(grad.device.type):
             return _FilterResponse._backward(ctx, grad)
 
@@ -193,6 +203,25 @@ class _FilterResponse(torch.autograd.Function):
             torch.mul(kept_wide, _rows(scale, x), out=buffer)
             grad_x = buffer.addcmul_(x_wide, _rows(pull, x)).to(x.dtype)
         return grad_x, grad_weight, grad_bias, grad_tau, grad_eps, None
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward as autograd writes it, so that it has derivatives itself."""
+    x, _, *rest = ctx.saved_tensors
+    x, weight, bias, tau, eps_l = aliases(x, *rest)
+    inputs: list[Any] = [x, weight, bias, tau, eps_l, None]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    with full_precision(grad.device.type):
+        y = plain_filter_response_norm(x, weight, bias, None, eps_l, ctx.eps)
+        if tau is not None:
+            # a tie goes to the threshold, as it does by hand; torch.maximum would share it out
+            threshold = per_channel(tau.to(y.dtype), y)
+            y = torch.where(y > threshold, y, threshold)
+        found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return tuple(gradients)
 
 
 def _rows(values: Tensor, x: Tensor) -> Tensor:

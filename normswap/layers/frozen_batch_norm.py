@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,18 @@ from torch.nn import functional as F
 
 from normswap.layers.batch_statistics import check_rank
 from normswap.layers.fused import Fused
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
 
 
 class _FrozenBatchNorm(nn.Module):
-    _ranks: tuple[int, ...]
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows none of these
+        _ranks: tuple[int, ...]
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+        weight: nn.Parameter | None
+        bias: nn.Parameter | None
+        running_mean: Tensor
+        running_var: Tensor
+        num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -55,7 +57,10 @@ class _FrozenBatchNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise ``x`` by the stored statistics."""
-        check_rank(self, input, self._ranks)
+        if not is_scripting():
+            if is_stand_in(input):
+                return as_one_node(self, input)
+            check_rank(self, input, self._ranks)
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )

@@ -6,11 +6,16 @@ timm's ``BatchNormAct2d`` is three layers in one module, ``act(drop(norm(x)))``,
 
 from __future__ import annotations
 
-from typing import Any
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from normswap.errors import LayerError
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
 """Which class a normaliser turns into when it takes over a dropout and an activation."""
@@ -23,8 +28,12 @@ class Fused(nn.Module):
     itself as what ``MyNorm2d`` turns into.
     """
 
-    drop: nn.Module
-    act: nn.Module
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows none of these
+        drop: nn.Module
+        act: nn.Module
+        _unfused_forward: Callable[[Tensor], Tensor]
+
+    _is_one_node = True
 
     def __init__(
         self,
@@ -39,17 +48,32 @@ class Fused(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Normalise, drop, activate."""
-        y: Tensor = self.act(self.drop(super().forward(input)))
+        if not is_scripting():  # noqa: SIM102 - what is in it is no TorchScript
+            if self._is_one_node and is_stand_in(input):
+                return as_one_node(self, input)
+        y: Tensor = self.act(self.drop(self._unfused_forward(input)))
         return y
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__bases__[0] is Fused:
-            fused_classes[cls.__bases__[1]] = cls
+            norm: Any = cls.__bases__[1]
+            fused_classes[norm] = cls
+            cls._unfused_forward = _renamed(
+                norm.forward, "_unfused_forward"
+            )  # TorchScript has no super()
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """The same function under another name, which TorchScript goes by."""
+    code, names = function.__code__, function.__globals__
+    return FunctionType(code, names, name, function.__defaults__, function.__closure__)
 
 
 class GroupNormAct(Fused, nn.GroupNorm):
     """``act(drop(GroupNorm(x)))``; keywords ``drop`` and ``act``, identity if absent."""
+
+    _is_one_node = False  # nothing in it asks the tensor anything
 
 
 class InstanceNormAct1d(Fused, nn.InstanceNorm1d):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,8 +22,11 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from normswap.layers.batch_statistics import in_eager, is_recomputation
+
+_FEW_POSITIONS = 128
 
 Pad = Callable[[Tensor], Tensor]
 """Pads a producer's input by hand, where the module does so in its forward."""
@@ -111,10 +114,20 @@ class ProducerLink:
         self.pad = pad
         self._inbox: list[tuple[weakref.ref[Tensor], Call]] = []
         self._pending: list[Tensor] = []
-        if normaliser in producer.modules():
-            self._handle = producer.register_forward_pre_hook(self.enter, with_kwargs=True)
-        else:
-            self._handle = producer.register_forward_hook(self, with_kwargs=True)
+        self._handle: RemovableHandle | None = None
+        self.listen(normaliser.training)
+
+    def listen(self, training: bool) -> None:
+        """Hook the producer for training, and take the hook off for eval, where none is needed.
+
+        TorchScript compiles hooks with the modules that carry them, and this is none for it.
+        """
+        if not training:
+            self.remove()
+        elif self._handle is None and self.normaliser in self.producer.modules():
+            self._handle = self.producer.register_forward_pre_hook(self.enter, with_kwargs=True)
+        elif self._handle is None:
+            self._handle = self.producer.register_forward_hook(self, with_kwargs=True)
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the input of a producer that holds the normaliser."""
@@ -152,7 +165,9 @@ class ProducerLink:
 
     def remove(self) -> None:
         """Take the hook off the producer."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
         self._inbox.clear()
         self._pending.clear()
 
@@ -189,6 +204,18 @@ def fold_weight(producer: nn.Module, weights: Tensor) -> Tensor:
     return weights.reshape(*head, groups, outputs // groups, -1)
 
 
+def unfold_weight(producer: nn.Module, folded: Tensor) -> Tensor:
+    """The way back from :func:`fold_weight`, for one weight: (C, F) to the weight's shape."""
+    shape = _weight_of(producer).shape
+    if isinstance(producer, _ConvTransposeNd):
+        groups = groups_of(producer)
+        by_group = folded.reshape(groups, shape[1], shape[0] // groups, -1)
+        return by_group.transpose(1, 2).reshape(shape)
+    if _taps_first(producer):
+        return folded.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return folded.view(shape)
+
+
 def _taps_first(producer: nn.Module) -> bool:
     weight = _weight_of(producer)
     return (
@@ -220,6 +247,8 @@ def mean_patch(producer: nn.Module, call: Call, pad: Pad | None) -> Tensor:
         return call.input.reshape(-1, call.input.shape[-1]).mean(0, keepdim=True)
     assert isinstance(producer, _ConvNd)  # producer_problem looked at it
     x, padding, mode = _pad_by_hand(producer, call.input, pad)
+    if _is_pointwise(producer, padding) and max(producer.stride) == 1:
+        return x.mean([0, *range(2, x.dim())]).unsqueeze(0)
     spatial = tuple(call.shape[2:])
     positions = x.shape[0] * math.prod(spatial)
     sums = _sum_over_positions(producer, x, spatial, padding, mode) / positions
@@ -237,9 +266,6 @@ def _sum_over_positions(
     mode: str,
 ) -> Tensor:
     """(C_in, taps …): for each tap, the sum of the inputs that it meets."""
-    plain = all(k == s == 1 for k, s in zip(producer.kernel_size, producer.stride, strict=True))
-    if plain and not any(before or after for before, after in padding):
-        return x.sum([0, *range(2, x.dim())]).reshape(-1, *([1] * len(spatial)))
     total = x.sum(0)
     for axis, out in enumerate(spatial):
         # tensordot takes the first axis away and puts the taps at the end: the order stays
@@ -253,7 +279,8 @@ def _sum_over_positions(
             mode,
             producer.transposed,
             total.device,
-        ).to(total.dtype)
+            total.dtype,
+        )
         total = torch.tensordot(total, touches, dims=([1], [1]))
     return total
 
@@ -269,6 +296,7 @@ def _touches(
     mode: str,
     transposed: bool,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """(kernel, size): how often each tap meets each input position along one axis."""
     before, after = padding
@@ -285,7 +313,7 @@ def _touches(
                 if shown is not None:
                     rows[tap][shown] += 1.0
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.float64, device="cpu").to(device)
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").to(device, dtype)
 
 
 def _padded_positions(size: int, before: int, after: int, mode: str) -> list[int | None]:
@@ -325,42 +353,104 @@ def _same(producer: _ConvNd, axis: int, size: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def weight_gradient(producer: nn.Module, call: Call, grad: Tensor, pad: Pad | None) -> Tensor:
-    """``Σ grad·∂y/∂w`` over batch and positions, in the weight's shape.
+def weight_gradient(
+    producer: nn.Module,
+    call: Call,
+    grad: Tensor,
+    pad: Pad | None,
+    *,
+    every: int = 1,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``scale·Σ grad·∂y/∂w`` over batch and positions.
 
     Args:
         producer: the convolution or linear layer.
-        call: its call, the input in the statistics' dtype.
-        grad: upstream, with channels on axis 1: of the output's shape, or of a view of it.
+        call: its call.
+        grad: upstream in the statistics' dtype, with channels on axis 1: of the output's shape, or
+            of a view of it.
         pad: how the input is padded by hand, or None.
+        every: ``grad`` holds every how many-th row and column of the output only.
+        scale: a factor.
+        out: what to write the result to, of any float dtype; None for a new tensor.
+
+    Returns:
+        (C, F), ordered as :func:`fold_weight` orders the weight.
     """
-    weight = _weight_of(producer).detach()
-    x = call.input
+    if out is None:
+        folded = fold_weight(producer, _weight_of(producer).detach()).flatten(0, 1)
+        out = torch.empty_like(folded, dtype=grad.dtype, memory_format=torch.contiguous_format)
+    _gradient_into(out, producer, call, grad, pad, every, scale)
+    return out
+
+
+def _gradient_into(
+    out: Tensor,
+    producer: nn.Module,
+    call: Call,
+    grad: Tensor,
+    pad: Pad | None,
+    every: int,
+    scale: float,
+) -> None:
     if isinstance(producer, nn.Linear):
-        return _as_rows(grad).t() @ x.reshape(-1, x.shape[-1])
+        x = call.input.reshape(-1, call.input.shape[-1])
+        _multiply(out, [(_as_rows(grad).t(), x.to(grad.dtype))], scale)
+        return
     assert isinstance(producer, _ConvNd)  # producer_problem looked at it
-    if grad.shape != call.shape:
+    if every == 1 and grad.shape != call.shape:
         sizes = (call.shape[0], *call.shape[2:], call.shape[1])
         grad = _as_rows(grad).reshape(sizes).movedim(-1, 1)
-    x, padding, mode = _pad_by_hand(producer, x, pad)
-    if mode != "zeros" or any(before != after for before, after in padding):
-        x, padding = _with_padding(x, padding, mode), [(0, 0)] * len(padding)
+    x, padding, mode = _pad_by_hand(producer, call.input, pad)
+    few = _has_few_positions(producer, grad)
+    if few or mode != "zeros" or any(before != after for before, after in padding):
+        if any(map(any, padding)):
+            x = _with_padding(x, padding, mode)
+        padding = [(0, 0)] * len(padding)
+    steps = [step * every for step in producer.stride]
     if _is_pointwise(producer, padding):
-        return _pointwise_gradient(producer, x, grad).reshape(weight.shape)
-    gradient: Tensor = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight.to(x.dtype),
-        None,
-        list(producer.stride),
-        [before for before, _ in padding],
-        list(producer.dilation),
-        producer.transposed,
-        list(producer.output_padding),
-        producer.groups,
-        [False, True, False],
-    )[1]
-    return gradient
+        x = every_nth(x, steps).to(grad.dtype)
+        if not _is_dense(x) and math.prod(x.shape[2:]) > _FEW_POSITIONS:
+            x = x.contiguous(memory_format=format_of(call.input))
+        _multiply(out, _pointwise_factors(x, grad), scale)
+    elif few:
+        rows = _patch_rows(producer, x, grad.shape[2:], steps).to(grad.dtype)
+        _multiply(out, [(_as_rows(grad).t(), rows)], scale)
+    else:
+        weight = _weight_of(producer).detach()
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            grad,
+            x.to(grad.dtype),
+            weight.to(grad.dtype),
+            None,
+            steps,
+            [before for before, _ in padding],
+            list(producer.dilation),
+            producer.transposed,
+            list(producer.output_padding),
+            producer.groups,
+            [False, True, False],
+        )[1]
+        torch.mul(fold_weight(producer, gradient).flatten(0, 1), scale, out=out)
+
+
+def _multiply(out: Tensor, factors: list[tuple[Tensor, Tensor]], scale: float) -> None:
+    """``out = scale·Σ a @ b``."""
+    dtype = factors[0][0].dtype
+    into = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    for number, (a, b) in enumerate(factors):
+        torch.addmm(into, a, b, beta=min(number, 1), alpha=scale, out=into)
+    if into is not out:
+        out.copy_(into)
+
+
+def every_nth(x: Tensor, steps: Sequence[int]) -> Tensor:
+    """A view of every n-th position along each spatial axis of (N, C, *)."""
+    for axis, step in enumerate(steps):
+        if step > 1:
+            x = x[(slice(None),) * (2 + axis) + (slice(None, None, step),)]
+    return x
 
 
 def _with_padding(x: Tensor, padding: list[tuple[int, int]], mode: str) -> Tensor:
@@ -399,16 +489,46 @@ def _is_pointwise(producer: _ConvNd, padding: list[tuple[int, int]]) -> bool:
     )
 
 
-def _pointwise_gradient(producer: _ConvNd, x: Tensor, grad: Tensor) -> Tensor:
-    """(C_out, C_in); plain matrix products are a fifth faster than the convolution's kernel."""
-    for axis, step in enumerate(producer.stride):
-        x = x[(slice(None),) * (2 + axis) + (slice(None, None, step),)]
-    if not x.is_contiguous():
-        return _as_rows(grad).t() @ _as_rows(x)
-    total = grad[0].flatten(1) @ x[0].flatten(1).t()
-    for upstream, sample in zip(grad[1:], x[1:], strict=True):
-        total.addmm_(upstream.flatten(1), sample.flatten(1).t())
-    return total
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """channels_last if ``x`` is that and nothing else, or else contiguous."""
+    if x.dim() == 4 and not x.is_contiguous() and _is_dense(x):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _pointwise_factors(x: Tensor, grad: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Plain matrix products are a fifth faster than the convolution's kernel."""
+    few = math.prod(x.shape[2:]) <= _FEW_POSITIONS  # one product then reads the result but once
+    if few or not (x.is_contiguous() and grad.is_contiguous()):
+        return [(_as_rows(grad).t(), _as_rows(x))]
+    return [(g.flatten(1), sample.flatten(1).t()) for g, sample in zip(grad, x, strict=True)]
+
+
+def _has_few_positions(producer: _ConvNd, grad: Tensor) -> bool:
+    """Whether the patches themselves are cheaper than the convolution's kernel for many of them."""
+    positions = grad.numel() // max(grad.shape[1], 1)
+    plain = producer.groups == 1 and not producer.transposed and max(producer.kernel_size) > 1
+    return plain and grad.device.type == "cpu" and positions <= _FEW_POSITIONS
+
+
+def _patch_rows(producer: _ConvNd, x: Tensor, sizes: torch.Size, steps: list[int]) -> Tensor:
+    """(positions, F) of an input that is padded already, F ordered like the weight's."""
+    for axis, size in enumerate(sizes):
+        taps, dilation = producer.kernel_size[axis], producer.dilation[axis]
+        x = x.unfold(2 + axis, dilation * (taps - 1) + 1, steps[axis])[..., ::dilation]
+        x = x.narrow(2 + axis, 0, size)
+    rank = len(sizes)
+    # (N, C, positions, taps): channels before the taps, or behind them for channels_last
+    front = [0, *range(2, 2 + rank)]
+    taps_at = list(range(2 + rank, 2 + 2 * rank))
+    order = [*front, *taps_at, 1] if _taps_first(producer) else [*front, 1, *taps_at]
+    return x.permute(order).reshape(x.shape[0] * math.prod(sizes), -1)
 
 
 def _as_rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from normswap.errors import LayerError
 from normswap.layers.batch_statistics import per_channel
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
 
 
 class ThresholdedLinearUnit(nn.Module):
@@ -48,14 +49,20 @@ class ThresholdedLinearUnit(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Clip ``x`` from below."""
-        if input.dim() < 2 or input.shape[1] != self.num_features:
+        if not is_scripting():
+            if is_stand_in(input):
+                return as_one_node(self, input)
+            self._check(input)
+        return torch.maximum(input, per_channel(self.tau.to(input.dtype), input))
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.num_features:
             raise LayerError(
                 "ThresholdedLinearUnit",
-                got=f"an input of shape {tuple(input.shape)}",
+                got=f"an input of shape {tuple(x.shape)}",
                 need=f"(N, {self.num_features}, *)",
                 hint="num_features equal to the channels of the input",
             )
-        return torch.maximum(input, per_channel(self.tau.to(input.dtype), input))
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from normswap import layers
 from normswap.graph.norms import fused_parts, state_of
 from normswap.graph.sites import Site
 from normswap.recipes import base
@@ -38,7 +39,7 @@ class SyncBatchNorm(base.Recipe):
         self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
     ) -> nn.Module:
         del rank, init, activation
-        return _standard(norm, nn.SyncBatchNorm, "SyncBatchNormAct")
+        return _standard(norm, layers.SyncBatchNorm, "SyncBatchNormAct")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from normswap import checks
@@ -23,8 +24,10 @@ class CrossIterationBatchNorm(base.Recipe):
         window: number of iterations k whose statistics are averaged, the current one included.
         burn_in: training iterations of plain BN before the window opens.
         variance_rule: ``"max"`` as in the paper, ``"drop"`` as in its reference implementation.
-        through_history: let the gradient pass through past batches too, which the paper does not;
-            at batch 2 it trains far better.
+        through_history: let the gradient pass through past batches too, which the paper does not:
+            without that, training at batch 2 is far worse.
+        sampling: on maps, follow the variance from every how many-th row and column; 1 for all.
+        half_history: keep the history in bfloat16, in little more than half the memory.
 
     Reference:
         Yao et al. 2020, Cross-Iteration Batch Normalization, arXiv 2002.05712, section 3.
@@ -42,13 +45,17 @@ class CrossIterationBatchNorm(base.Recipe):
     window: int = 8
     burn_in: int = 0
     variance_rule: Literal["max", "drop"] = "max"
-    through_history: bool = False
+    through_history: bool = True
+    sampling: int = 2
+    half_history: bool = False
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
         yield "window", checks.whole(self.window, 1), "a positive integer"
         yield "burn_in", checks.whole(self.burn_in, 0), "an integer of at least 0"
         yield "variance_rule", self.variance_rule in ("max", "drop"), "'max' or 'drop'"
         yield "through_history", isinstance(self.through_history, bool), "True or False"
+        yield "sampling", checks.whole(self.sampling, 1), "a positive integer"
+        yield "half_history", isinstance(self.half_history, bool), "True or False"
 
     def refusal(self, site: Site, model: nn.Module) -> str | None:
         refusal = base.needs_running_statistics(site)
@@ -79,6 +86,8 @@ class CrossIterationBatchNorm(base.Recipe):
             compensate=self.compensate,
             variance_rule=self.variance_rule,
             through_history=self.through_history,
+            sampling=self.sampling,
+            history_dtype=torch.bfloat16 if self.half_history else None,
             **base.factory(norm),
         )
         return base.take_over(norm, base.share_tensors(norm, new))
@@ -117,3 +126,13 @@ class NaiveCrossIterationBatchNorm(CrossIterationBatchNorm):
     wired: ClassVar[bool] = False
     layers: ClassVar[tuple[type[nn.Module], ...]] = ()  # they are CBN's
     compensate: ClassVar[bool] = False
+
+    through_history: bool = False
+    sampling: int = 1
+
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super().limits()
+        # what only compensation has a use for
+        yield "through_history", self.through_history is False, "False: nothing is compensated"
+        yield "sampling", self.sampling == 1, "1: nothing is compensated"
+        yield "half_history", self.half_history is False, "False: nothing is compensated"

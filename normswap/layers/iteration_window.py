@@ -1,0 +1,357 @@
+"""The window of Cross-Iteration BatchNorm: its statistics, what they depend on, the normalisation.
+
+Shapes: n past entries, G groups, C channels, F the weights of one channel. Weights are looked at
+as (G, C/G, F).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from normswap.layers.batch_statistics import (
+    aliases,
+    answers_at_once,
+    is_all_finite,
+    per_channel,
+    reduced_axes,
+)
+from normswap.layers.iteration_history import Loan, Past
+from normswap.layers.producers import fold_weight, unfold_weight
+
+Part = Tensor | float
+"""(C,), or one number where all channels have the same."""
+
+
+class Window(NamedTuple):
+    """Statistics over the window.
+
+    Attributes:
+        mean: (C,), μ̄.
+        variance: (C,), σ̄².
+        share: the part that the current batch has in both.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    share: Part
+
+
+class Entries(NamedTuple):
+    """What past entries have to do with the statistics over the window.
+
+    Attributes:
+        share: (n, C) or one number, what an entry counts for in μ̄.
+        deviation: (n, C), μ̂_τ − μ̄ where it counts.
+        grows: like ``share``, what an entry's variance counts for in σ̄².
+    """
+
+    share: Part
+    deviation: Tensor
+    grows: Part
+
+
+class Reach(NamedTuple):
+    """How the statistics over the window depend on today's weights through past batches.
+
+    Attributes:
+        entries: see :class:`Entries`.
+        moved: (n, C), ⟨p̄_τ, w − w_τ⟩ where it counts.
+        patches: (n, G, F), p̄_τ; None where no weight is followed.
+        loan: the entries' slopes; None likewise.
+    """
+
+    entries: Entries
+    moved: Tensor
+    patches: Tensor | None
+    loan: Loan | None
+
+
+def offsets_of(patches: Tensor, weight: Tensor) -> Tensor:
+    """``⟨p̄, w⟩``: (n, G, F) with (G, C/G, F) to (n, C)."""
+    if len(weight) == 1:
+        return torch.mm(patches.squeeze(1), weight[0].t())
+    return torch.bmm(weight, patches.permute(1, 2, 0)).flatten(0, 1).t()
+
+
+def predict(past: Past, moved: Tensor, weight: Tensor) -> Tensor:
+    """Variances (n, C) of past batches under today's weights.
+
+    With ``base = ⟨D, w_τ⟩ − v_τ``: ``v̂ = ⟨D, w⟩ − base − ⟨p̄, w − w_τ⟩²``.
+    """
+    # With the weight as the row, one product per channel takes a fifth of the time of einsum,
+    # which makes it the column.
+    rows = weight.view(-1, 1, weight.shape[-1])
+    products = [torch.bmm(rows, piece.to(weight.dtype)) for piece in past.slopes]
+    contracted = products[0] if len(products) == 1 else torch.cat(products, 2)
+    return (contracted.squeeze(1).t() - past.base).addcmul_(moved, moved, value=-1)
+
+
+def average(
+    mean: Tensor, variance: Tensor, shift: Tensor, past_variance: Tensor, rule: str
+) -> tuple[Window, Entries]:
+    """Join the batch's moments and the past ones, as brought to today's weights.
+
+    ``σ̄² = mean(v̂) + Var(μ̂)`` is the paper's ν̄ − μ̄² without its cancellation. An entry that is
+    not finite has no part in it.
+
+    Args:
+        mean: (C,), of the batch.
+        variance: (C,), biased.
+        shift: (n, C), past means less ``mean``, so that one far from zero costs no digits.
+        past_variance: (n, C).
+        rule: ``"max"`` or ``"drop"``.
+    """
+    if answers_at_once(shift) and past_variance.min().item() >= 0.0:
+        # the usual case: if all is finite as well, every entry counts and none needs its rule
+        share = 1.0 / (len(shift) + 1)
+        window, deviation = _joined(mean, variance, shift, past_variance, share)
+        if is_all_finite(window.mean + window.variance):
+            return window, Entries(share, deviation, share)
+    counts = torch.isfinite(shift + past_variance)
+    if rule == "drop":
+        counts &= past_variance >= 0
+    part = (1.0 + counts.sum(0)).to(mean.dtype).reciprocal()
+    shares = torch.where(counts, part, 0.0)
+    shift = torch.where(counts, shift, 0.0)
+    known = torch.where(counts, past_variance, 0.0).clamp_min(0.0)
+    window, deviation = _joined(mean, variance, shift, known, part, counts)
+    grows = torch.where(past_variance > 0, shares, 0.0)
+    return window, Entries(shares, deviation, grows)
+
+
+def _joined(
+    mean: Tensor,
+    variance: Tensor,
+    shift: Tensor,
+    known: Tensor,
+    part: Part,
+    counts: Tensor | None = None,
+) -> tuple[Window, Tensor]:
+    """The window, and how far each entry's mean is from its mean."""
+    mean_shift = shift.sum(0) * part
+    deviation = shift - mean_shift
+    if counts is not None:
+        deviation = torch.where(counts, deviation, 0.0)
+    spread = torch.addcmul((deviation * deviation).sum(0), mean_shift, mean_shift)
+    return Window(mean + mean_shift, (known.sum(0) + variance + spread) * part, part), deviation
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    window: Window,
+    eps: float,
+    producer: nn.Module | None = None,
+    reach: Reach | None = None,
+) -> Tensor:
+    """``y = γ·(x − μ̄)/√(σ̄² + ε) + β``, where this batch has a share of μ̄ and σ̄².
+
+    Args:
+        x: the batch.
+        weight: γ, or None.
+        bias: β, or None.
+        window: the statistics.
+        eps: ε.
+        producer: the layer whose weight and bias have a gradient through past batches, or None.
+        reach: how they have.
+    """
+    followed = (None, None) if producer is None else (producer.weight, producer.bias)
+    y: Tensor = _NormaliseAcrossIterations.apply(
+        x, weight, bias, *window, eps, *followed, producer, reach
+    )
+    return y
+
+
+class _NormaliseAcrossIterations(torch.autograd.Function):
+    """The normalisation with its gradient by hand.
+
+    The history is constant but for its reach, so with x̂ = (x − μ̄)·s:
+    ``∂x = γ·s·(g − share·mean(g) − share·x̂·mean(g·x̂))``. BatchNorm's kernel computes that for
+    share = 1; the share of the last term goes into its arguments, the rest is one addition.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        share: Part,
+        eps: float,
+        producer_weight: Tensor | None = None,
+        producer_bias: Tensor | None = None,
+        producer: nn.Module | None = None,
+        reach: Reach | None = None,
+    ) -> Tensor:
+        wide_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        wide_bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+        # not saved: that they have changed by the time of the backward is the loan's affair
+        ctx.followed = producer, producer_weight, producer_bias
+        ctx.eps, ctx.share, ctx.reach = eps, share, reach
+        ctx.save_for_backward(x, weight, bias, mean, variance)
+        y: Tensor = torch.native_batch_norm(
+            x, wide_weight, wide_bias, mean, variance, False, 0.0, eps
+        )[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # somebody wants second derivatives
+            return _differentiable_backward(ctx, grad)
+        x, weight, bias, mean, variance = ctx.saved_tensors
+        share, reach = ctx.share, ctx.reach
+        inverse_deviation = torch.rsqrt(variance + ctx.eps)
+        root = math.sqrt(share) if isinstance(share, float) else share.sqrt()
+        wide_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward.default(
+            grad,
+            x,
+            wide_weight / root,
+            None,
+            None,
+            mean,
+            inverse_deviation * root,
+            True,
+            ctx.eps,
+            [True, True, True],
+        )
+        grad_weight = grad_scale / root
+        gain = wide_weight * inverse_deviation
+        lean = gain * grad_shift
+        if not (isinstance(share, float) and share == 1.0):
+            rest = lean * ((1.0 - share) * (x.shape[1] / x.numel()))
+            grad_x.add_(per_channel(rest, x).to(grad_x.dtype))
+        by_weight = by_bias = None
+        if reach is not None:
+            # minus the gradient of μ̄, and minus twice that of σ̄²
+            growth = gain.mul_(inverse_deviation).mul_(grad_weight)
+            by_weight, by_bias = _gradient_through_history(reach, lean, growth, *ctx.followed)
+        return (
+            grad_x,
+            None if weight is None else grad_weight.to(weight.dtype),
+            None if bias is None else grad_shift.to(bias.dtype),
+            *[None] * 4,
+            by_weight,
+            by_bias,
+            None,
+            None,
+        )
+
+
+def _gradient_through_history(
+    reach: Reach,
+    lean: Tensor,
+    growth: Tensor,
+    producer: nn.Module | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """From the gradients of μ̄ (``−lean``) and σ̄² (``−growth/2``) to the producer's.
+
+    ``∂μ̄ = Σ share·p̄`` and ``∂σ̄² = Σ 2·share·deviation·p̄ + grows·(D − 2·moved·p̄)``.
+    """
+    share, deviation, grows = reach.entries
+    of_mean = torch.addcmul(lean, deviation, growth) * (-share)
+    by_weight = by_bias = None
+    if bias is not None and bias.requires_grad:
+        by_bias = of_mean.sum(0).to(bias.dtype)
+    if producer is not None and weight is not None and reach.patches is not None:
+        assert reach.loan is not None  # it comes with the patches
+        of_variance = growth * (-0.5 * grows)
+        of_patch = of_mean.addcmul_(of_variance, reach.moved, value=-2.0)
+        by_weight = _spread(of_patch, reach.patches)
+        columns = of_variance.expand_as(deviation).unsqueeze(2).unbind(0)
+        for column, slope in zip(columns, reach.loan.slopes(), strict=True):
+            by_weight.addcmul_(column, slope.to(by_weight.dtype))
+        # detached: autograd adds the convolution's own gradient to a view's in new memory
+        by_weight = unfold_weight(producer, by_weight.to(weight.dtype)).detach()
+    return by_weight, by_bias
+
+
+def _spread(coefficients: Tensor, patches: Tensor) -> Tensor:
+    """``Σ_τ c_τ·p̄_τ``: (n, C) with (n, G, F) to (C, F)."""
+    groups = patches.shape[1]
+    if groups == 1:
+        return torch.mm(coefficients.t(), patches.squeeze(1))
+    by_group = coefficients.t().reshape(groups, -1, len(patches))
+    return torch.bmm(by_group, patches.transpose(0, 1)).flatten(0, 1)
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward as autograd writes it, so that it has derivatives itself."""
+    x, weight, bias, mean, variance = ctx.saved_tensors
+    window = Window(mean, variance, ctx.share)
+    producer, *followed = ctx.followed
+    x, weight, bias, *followed = aliases(x, weight, bias, *followed)
+    y = _plain(x, weight, bias, window, ctx.eps, (producer, *followed), ctx.reach)
+    inputs = (x, weight, bias, *[None] * 4, *followed, None, None)
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    found = torch.autograd.grad(
+        y, [inputs[i] for i in wanted], grad, create_graph=True, allow_unused=True
+    )
+    gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return tuple(gradients)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    window: Window,
+    eps: float,
+    followed: tuple[nn.Module | None, Tensor | None, Tensor | None],
+    reach: Reach | None,
+) -> Tensor:
+    """The normalisation around its present point, in operations that autograd knows.
+
+    ``μ̄`` and the second moment about it are written as their present values plus what they gain
+    when x, w and b move: nothing at this point, and the right derivatives of every order.
+    """
+    dtype = window.mean.dtype
+    axes = reduced_axes(x)
+    centred = x.to(dtype) - per_channel(window.mean, x)
+    now = centred.detach()
+    first = window.share * (centred.mean(axes) - now.mean(axes))
+    second = window.share * ((centred * centred).mean(axes) - (now * now).mean(axes))
+    if reach is not None:
+        gained = _gained_through_history(reach, followed, dtype)
+        first, second = first + gained[0], second + gained[1]
+    variance = window.variance + second - first * first
+    y = (centred - per_channel(first, x)) * per_channel(torch.rsqrt(variance + eps), x)
+    if weight is not None:
+        y = y * per_channel(weight.to(dtype), x)
+    if bias is not None:
+        y = y + per_channel(bias.to(dtype), x)
+    return y.to(x.dtype)
+
+
+def _gained_through_history(
+    reach: Reach,
+    followed: tuple[nn.Module | None, Tensor | None, Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    producer, weight, bias = followed
+    share, deviation, grows = reach.entries
+    shift = torch.zeros_like(deviation)
+    growth = torch.zeros_like(deviation)
+    if producer is not None and weight is not None and reach.patches is not None:
+        assert reach.loan is not None  # it comes with the patches
+        step = fold_weight(producer, (weight - weight.detach()).to(dtype))
+        along = offsets_of(reach.patches, step)
+        shift = shift + along
+        # copies: the ring moves on, and whoever differentiates twice may take his time
+        slopes = torch.stack([slope.to(dtype) for slope in reach.loan.slopes()])
+        growth = (slopes * step.flatten(0, 1)).sum(-1) - along * (2.0 * reach.moved + along)
+    if bias is not None:
+        shift = shift + (bias - bias.detach()).to(dtype)
+    around = share * shift * (2.0 * deviation + shift)
+    return (share * shift).sum(0), (around + grows * growth).sum(0)

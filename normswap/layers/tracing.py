@@ -1,0 +1,28 @@
+"""What keeps a layer in one piece under ``torch.fx``.
+
+A tracer runs ``forward`` with a stand-in for the tensor, which cannot answer what a layer asks
+about shapes, and would bake the mode of the moment in. Torch's own layers are single nodes to it;
+these are as well. TorchScript reads the source instead: there a layer has its eval form alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+"""Whether it is TorchScript that reads this; to its compiler a constant."""
+
+
+def is_stand_in(x: Any) -> bool:
+    """Whether ``x`` stands for a tensor while ``torch.fx`` traces."""
+    return isinstance(x, fx.Proxy)
+
+
+def as_one_node(layer: nn.Module, x: Any) -> Tensor:
+    """The call of ``layer`` with the stand-in ``x``, as one node of the graph."""
+    node: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+    return node  # type: ignore[no-any-return]

@@ -1,0 +1,302 @@
+"""CBN as it is by default: the gradient through past batches, and a sampled compensation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from normswap.errors import LayerError
+from normswap.layers import (
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNorm3d,
+    training_state,
+)
+from normswap.layers.batch_statistics import batch_moments
+from normswap.layers.producers import Call, fold_weight
+from normswap.layers.variance_slope import sampling_step, variance_slope
+
+PRODUCERS = {
+    "plain": (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 12, 11)),
+    "pointwise": (nn.Conv2d(3, 4, 1), (2, 3, 12, 11)),
+    "pointwise of a large map": (nn.Conv2d(3, 4, 1), (2, 3, 40, 30)),
+    "pointwise strided": (nn.Conv2d(3, 4, 1, stride=2), (2, 3, 21, 24)),
+    "plain of a large map": (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 40, 30)),
+    "strided": (nn.Conv2d(3, 4, (3, 5), stride=(2, 1), padding=(1, 2)), (2, 3, 48, 24)),
+    "dilated": (nn.Conv2d(3, 4, 3, dilation=2, padding=2), (2, 3, 12, 13)),
+    "reflect": (nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (2, 3, 12, 13)),
+    "same": (nn.Conv2d(3, 4, (3, 4), padding="same", dilation=(2, 1)), (2, 3, 24, 26)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 12, 11)),
+    "depthwise": (nn.Conv2d(4, 4, 5, groups=4, padding=2), (2, 4, 12, 11)),
+    "depthwise strided": (nn.Conv2d(4, 4, 3, groups=4, stride=2), (2, 4, 24, 24)),
+    "transposed": (nn.ConvTranspose2d(3, 4, 3, stride=2), (2, 3, 7, 8)),
+    "1d": (nn.Conv1d(3, 4, 3), (2, 3, 60)),
+    "3d": (nn.Conv3d(3, 4, 3, padding=1), (2, 3, 10, 10, 9)),
+    "linear": (nn.Linear(5, 4), (80, 5)),
+}
+NORMS = {2: CrossIterationBatchNorm1d, 3: CrossIterationBatchNorm1d}
+NORMS |= {4: CrossIterationBatchNorm2d, 5: CrossIterationBatchNorm3d}
+EXACT = ("depthwise strided", "transposed", "linear")
+
+
+def producer_and_batch(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    producer, shape = PRODUCERS[name]
+    producer.reset_parameters()  # they were made before the seed
+    return copy.deepcopy(producer).to(dtype), torch.randn(shape, dtype=dtype) + 0.3
+
+
+def wired(producer, **arguments):
+    channels = getattr(producer, "out_features", None) or producer.out_channels
+    rank = 2 if isinstance(producer, nn.Linear) else producer.weight.dim()
+    norm = NORMS[rank](channels, **arguments).to(producer.weight.dtype)
+    norm.attach(producer)
+    return nn.Sequential(producer, norm)
+
+
+def nudge(module, scale=0.05):
+    with torch.no_grad():
+        module.weight.add_(scale * torch.randn_like(module.weight))
+
+
+def test_what_the_default_is():
+    norm = CrossIterationBatchNorm2d(4)
+    assert (norm.through_history, norm.sampling, norm.window) == (True, 2, 8)
+    assert not CrossIterationBatchNorm2d(4, compensate=False).through_history
+    assert "through_history=True, sampling=2" in repr(norm)
+
+
+@pytest.mark.parametrize("bad", [{"sampling": 0}, {"sampling": 1.5}, {"history_dtype": torch.int8}])
+def test_bad_arguments(bad):
+    with pytest.raises(LayerError, match="need"):
+        CrossIterationBatchNorm2d(4, **bad)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_a_sampled_slope_has_the_batchs_own_length_along_the_weight(name, channels_last):
+    producer, x = producer_and_batch(name)
+    if channels_last:
+        if x.dim() != 4:
+            pytest.skip("no such format")
+        producer, x = (t.to(memory_format=torch.channels_last) for t in (producer, x))
+    with torch.no_grad():
+        y = producer(x)
+        weight = fold_weight(producer, producer.weight).flatten(0, 1)
+        moments = batch_moments(y)
+        slopes = []
+        for sampling in (1, 2):
+            slope = torch.empty(weight.shape, dtype=weight.dtype)
+            along = variance_slope(
+                producer, Call(x, y.shape), y, moments, None, sampling=sampling, out=slope
+            )
+            torch.testing.assert_close((slope * weight).sum(1), along)
+            torch.testing.assert_close(along, 2 * moments[1])
+            slopes.append(slope)
+    exact, sampled = slopes
+    assert (sampling_step(producer, y.shape, 2) == 1) == (name in EXACT)
+    if name in EXACT:
+        assert torch.equal(exact, sampled)
+    else:
+        assert not torch.equal(exact, sampled)
+        # an estimate of the same thing
+        assert torch.cosine_similarity(exact.flatten(), sampled.flatten(), 0) > 0.8
+
+
+def test_small_maps_are_not_sampled():
+    conv = nn.Conv2d(3, 4, 3)
+    assert sampling_step(conv, torch.Size((2, 4, 7, 7)), 2) == 2
+    assert sampling_step(conv, torch.Size((1, 4, 7, 7)), 2) == 1
+    assert sampling_step(conv, torch.Size((2, 4, 56, 56)), 1) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_weights_that_stand_still_make_it_naive(name):
+    producer, _ = producer_and_batch(name)
+    model = wired(producer, window=4)
+    naive = type(model[1])(model[1].num_features, window=4, compensate=False).double()
+    for _ in range(6):
+        x = torch.randn(PRODUCERS[name][1], dtype=torch.float64)
+        y = model(x)
+        producer._forward_hooks, hooks = {}, producer._forward_hooks
+        torch.testing.assert_close(y, naive(producer(x)))
+        producer._forward_hooks = hooks
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_scaling_the_weights_has_no_gradient(name, half):
+    """BatchNorm's scale invariance, whatever was left out of the maps."""
+    producer, _ = producer_and_batch(name)
+    model = wired(producer, window=4, eps=1e-12, history_dtype=half)
+    for _ in range(5):
+        model.zero_grad()
+        y = model(torch.randn(PRODUCERS[name][1], dtype=torch.float64))
+        (y * torch.randn_like(y)).sum().backward()
+    radial = float((producer.weight.grad * producer.weight.detach()).sum().abs())
+    # a slope in bfloat16 is rounded to a part in 256
+    assert radial < (1e-8 if half is None else 1e-2) * float(producer.weight.grad.norm() + 1)
+
+
+def test_means_are_exact_and_variances_near_where_the_slope_is_sampled():
+    producer, _ = producer_and_batch("plain of a large map")
+    model = wired(producer, window=4)
+    batches = [torch.randn(2, 3, 40, 30, dtype=torch.float64) + i for i in range(4)]
+    for x in batches[:-1]:
+        model(x)
+        nudge(producer, 0.01)
+    _, window, _ = model[1]._window_statistics(producer(batches[-1]).detach())
+    today = [producer(x) for x in batches]
+    means = torch.stack([y.mean((0, 2, 3)) for y in today])
+    torch.testing.assert_close(window.mean, means.mean(0))
+    variances = torch.stack([y.var((0, 2, 3), unbiased=False) for y in today])
+    expected = variances.mean(0) + means.var(0, unbiased=False)
+    torch.testing.assert_close(window.variance, expected, rtol=5e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+@pytest.mark.parametrize("forwards", [1, 2, 4])
+def test_several_forwards_before_one_backward(forwards, checkpointing):
+    """Later forwards overwrite what the backwards of earlier ones need."""
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 3, 12, 12, dtype=torch.float64) for _ in range(12)]
+    upstream = torch.randn(2, 4, 10, 10, dtype=torch.float64)
+    found = []
+    for at_once in (1, forwards):
+        torch.manual_seed(1)
+        model = wired(nn.Conv2d(3, 4, 3).double(), window=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+        def run(x, model=model):
+            if checkpointing is None:
+                return model(x)
+            return checkpoint(model, x.requires_grad_(), use_reentrant=checkpointing)
+
+        gradients = []
+        for start in range(0, len(batches), 4):
+            optimizer.zero_grad()
+            for first in range(start, start + 4, at_once):
+                losses = [(run(x) * upstream).sum() for x in batches[first : first + at_once]]
+                torch.stack(losses).sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+            optimizer.step()
+        found.append(gradients)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_backward_after_the_history_is_gone_is_refused():
+    torch.manual_seed(0)
+    model = wired(nn.Conv2d(3, 4, 3), window=3)
+    x = torch.randn(2, 3, 12, 12)
+    for _ in range(3):
+        late = model(x).sum()
+    nudge(model[0])
+    for _ in range(3):
+        model(x)
+    with pytest.raises(LayerError, match="overwritten"):
+        late.backward()
+
+
+def test_only_a_backward_that_is_outstanding_costs_a_copy():
+    torch.manual_seed(0)
+    model = wired(nn.Conv2d(3, 4, 3), window=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loans = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        y = model(torch.randn(2, 3, 12, 12))
+        loans.extend(ref() for ref in model[1]._history._loans)
+        y.square().sum().backward()
+        optimizer.step()
+    assert len(loans) > 3
+    assert not any(loan._kept for loan in loans)
+
+
+def test_a_frozen_producer_needs_no_slope():
+    torch.manual_seed(0)
+    model = wired(nn.Conv2d(3, 4, 3).requires_grad_(False), window=4)
+    trained = wired(copy.deepcopy(model[0]).requires_grad_(), window=4)
+    trained[0]._forward_hooks.popitem(last=False)
+    naive = CrossIterationBatchNorm2d(4, window=4, compensate=False)
+    for _ in range(5):
+        x = torch.randn(2, 3, 12, 12)
+        y = model(x)
+        y.sum().backward()
+        trained(x)
+        torch.testing.assert_close(y, naive(model[0](x)))
+    assert "slopes" not in training_state(model)["1"]
+    assert model[1].history_bytes() < 0.2 * trained[1].history_bytes()
+
+
+def test_a_frozen_bias_alone_or_a_trained_bias_alone():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3)
+    conv.weight.requires_grad_(False)
+    model = wired(conv, window=4)
+    for _ in range(5):
+        x = torch.randn(2, 3, 12, 12)
+        conv.bias.grad = None
+        y = model(x)
+        (y * torch.randn_like(y)).sum().backward()
+        with torch.no_grad():
+            conv.bias.add_(1.0)  # moves every batch of the window alike
+    assert y.mean().abs() < 0.5
+    assert conv.bias.grad.abs().max() < 1e-4
+
+
+def test_a_frozen_weight_that_moves_all_the_same_is_followed():
+    """A momentum encoder: no gradient, and another weight in every step."""
+    torch.manual_seed(0)
+    model = wired(nn.Conv2d(3, 4, 3).requires_grad_(False), window=3)
+    twin = wired(copy.deepcopy(model[0]).requires_grad_(), window=3)
+    twin[0]._forward_hooks.popitem(last=False)
+    for step in range(6):
+        x = torch.randn(2, 3, 12, 12)
+        ours, theirs = model(x), twin(x)
+        if step > 3:
+            torch.testing.assert_close(ours, theirs)
+        nudge(model[0])
+        with torch.no_grad():
+            twin[0].weight.copy_(model[0].weight)
+
+
+def test_half_the_memory_for_the_history():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 32, 3)
+    full = wired(conv, window=4)
+    half = wired(copy.deepcopy(conv), window=4, history_dtype=torch.bfloat16)
+    half[0]._forward_hooks.popitem(last=False)
+    for _ in range(6):
+        x = torch.randn(2, 16, 12, 12)
+        torch.testing.assert_close(half(x), full(x), rtol=1e-3, atol=1e-3)
+        nudge(conv, 0.01)
+        with torch.no_grad():
+            half[0].weight.copy_(conv.weight)
+    assert half[1].history_bytes() < 0.6 * full[1].history_bytes()
+
+
+def test_another_device_or_dtype_keeps_or_drops_the_history():
+    model = wired(nn.Conv2d(3, 4, 3), window=3)
+    model(torch.randn(2, 3, 12, 12))
+    model.double()
+    model(torch.randn(2, 3, 12, 12).double())
+    assert model[1]._history.filled == 1
+
+
+def test_turning_modes_by_hand_keeps_the_producer_followed():
+    model = wired(nn.Conv2d(3, 4, 3), window=3)
+    for module in model.modules():
+        module.training = False
+    assert not model[0]._forward_hooks
+    model(torch.randn(2, 3, 12, 12))
+    for module in copy.deepcopy(model).modules():
+        module.training = True
+    for module in model.modules():
+        module.training = True
+    model(torch.randn(2, 3, 12, 12))
+    assert model[1]._history.filled == 1
