@@ -35,7 +35,7 @@ from normswap.regular import open_regular
 
 _NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?P<kind>part|draft|ready|old)")
 _MARK = ".whole"  # in a folder that is ready: the names that the new content has no more
-_PATIENCE = 0.2  # seconds for a lock: long enough for a writer that is just leaving
+_LEAVING, _BRIEF = 0.2, 10.0  # seconds for who is just leaving, and for who writes one file
 _AT_FDCWD, _EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
 
 _held: dict[Path, int] = {}  # what this process writes, and in which thread
@@ -45,10 +45,14 @@ _held: dict[Path, int] = {}  # what this process writes, and in which thread
 
 
 @contextlib.contextmanager
-def sole_writer(target: str | Path) -> Iterator[None]:
+def sole_writer(target: str | Path, *, patience: float = _LEAVING) -> Iterator[None]:
     """Be the only one who writes a file or folder, and put right what a killed writer left.
 
     Who writes a folder writes what is in it, too. The lock goes with the process.
+
+    Args:
+        target: need not exist.
+        patience: seconds to wait for another writer.
 
     Raises:
         BusyError: another process, or another thread of this one, is writing it.
@@ -62,7 +66,7 @@ def sole_writer(target: str | Path) -> Iterator[None]:
             _settle(path)
         yield
         return
-    with _parents(path), _locked(path, target):
+    with _parents(path), _locked(path, target, patience):
         mine = dict.fromkeys((path, _next(path)), threading.get_ident())
         _held.update(mine)
         try:
@@ -102,11 +106,11 @@ def _parents(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, target: str | Path) -> Iterator[None]:
+def _locked(path: Path, target: str | Path, patience: float) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     file = home(path) / f".{path.name}.lock"
-    lock = FileLock(file, timeout=_PATIENCE, poll_interval=0.02)
+    lock = FileLock(file, timeout=patience, poll_interval=0.02)
     try:
         lock.acquire()
     except Timeout as error:
@@ -213,7 +217,7 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], Any]) 
     final = _absolute(path)
     if final.exists() and not final.is_file():  # a folder, a device
         raise OSError(errno.EINVAL, "no regular file", str(path))
-    with sole_writer(final):
+    with sole_writer(final, patience=_BRIEF):
         if not final.parent.exists():  # in a folder that is being written
             final.parent.mkdir(parents=True)
         part = _fresh(final, "part")

@@ -13,6 +13,7 @@ import json
 import os
 from pathlib import Path
 
+from normswap.errors import BusyError
 from normswap.files import write_whole
 from normswap.regular import read_text
 
@@ -23,7 +24,7 @@ def note_checkpoint(digest: str, path: str | Path) -> None:
     """Remember where the checkpoint with weights of this hash lies."""
     places = {**_places(), digest: str(Path(path).resolve())}
     kept = dict(list(places.items())[-_MOST:])
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, BusyError):
         _file().parent.mkdir(parents=True, exist_ok=True)
         write_whole(_file(), json.dumps(kept, indent=1))
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,21 @@ def test_the_second_writer_is_told(tmp_path):
     assert read(target) == {"a": "first", "b": "first"}
     put(target, a="later")
     assert left(tmp_path) == ["out"]
+
+
+def test_who_writes_one_file_waits_for_the_other(tmp_path):
+    path, ready = tmp_path / "x.txt", tmp_path / "ready"
+    child = os.fork()
+    if child == 0:
+        with files.sole_writer(path):
+            ready.touch()
+            time.sleep(0.5)
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    files.write_whole(path, "later")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert left(tmp_path) == ["ready", "x.txt"]
 
 
 def test_digests_tell_values_types_shapes_and_places_apart():
