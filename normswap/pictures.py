@@ -98,6 +98,33 @@ def learning_curve(
     return _save(figure, path)
 
 
+def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path: str | Path) -> Path:
+    """Which class is taken for which, in shares of the right class.
+
+    Args:
+        counts: a row for each right class, a column for each class that the model said.
+        labels: of both.
+        path: ``.png``, ``.svg`` or ``.pdf``.
+    """
+    shares = [[value / max(sum(row), 1) for value in row] for row in counts]
+    edge = min(3.0 + 0.3 * len(labels), 20.0)
+    figure = _figure(edge + 1, edge)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(labels) <= 60:
+        places = range(len(labels))
+        axes.set_xticks(places, labels, rotation=90, fontsize=8)
+        axes.set_yticks(places, labels, fontsize=8)
+    if len(labels) <= 20:
+        for row, values in enumerate(counts):
+            for column, value in enumerate(values):
+                ink = "white" if shares[row][column] > 0.5 else "black"
+                axes.text(column, row, value or "", ha="center", va="center", color=ink, fontsize=7)
+    axes.set(xlabel="taken for", ylabel="class")
+    figure.colorbar(image, ax=axes, label="share of the class")
+    return _save(figure, path)
+
+
 def accuracy_by_batch(
     lines: Mapping[str, Sequence[tuple[int, float, float, float]]],
     sizes: Sequence[int],

@@ -138,3 +138,68 @@ def test_an_unknown_task_names_the_known_ones():
 def test_a_task_and_a_loss_of_ones_own_exclude_each_other():
     with pytest.raises(TrainingError, match="one or the other"):
         finetune(Net(), samples(), options=OPTIONS, task="poetry", loss=F.cross_entropy)
+
+
+# --- when it ends, and what it costs ------------------------------------------------------------
+
+
+def test_it_stops_when_it_gets_no_better(tmp_path):
+    seen = iter([0.1, 0.2, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    options = FineTune(batch_size=4, epochs=7, learning_rate=0.01, early_stop=2, eval_batch_size=10)
+    net = Net("gn")
+    history = finetune(
+        net,
+        samples(),
+        samples(10, seed=1),
+        options,
+        out=tmp_path,
+        metric=lambda _o, _y: next(seen),
+    )
+    assert [row.epoch for row in history.epochs] == [1, 2, 3, 4]
+    assert history.best.epoch == 2
+    again = finetune(
+        Net("gn"),
+        samples(),
+        samples(10, seed=1),
+        options,
+        out=tmp_path,
+        resume=True,
+        metric=lambda _o, _y: pytest.fail("it had finished"),
+    )
+    assert again.epochs == history.epochs
+
+
+def test_to_stop_early_it_must_be_validated():
+    with pytest.raises(TrainingError, match="early_stop"):
+        finetune(Net("gn"), samples(), options=FineTune(early_stop=1))
+
+
+def test_checkpointed_activations_change_nothing():
+    timm = pytest.importorskip("timm")
+
+    def trained(**options):
+        torch.manual_seed(0)
+        net = timm.create_model("resnet18", num_classes=3, in_chans=1).eval()
+        data = torch.randn(4, 1, 32, 32), torch.arange(4) % 3
+        finetune(net, data, options=FineTune(epochs=1, learning_rate=1e-3, **options))
+        return net
+
+    plain, spared = trained(), trained(grad_checkpointing=True)
+    assert not spared.grad_checkpointing
+    # BatchNorm counts a recomputed batch twice; the weights are the same
+    for (name, mine), theirs in zip(plain.named_parameters(), spared.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6), name
+
+
+def test_a_model_without_checkpointing_says_so():
+    with pytest.raises(TrainingError, match="no set_grad_checkpointing"):
+        finetune(Net("gn"), samples(), options=FineTune(grad_checkpointing=True))
+
+
+def test_channels_last_trains_the_same_and_gives_the_old_format_back():
+    plain, last = Net("gn"), Net("gn")
+    finetune(plain, samples(), options=OPTIONS)
+    finetune(last, samples(), options=FineTune(**{**vars(OPTIONS), "channels_last": True}))
+    for (name, mine), theirs in zip(plain.named_parameters(), last.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5), name
+        assert theirs.is_contiguous()

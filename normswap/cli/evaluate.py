@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from normswap.data import Preprocessing
+    from normswap.training.tasks.confusion import Confusion
 
 _logger = logging.getLogger("normswap")
 
@@ -56,6 +57,12 @@ _logger = logging.getLogger("normswap")
     help="Text file: the folder of each class, one a line, in the order of the model's outputs.",
 )
 @max_pixels_option
+@click.option("--per-class", is_flag=True, help="Every class by itself, the worst first.")
+@click.option(
+    "--confusion",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture to write (.png, .svg, .pdf): which class is taken for which.",
+)
 @click.option("--skip-broken", is_flag=True, help="Count broken images instead of stopping.")
 @timeout_option
 @json_option
@@ -70,6 +77,8 @@ def command(
     val_split: float | None,
     class_map: Path | None,
     max_pixels: int,
+    per_class: bool,
+    confusion: Path | None,
     skip_broken: bool,
     timeout: float | None,
     as_json: bool,
@@ -81,8 +90,9 @@ def command(
     import normswap
     from normswap.data import labelled_dataset
     from normswap.regular import read_text
+    from normswap.training.tasks.confusion import Confusion
 
-    model, preprocessing, names = _open(chosen, timeout)
+    model, preprocessing, names = open_model(chosen, timeout)
     on_broken = "skip" if skip_broken else "error"
     names = names if class_map is None else tuple(read_text(class_map).split("\n"))
     names = None if names is None else tuple(name.strip() for name in names if name.strip())
@@ -101,6 +111,7 @@ def command(
     dataset: Any = read(class_names=names)
     if names is None:
         dataset = _with_classes_of(model, dataset, read)
+    judge = Confusion()
     with progress("evaluating") as show:
         metrics = normswap.evaluate(
             model,
@@ -109,11 +120,16 @@ def command(
             device=check_device(chosen.device),
             workers=workers,
             on_broken=on_broken,
+            task=judge,
             progress=lambda done: show(done, len(dataset)),
         )
+    labels = getattr(dataset, "class_names", None) or range(len(judge.counts or ()))
+    if confusion is not None and judge.counts is not None:
+        _draw(judge, labels, confusion)
     if as_json:
         facts = {"model": chosen.spec, "data": data, "split": split, **metrics.to_json()}
-        print_json({**facts, "input_size": seen.input_size, "crop_pct": seen.crop_pct})
+        facts |= {"input_size": seen.input_size, "crop_pct": seen.crop_pct}
+        print_json(facts | ({"classes": _classes(judge, labels)} if per_class else {}))
         return
     say(_size_in_words(seen, usual))
     print_table(
@@ -129,6 +145,49 @@ def command(
         ],
         numeric=("top-1", "top-5", "loss", "images", "broken"),
     )
+    if per_class:
+        _print_classes(_classes(judge, labels))
+
+
+def _classes(judge: Confusion, labels: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every class by itself, the worst first."""
+    found = sorted(judge.by_class(), key=lambda item: item.top1)
+    return [
+        {
+            "class": str(labels[item.number]),
+            "top1": item.top1,
+            "images": item.images,
+            "taken_for": None if item.taken_for is None else str(labels[item.taken_for]),
+            "times": item.times,
+        }
+        for item in found
+    ]
+
+
+def _print_classes(rows: list[dict[str, Any]]) -> None:
+    print_table(
+        ("class", "top-1", "images", "mostly taken for", "times"),
+        [
+            (
+                row["class"],
+                f"{100 * row['top1']:.2f} %",
+                row["images"],
+                row["taken_for"],
+                row["times"],
+            )
+            for row in rows
+        ],
+        numeric=("top-1", "images", "times"),
+    )
+
+
+def _draw(judge: Confusion, labels: Sequence[Any], path: Path) -> None:
+    """The classes of which there are images."""
+    from normswap import pictures
+
+    assert judge.counts is not None
+    seen = [item.number for item in judge.by_class()]
+    pictures.confusion(judge.counts[seen][:, seen].tolist(), [str(labels[n]) for n in seen], path)
 
 
 def _division(
@@ -198,7 +257,7 @@ def _size_in_words(seen: Preprocessing, usual: Preprocessing) -> str:
     return f"{text}: the size for tests, as timm's own validation has it (trained at {edges[1]})"
 
 
-def _open(
+def open_model(
     chosen: ModelChoice, timeout: float | None
 ) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
     """The model, what it wants of its input, and its class names."""

@@ -54,6 +54,11 @@ _logger = logging.getLogger("normswap")
     help="Which weights to keep. [default: the best on the validation images, the start included]",
 )
 @click.option(
+    "--early-stop",
+    type=click.IntRange(min=1),
+    help="Epochs without a better score after which to stop.",
+)
+@click.option(
     "--checkpoint-every",
     type=click.FloatRange(min=0),
     default=300.0,
@@ -72,6 +77,7 @@ def command(
     batch_size: int,
     teacher: str,
     keep: str | None,
+    early_stop: int | None,
     checkpoint_every: float,
     resume: bool,
     force: bool,
@@ -99,6 +105,7 @@ def command(
         batch_size=batch_size,
         seed=chosen.seed,
         keep=keep,
+        early_stop=early_stop,
         checkpoint_every=checkpoint_every,
         device=check_device(chosen.device) if chosen.device else None,
         teacher=_teacher(teacher, source, chosen.trust, new_head=images.new_head),

@@ -117,11 +117,15 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Share of the run over which gn, ln, in, frn go from their BatchNorm original to"
         " themselves.",
     ),
+    click.option(
+        "--grad-checkpointing", is_flag=True, help="Recompute activations to save memory (timm)."
+    ),
+    click.option("--channels-last", is_flag=True, help="Memory format while training."),
     click.option("--norms-only", is_flag=True, help="Train the normalisers only."),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
 )
 _RECIPE = (
     "epochs", "learning_rate", "optimizer", "weight_decay", "warmup_epochs",
     "gradient_accumulation", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "amp",
-    "freeze_backbone", "passage", "norms_only", "workers",
+    "freeze_backbone", "grad_checkpointing", "channels_last", "passage", "norms_only", "workers",
 )  # fmt: skip

@@ -78,6 +78,35 @@ def _gpu(device: str | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def memory_spared(model: nn.Module, options: FineTune) -> Iterator[None]:
+    """Gradient checkpointing and memory format for a while, as the options ask.
+
+    Raises:
+        TrainingError: the model has no gradient checkpointing of its own.
+    """
+    switch: Any = getattr(model, "set_grad_checkpointing", None)
+    if options.grad_checkpointing and not callable(switch):
+        raise TrainingError(
+            "FineTune.grad_checkpointing",
+            got=f"{type(model).__name__}, which has no set_grad_checkpointing()",
+            need="a model that can recompute its activations, as timm's can",
+            hint="smaller images or amp='bf16' to save memory",
+        )
+    before = bool(getattr(model, "grad_checkpointing", False))
+    try:
+        if options.grad_checkpointing:
+            switch(True)
+        if options.channels_last:
+            model.to(memory_format=torch.channels_last)
+        yield
+    finally:
+        if options.grad_checkpointing:
+            switch(before)
+        if options.channels_last:
+            model.to(memory_format=torch.contiguous_format)
+
+
 def wrap(model: nn.Module, accelerator: Any) -> Any:
     """The model itself, or in DistributedDataParallel where there are several processes."""
     if accelerator.num_processes == 1:

@@ -50,6 +50,7 @@ from normswap.training.execution import (
     borrowed_accelerator,
     explained,
     first_non_finite,
+    memory_spared,
     stop_on_signals,
 )
 from normswap.training.identity import (
@@ -147,20 +148,7 @@ def finetune(
     folder = None if out is None else Path(out)
     if options.keep is None:
         options = replace(options, keep="last" if val_data is None else "best")
-    if options.keep == "best" and val_data is None:
-        raise TrainingError(
-            "FineTune.keep",
-            got="'best' without val_data",
-            need="validation data to say which weights are best",
-            hint="val_data, or keep='last'",
-        )
-    if options.teacher is model:
-        raise TrainingError(
-            "FineTune.teacher",
-            got="the model itself",
-            need="another model, for example the BatchNorm original",
-            hint="copy.deepcopy(model) before the conversion",
-        )
+    _check_call(model, val_data, options)
     work = task_for(options, task, loss, metric)
     if val_data is not None:
         check_evaluation_data(val_data)
@@ -182,12 +170,38 @@ def finetune(
                 norms_only=options.norms_only,
             )
         )
+        stack.enter_context(memory_spared(model, options))
         stack.enter_context(_teacher_at_work(options.teacher, accelerator.device))
         stop = stack.enter_context(stop_on_signals())
         job = Job(model, train_data, val_data, options, work, folder, progress)
         run = Run(job, accelerator, stop, fresh=found is None)
         stack.callback(run.close)
         return run.go(found)
+
+
+def _check_call(model: nn.Module, val_data: Any, options: FineTune) -> None:
+    """Refuse options that cannot do what they say."""
+    if options.keep == "best" and val_data is None:
+        raise TrainingError(
+            "FineTune.keep",
+            got="'best' without val_data",
+            need="validation data to say which weights are best",
+            hint="val_data, or keep='last'",
+        )
+    if options.early_stop is not None and val_data is None:
+        raise TrainingError(
+            "FineTune.early_stop",
+            got=f"{options.early_stop} without val_data",
+            need="validation data to say when a run gets no better",
+            hint="giving val_data, or leaving early_stop out",
+        )
+    if options.teacher is model:
+        raise TrainingError(
+            "FineTune.teacher",
+            got="the model itself",
+            need="another model, for example the BatchNorm original",
+            hint="copy.deepcopy(model) before the conversion",
+        )
 
 
 @contextlib.contextmanager
@@ -399,10 +413,20 @@ class Run:
             log.info("the run in %s had finished; nothing to do", self.job.folder)
             return self._finish()
         self.clock = Clock(self.place.step)
-        while self.place.epoch < self.options.epochs:
+        while not self._ended():
             self._train_epoch()
             self._close_epoch()
         return self._finish()
+
+    def _ended(self) -> bool:
+        """Whether all epochs are done, or the last ones were no better, as ``early_stop`` asks."""
+        if self.place.epoch == self.options.epochs:
+            return True
+        patience, best = self.options.early_stop, self.record.best
+        if patience is None or best is None:
+            return False
+        since = [e for e in self.record.epochs if e.epoch > best.epoch and e.passage in (None, 1)]
+        return len(since) >= patience
 
     def _train_epoch(self) -> None:
         start_training(self.model, freeze_backbone=self.options.freeze_backbone)
@@ -438,6 +462,8 @@ class Run:
     def _forward_backward(self, batch: Batch, parts: int) -> None:
         self.task.check_data(batch.labels)
         images = batch.images.to(self.device, non_blocking=True)
+        if self.options.channels_last and images.ndim == 4:
+            images = images.to(memory_format=torch.channels_last)
         labels = batch.labels.to(self.device, non_blocking=True)
         if not self._begun:
             self._first_look(images)
@@ -745,7 +771,7 @@ class Run:
             "options": self.options.to_json(),
             "data": self._data(),
             "identity": self.identity,
-            "finished": self.place.epoch == self.options.epochs,
+            "finished": self._ended(),
             "place": asdict(self.place),
             **self.record.state(),
             **self.updates.state(),

@@ -63,6 +63,12 @@ class FineTune:
         teacher: a network whose logits the model shall keep, usually the BN original.
         distillation_weight: share of the teacher in the loss, 0 to 1.
         distillation_temperature: T of the softened softmax.
+        early_stop: epochs without a better score on the validation data after which a run ends;
+            None trains all of them.
+        grad_checkpointing: recompute activations in the backward instead of keeping them, by the
+            model's own ``set_grad_checkpointing`` (timm); less memory, about a third more time.
+        channels_last: keep images and weights with the channels last while training; faster for
+            convolutions on GPUs and many CPUs.
         keep: which weights the model holds at the end: ``"last"``, or ``"best"`` on ``val_data``,
             those of the start included; None takes the best where there is validation data.
         checkpoint_every: seconds between two writes of the last checkpoint (besides the end of
@@ -104,6 +110,9 @@ class FineTune:
     teacher: nn.Module | None = field(default=None, repr=False)
     distillation_weight: float = 0.5
     distillation_temperature: float = 2.0
+    early_stop: int | None = None
+    grad_checkpointing: bool = False
+    channels_last: bool = False
     keep: str | None = None
     checkpoint_every: float = 300.0
     log_every: int = 50
@@ -132,6 +141,8 @@ class FineTune:
             value = getattr(self, name)
             fine = value is None or above(value, 0)
             _require(name, value, fine, "a number > 0, or None")
+        patient = self.early_stop is None or whole(self.early_stop, 1)
+        _require("early_stop", self.early_stop, patient, "an integer ≥ 1, or None")
         self._check_shares()
         self._check_choices()
 

@@ -1,0 +1,91 @@
+"""``normswap predict``: what is on images that nobody has labelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from normswap.cli.console import print_json, print_table, progress
+from normswap.cli.evaluate import open_model
+from normswap.cli.images import max_pixels_option
+from normswap.cli.options import (
+    ModelChoice,
+    check_device,
+    cli_command,
+    json_option,
+    model_options,
+    timeout_option,
+)
+
+
+@cli_command("predict")
+@click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="Classes.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Images in one forward.",
+)
+@click.option("--skip-broken", is_flag=True, help="Name broken images instead of stopping.")
+@max_pixels_option
+@timeout_option
+@json_option
+@model_options
+@click.argument("images", type=click.Path(path_type=Path))
+def command(
+    *,
+    chosen: ModelChoice,
+    images: Path,
+    top: int,
+    batch_size: int,
+    skip_broken: bool,
+    max_pixels: int,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Say which class each of IMAGES (a folder or one file) is, and how sure MODEL is.
+
+    MODEL may be an ONNX file too: it is run by onnxruntime.
+    """
+    from normswap.predictions import predictions
+
+    model, preprocessing, names = open_model(chosen, timeout)
+    with progress("predicting") as show:
+        found = list(
+            predictions(
+                model,
+                images,
+                preprocessing.resized(chosen.image_size),
+                class_names=names,
+                top=top,
+                batch_size=getattr(model, "batch_size", None) or batch_size,
+                device=check_device(chosen.device),
+                max_pixels=max_pixels,
+                on_broken="skip" if skip_broken else "error",
+                progress=show,
+            )
+        )
+    if as_json:
+        print_json(
+            [
+                {
+                    "file": item.file,
+                    "classes": [
+                        {"class": name, "probability": share}
+                        for name, share in zip(item.classes, item.probabilities, strict=True)
+                    ],
+                    "problem": item.problem,
+                }
+                for item in found
+            ]
+        )
+        return
+    rows = [
+        (item.file, name, f"{100 * share:.1f} %")
+        for item in found
+        for name, share in zip(item.classes, item.probabilities, strict=True)
+    ]
+    rows += [(item.file, item.problem, "") for item in found if item.problem]
+    print_table(("image", "class", "probability"), rows, numeric=("probability",))
