@@ -57,7 +57,7 @@ def command(
             predictions(
                 model,
                 images,
-                preprocessing.resized(chosen.image_size),
+                preprocessing.resized(chosen.image_size).tested(),
                 class_names=names,
                 top=top,
                 batch_size=getattr(model, "batch_size", None) or batch_size,
