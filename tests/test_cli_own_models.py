@@ -106,6 +106,13 @@ def test_where_nothing_is_known_nothing_is_trusted(name, tmp_path):
     assert json.loads(json_out.stdout)["drift"]["trusted"] is False
 
 
+def test_inspect_names_what_cannot_be_replaced(name):
+    shown = run("inspect", f"{name}:odd").stdout
+    assert "note: 1:batch_norm: Odd calls batch_norm itself" in shown
+    found = json.loads(run("inspect", f"{name}:odd", "--json").stdout)
+    assert [other["name"] for other in found["others"]] == ["1:batch_norm"]
+
+
 ROLES = "weight=g, bias=b, mean=m, var=s2"
 
 

@@ -47,7 +47,7 @@ def command(*, chosen: ModelChoice, exclude: tuple[str, ...], as_json: bool) -> 
         return
     _print_sites(graph, plans)
     _print_targets(plans)
-    for note in graph.notes:
+    for note in (*graph.notes, *(f"{other.name}: {other.reason}" for other in graph.others)):
         say(f"note: {note}")
     say_next("convert", *chosen.words(), "--to", "gn", "-o", "converted")
 
