@@ -180,3 +180,70 @@ def test_artefact_and_onnx(tmp_path):
     again = normswap.load(tmp_path / "out", into=Blocks(nn.SiLU).eval())
     assert torch.equal(again(x), model(x))
     assert normswap.export_onnx(again, tmp_path / "model.onnx", example_inputs=x).passed
+
+
+class Reused(nn.Module):
+    """One SiLU for everything, as blocks of torchvision keep it; the last call follows a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), randomise(nn.BatchNorm2d(16))
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), randomise(nn.BatchNorm2d(16))
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, padding=1), randomise(nn.BatchNorm2d(16))
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        x = self.act(self.bn1(self.conv1(x)))
+        y = self.act(self.bn2(self.conv2(x)))
+        return self.act(x + self.bn3(self.conv3(y)))
+
+
+class Loop(nn.Module):
+    """One line of code runs SiLU behind both norms, of which only one may be converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.bns = nn.ModuleList(randomise(nn.BatchNorm2d(3)) for _ in range(2))
+
+    def forward(self, x):
+        for conv, bn in zip(self.convs, self.bns, strict=True):
+            x = F.silu(bn(conv(x)))
+        return x
+
+
+class Impostor(nn.SiLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_one_silu_at_several_places_goes_only_where_it_may():
+    x = torch.randn(2, 3, 8, 8)
+    model = Reused().eval()
+    result = normswap.convert(model, "evonorm", example_inputs=x)
+    assert result.plan.counts() == {"evonorm": 2, "frozen": 1}
+    assert type(model.act) is nn.SiLU  # the sum still needs it
+    a = model.bn1(model.conv1(x))
+    b = model.bn2(model.conv2(a))
+    expected = F.silu(a + model.bn3(model.conv3(b)))
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(copy.deepcopy(model).train()(x), expected)
+
+
+def test_all_norms_that_feed_a_call_take_it_or_none():
+    x = torch.randn(2, 3, 8, 8)
+    both = normswap.plan(Loop().eval(), "evonorm", example_inputs=x)
+    assert both.counts() == {"evonorm": 2}
+    model = Loop().eval()
+    one = normswap.convert(model, "evonorm", example_inputs=x, include="bns.0").plan
+    assert [e.becomes for e in one] == ["frozen", "keep"]
+    assert "no evonorm: the SiLU stays" in one.entries[0].reason
+    original = Loop().eval()
+    original.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(x), original(x))
+
+
+def test_what_only_looks_like_a_silu_is_no_silu():
+    block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Impostor()).eval()
+    plan = normswap.plan(block, "evonorm", example_inputs=torch.randn(1, 3, 8, 8))
+    assert plan.counts() == {"frozen": 1}
