@@ -328,6 +328,15 @@ def test_half_keeps_the_norms_wide_and_warns_of_large_squares(tmp_path):
     assert verify_onnx(path, model, example_inputs=inputs()).passed
 
 
+def test_half_keeps_a_norm_of_many_nodes_wide_from_its_first_to_its_last(tmp_path):
+    """Squares of a thousand, which float16 cannot hold, even between two nodes."""
+    model = Tiny(FilterResponseNorm2d(4))
+    with torch.no_grad():
+        model.conv.weight.mul_(3000)
+    parity = export_onnx(model, tmp_path / "m.onnx", example_inputs=inputs(), half=True)
+    assert parity.max_relative_error < 1e-2
+
+
 @pytest.mark.parametrize(
     "norm", [BatchRenorm2d(4), CrossIterationBatchNorm2d(4), FrozenBatchNorm2d(4)]
 )
