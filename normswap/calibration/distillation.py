@@ -188,7 +188,7 @@ class Run:
             return scales
         came, scales = self.best, {}
         fit = Fit(self.once, self.producers, self.pool.dice)
-        for number, batches in enumerate(self.pool.rounds(self._fitting, self.tuning)):
+        for number, batches in enumerate(self.pool.rounds(self._fitting)):
             opened = spent()
             if number == 0:
                 steady(self.pairs, self.producers, self.teacher, batches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,11 +76,8 @@ class Pool:
         """One image, or one batch where they come in batches."""
         return self._at([0])
 
-    def rounds(self, count: int, tuning: Tuning, again: int = 2) -> Iterator[list[Any]]:
-        """All images in rounds of about ``count``, then ``again`` rounds of augmented ones.
-
-        A round is a list of batches, four at least.
-        """
+    def rounds(self, count: int) -> Iterator[list[Any]]:
+        """All images, in rounds of about ``count``; a round is a list of batches, four at least."""
         order = torch.randperm(len(self._used), generator=self.dice).tolist()
         used = [self._used[i] for i in order]
         if not isinstance(self.images, Tensor):
@@ -89,12 +85,8 @@ class Pool:
             yield from ([self._at([i]) for i in part] for part in _parts(used, step))
             return
         fitting = max(FEWEST, _NUMBERS // max(self.images[0].numel(), 1))
-        parts = _parts(used, max(FEWEST, min(count, fitting)))
-        for part in parts:
+        for part in _parts(used, max(FEWEST, min(count, fitting))):
             yield [self._at(chosen) for chosen in _lanes(part, self.size)]
-        for index in range(again if self.images.dim() == 4 else 0):
-            chosen = _lanes(parts[index % len(parts)], self.size)
-            yield [self._augmented(self._at(lane), replace(tuning, mix=0.0)) for lane in chosen]
 
     def draw(self, tuning: Tuning) -> Any:
         """The next training batch, augmented where it is a tensor of images."""
