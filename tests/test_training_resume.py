@@ -22,6 +22,8 @@ from training_runs import HARD, HEAVY, Augmented, Net, hard_run, samples, weight
 
 from normswap import files
 from normswap.data import Preprocessing, labelled_dataset
+from normswap.data.detection import Annotated, DetectionImages
+from normswap.data.segmentation import SegmentationImages
 from normswap.errors import TrainingError
 from normswap.training import FineTune, TrainingInterrupted, finetune, read_metrics
 from normswap.training.checkpoints import read_checkpoint, write_checkpoint
@@ -425,3 +427,28 @@ def test_resume_with_another_model_leaves_it_as_it_was(tmp_path):
 def test_best_needs_something_to_be_best_at():
     with pytest.raises(TrainingError, match="val_data"):
         finetune(Net("gn"), samples(), options=FineTune(keep="best"))
+
+
+def test_masks_and_boxes_have_an_identity(tmp_path):
+    folder = pictures(tmp_path / "one")
+    files = sorted(folder.rglob("*.png"))
+    want = Preprocessing((1, 8, 8), (0.5,), (0.5,))
+    masks = SegmentationImages(list(zip(files[:3], files[3:], strict=True)), ["x", "y"], want)
+    first = data_identity(masks)
+    assert set(first) == {"samples", "names", "sizes", "labels"}
+    swapped = SegmentationImages(list(zip(files[3:], files[:3], strict=True)), ["x", "y"], want)
+    assert data_identity(swapped)["names"] != first["names"]
+    box = Annotated(files[0], ((0.0, 0.0, 2.0, 2.0),), (1,), (False,), files[0])
+    moved = dataclasses.replace(box, boxes=((0.0, 0.0, 2.0, 3.0),))
+    one, other = (data_identity(DetectionImages([item], ["b", "x"])) for item in (box, moved))
+    assert one["names"] == other["names"]
+    assert one["labels"] != other["labels"]
+
+
+def test_labels_that_name_an_address_do_not_count():
+    class Odd(Augmented):
+        def __init__(self):
+            super().__init__(4)
+            self.targets = [object() for _ in range(4)]
+
+    assert data_identity(Odd()) == data_identity(Odd())

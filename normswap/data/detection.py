@@ -76,6 +76,10 @@ class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.class_names = tuple(class_names)
         self.train = train
 
+    def listed(self) -> list[tuple[tuple[Path, ...], tuple[Any, ...]]]:
+        """File and boxes of every sample, for who wants to know whether they are the same again."""
+        return [((item.file,), (item.boxes, item.classes, item.crowd)) for item in self.items]
+
     def __len__(self) -> int:
         return len(self.items)
 

@@ -66,6 +66,10 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
         self.channels = channels_of(preprocessing)
         self.transform = joint_transform(preprocessing, train=train)
 
+    def listed(self) -> list[tuple[tuple[Path, ...], None]]:
+        """The files of every sample, for who wants to know whether they are the same again."""
+        return [(pair, None) for pair in self.pairs]
+
     def __len__(self) -> int:
         return len(self.pairs)
 

@@ -55,7 +55,7 @@ def data_identity(data: Any, *, contents: bool = False) -> dict[str, Any] | None
         tensors = getattr(data, "tensors", None)
         read = _read(data, count) if contents and tensors is None and count else tensors
         return _described(count, labels=_labels(data), contents=read)
-    paths = [os.path.abspath(path) for path, _ in files]  # noqa: PTH100  (links stay)
+    paths = [os.path.abspath(p) for places, _ in files for p in places]  # noqa: PTH100  (links stay)
     root = os.path.commonpath([os.path.split(path)[0] for path in paths]) if paths else ""
     return _described(
         count,
@@ -75,8 +75,8 @@ def _short(value: Any) -> str:
     return content_digest(value)[:16]
 
 
-def _files(data: Any) -> list[tuple[str, Any]] | None:
-    """(path, class) of every sample, where the data are files."""
+def _files(data: Any) -> list[tuple[tuple[str, ...], Any]] | None:
+    """The paths and the label of every sample, where the data are files."""
     if isinstance(data, Subset):
         inner = _files(data.dataset)
         return None if inner is None else [inner[index] for index in data.indices]
@@ -84,12 +84,14 @@ def _files(data: Any) -> list[tuple[str, Any]] | None:
         parts = [_files(part) for part in data.datasets]
         known = [part for part in parts if part is not None]
         return [item for part in known for item in part] if len(known) == len(parts) else None
+    if hasattr(data, "listed"):
+        return [(tuple(map(str, places)), label) for places, label in data.listed()]
     reader = getattr(data, "reader", data)  # timm's data sets have one
     found = getattr(reader, "samples", None)
     if not isinstance(found, Sequence) or not all(map(_is_sample, found)):
         return None
     root = getattr(reader, "root", "")
-    return [(os.path.join(root, item[0]), int(item[1])) for item in found]  # noqa: PTH118
+    return [((os.path.join(root, path),), int(label)) for path, label in found]  # noqa: PTH118
 
 
 def _is_sample(item: Any) -> bool:
@@ -105,8 +107,8 @@ def _labels(data: Any) -> Any:
         found = getattr(data, name, None)
         if isinstance(found, Tensor) or hasattr(found, "tolist"):
             return torch.as_tensor(found).tolist()
-        if isinstance(found, list):
-            return found
+        if isinstance(found, list) and all(isinstance(item, int | float | str) for item in found):
+            return found  # of other things the text may name an address in memory
     return None
 
 
