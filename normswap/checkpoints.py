@@ -83,6 +83,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return _without_prefixes(state)
 
 
+def save_checkpoint(content: Any, path: Path) -> None:
+    """``torch.save`` by way of Python's own file, whose errors say what is wrong with a disk."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
 def _is_safetensors(path: Path) -> bool:
     if path.suffix == ".safetensors":
         return True
@@ -242,4 +248,4 @@ def _describe(content: Any) -> str:
     return f"a {type(content).__name__}"
 
 
-__all__ = ["check_archive", "fit_checkpoint", "load_checkpoint"]
+__all__ = ["check_archive", "fit_checkpoint", "load_checkpoint", "save_checkpoint"]

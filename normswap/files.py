@@ -228,8 +228,10 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], Any]) 
                 part.write_bytes(content.encode() if isinstance(content, str) else content)
             flush(part)
             part.replace(final)
-        except BaseException:
+        except BaseException as error:
             part.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename in (None, str(part)):
+                error.filename = str(path)  # of which the caller knows
             raise
         flush(final.parent)
     return Path(path)

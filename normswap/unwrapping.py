@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from normswap import __version__, standalone
+from normswap.checkpoints import save_checkpoint
 from normswap.copying import copied
 from normswap.errors import ArtifactError, in_short
 from normswap.files import contents, draft_folder
@@ -28,6 +29,7 @@ from normswap.graph.norms import is_batchnorm
 from normswap.layers import ThresholdedLinearUnit, fold_weights
 from normswap.provenance import provenance_of
 from normswap.recipes import recipe_of
+from normswap.room import room_for
 from normswap.running import call, evaluating, leaves
 from normswap.sources import rebuild
 from normswap.swap.relu_removal import edited_methods
@@ -99,9 +101,9 @@ def unwrap(
     original = rebuild(origin, trust=provenance_of(model).trusted)
     found = _differences(original, plain)
     text = _text(origin, found, plain)
-    with draft_folder(target, (WEIGHTS, MODEL)) as draft:
+    with room_for(target, ArtifactError), draft_folder(target, (WEIGHTS, MODEL)) as draft:
         _check_target(target, force)  # again: somebody may have been there meanwhile
-        torch.save(_plain_state(plain), draft / WEIGHTS)
+        save_checkpoint(_plain_state(plain), draft / WEIGHTS)
         (draft / MODEL).write_text(text, encoding="utf-8")
         _check(draft / MODEL, model, example_inputs, str(target))
     return target

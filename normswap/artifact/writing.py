@@ -34,6 +34,7 @@ from normswap.files import contents, draft_folder, file_digest, final_name, sole
 from normswap.passage import refuse_crossing
 from normswap.plain import plain
 from normswap.provenance import Provenance, portable, provenance_of
+from normswap.room import full
 from normswap.sources import canonical, rebuild
 from normswap.trust import typed
 
@@ -346,7 +347,8 @@ def _one_clear_error(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        told = error.strerror if isinstance(error, OSError) else None
+        reason = full(error) or told or str(error)
         raise ArtifactError(
             str(target),
             got=f"{reason}, so that nothing was written",

@@ -13,12 +13,11 @@ import click
 
 from normswap.cli.console import one_line
 from normswap.errors import NormSwapError, ParityError
+from normswap.room import full
 
 DONE, FAILED, USAGE, PARITY, INTERRUPTED = 0, 1, 2, 3, 130
 
 _SYSTEM = {
-    errno.ENOSPC: ("a full disk", "space for the output", "another disk, or remove something"),
-    errno.EDQUOT: ("a full quota", "space for the output", "another disk, or remove something"),
     errno.EACCES: ("permission denied", "the right to use it", "another path, or chmod"),
     errno.EPERM: ("permission denied", "the right to use it", "another path, or chmod"),
     errno.EROFS: ("a read-only file system", "the right to write there", "another path"),
@@ -83,6 +82,9 @@ def describe(error: BaseException) -> tuple[int, str]:
 
 def _foreign(error: BaseException) -> str:
     """A line for what normswap did not raise itself."""
+    if got := full(error):
+        where = getattr(error, "filename", None) or "file system"
+        return f"{where}: got {got}; need space for the output. Try freeing some, or another disk."
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         got, need, hint = _SYSTEM[error.errno]
         return f"{error.filename or 'file system'}: got {got}; need {need}. Try {hint}."

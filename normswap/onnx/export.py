@@ -22,6 +22,7 @@ from normswap.onnx.subject import subject_of
 from normswap.onnx.writing.program import MAX_OPSET, MIN_OPSET, Draft, Options, write_program
 from normswap.onnx.writing.record import record_of
 from normswap.passage import refuse_crossing
+from normswap.room import room_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,7 +137,7 @@ def _unwritable(path: Path, error: OSError) -> ExportError:
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A folder beside the target, on the same disk, gone afterwards whatever happens."""
-    with contextlib.ExitStack() as stack:
+    with room_for(target, ExportError), contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(scratch_folder(target))
         except OSError as error:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from normswap.artifact.record import OWN_FILES
-from normswap.checkpoints import check_archive
+from normswap.checkpoints import check_archive, save_checkpoint
 from normswap.errors import TrainingError, in_short
 from normswap.files import content_digest, current, write_whole
 from normswap.reading import Malformed, reading
+from normswap.room import full
 from normswap.training.options import FineTune
 from normswap.training.records import CURVE, EVENTS, METRICS
 
@@ -36,12 +37,12 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     sealed = {**state, "sha256": content_digest(state)}
     try:
-        write_whole(path, lambda part: torch.save(sealed, part))
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
+        write_whole(path, lambda part: save_checkpoint(sealed, part))
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of some
         earlier = "; the checkpoint written before is still whole, resume from it"
         raise TrainingError(
             str(path),
-            got=f"{type(error).__name__}: {in_short(error)}",
+            got=full(error) or f"{type(error).__name__}: {in_short(error)}",
             need="room for the checkpoint and the right to write it",
             hint="freeing disk space" + (earlier if path.is_file() else ""),
         ) from error

@@ -14,6 +14,7 @@ from normswap.errors import TrainingError
 from normswap.files import write_whole
 from normswap.reading import Malformed, reading
 from normswap.regular import read_text
+from normswap.room import room_for
 from normswap.training.tasks.base import Metrics
 
 METRICS = "metrics.jsonl"
@@ -225,8 +226,9 @@ class Recorder:
         """Append one line; ``values`` holds the ``step`` it belongs to."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self._file.flush()
+        with room_for(self._file.name, TrainingError):
+            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and isinstance(value, (int, float)):
