@@ -5,6 +5,9 @@
 A BN network trains for a while at batch 32, as on the big machine. Then it is converted in place
 and the same loop goes on at batch 2 with the same optimizer object: ``convert(optimizer=...)``
 moves its parameter groups onto the new parameters, and state whose parameter survived is kept.
+
+With ``--passage 0.5`` the converted network begins as exactly the BN original and becomes itself in
+the first half of the last epoch: one more line in the loop.
 """
 
 from __future__ import annotations
@@ -49,8 +52,9 @@ def train(
     images: Tensor,
     labels: Tensor,
     batch_size: int,
+    passage: normswap.Passage | None = None,
 ) -> None:
-    """One epoch of a loop that knows nothing of normswap."""
+    """One epoch of a loop that knows nothing of normswap, but for a passage if there is one."""
     model.train()
     order = torch.randperm(len(images))
     for chosen in order.split(batch_size):
@@ -58,6 +62,8 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if passage is not None:
+            passage.step()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -65,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", default="gn")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--passage", type=float, metavar="SHARE", help="of the last epoch")
     chosen = parser.parse_args(arguments)
     torch.manual_seed(0)
     images, labels, test_images, test_labels = digits()
@@ -85,7 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     say("converted, not yet trained")
     for group in optimizer.param_groups:
         group["lr"] *= 2 / 32  # the linear rule
-    train(model, optimizer, images, labels, batch_size=2)
+    passage = None
+    if chosen.passage:
+        passage = normswap.Passage(model, steps=round(chosen.passage * len(images) / 2))
+        say("at the start of the passage")
+    train(model, optimizer, images, labels, batch_size=2, passage=passage)
     say("one more epoch at batch 2")
     return found
 

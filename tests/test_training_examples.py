@@ -31,6 +31,12 @@ def test_own_training_loop(capsys):
     assert "3 layers are now gn" in capsys.readouterr().out
 
 
+def test_own_training_loop_with_a_passage():
+    found = example("own_training_loop").main(["--epochs", "2", "--passage", "0.5", "--to", "frn"])
+    assert found["at the start of the passage"] == found["BN, batch 32"]
+    assert found["one more epoch at batch 2"] > 0.9
+
+
 def test_segmentation(capsys):
     found = example("segmentation").main(["--quick"])
     assert set(found) == {"bn", "gn"}
