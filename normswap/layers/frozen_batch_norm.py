@@ -61,9 +61,12 @@ class _FrozenBatchNorm(nn.Module):
             if is_stand_in(input):
                 return as_one_node(self, input)
             check_rank(self, input, self._ranks)
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        mean, var = self.running_mean, self.running_var
+        if self.training and torch.is_grad_enabled():
+            # several processes copy buffers in place before every forward, with the same values;
+            # to older torch that is a change of what an earlier forward kept for its backward
+            mean, var = mean.data, var.data
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -167,6 +167,13 @@ def make_scheduler(
             updates_per_epoch=updates_per_epoch,
         ),
     )
+    if scheduler is None and options.scheduler != "none":  # what older releases say of a name
+        raise TrainingError(
+            "FineTune.scheduler",
+            got=repr(options.scheduler),
+            need="a name that this timm knows",
+            hint="'cosine'",
+        )
     return scheduler
 
 
