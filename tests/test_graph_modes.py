@@ -246,3 +246,26 @@ class MakesTensors(nn.Module):
 
 def test_tensors_that_a_forward_makes_are_made_on_meta():
     assert walk(MakesTensors(), torch.zeros(1, 3, 4, 4)).device == "meta"
+
+
+class Autocasts(nn.Module):
+    """What timm's EfficientViT and many training scripts write."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return self.bn(self.conv(x))
+
+
+def test_autocast_by_the_device_of_a_tensor_is_walked_on_meta():
+    before = torch.autocast.__init__
+    graph = walk(Autocasts(), torch.zeros(1, 3, 4, 4))
+    assert (graph.device, graph.sites[0].producer.name) == ("meta", "conv")
+    with torch.device("meta"):
+        assert len(walk(Autocasts(), torch.zeros(1, 3, 4, 4))) == 1
+    assert torch.autocast.__init__ is before
+    with pytest.raises(RuntimeError):
+        torch.autocast(device_type="meta")

@@ -8,7 +8,9 @@ release to release, so a tensor that is not plainly contiguous always takes torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, TypeGuard
 
@@ -111,6 +113,28 @@ def _keeps_first(first: Tensor, rest: tuple[Any, ...]) -> bool:
         and missing >= 0
         and all(b in (a, 1) for a, b in zip(first.shape[missing:], other.shape, strict=True))
     )
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Meanwhile ``torch.autocast(x.device.type)`` of a tensor on meta does nothing.
+
+    Torch knows no autocast there and raises; nothing is computed there either.
+    """
+    original = torch.autocast.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type == "meta":
+            original(self, "cpu", enabled=False)
+        else:
+            original(self, device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]
 
 
 def put_on_meta(modules: Iterable[nn.Module]) -> None:

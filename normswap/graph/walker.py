@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from normswap.errors import WalkError, in_short
 from normswap.graph import norms
-from normswap.graph.meta import put_on_meta
+from normswap.graph.meta import put_on_meta, without_autocast
 from normswap.graph.modes import any_depends_on_mode
 from normswap.graph.preserved import preserved
 from normswap.graph.reading import Names, Run, read_others, read_sites
@@ -200,5 +200,6 @@ def ready_to_run(
         if any(module.training != (mode == "train") for module in names):
             model.train(mode == "train")
         if meta:
+            stack.enter_context(without_autocast())
             put_on_meta(names)
         yield moved(example_inputs, device), device
