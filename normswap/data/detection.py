@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from normswap.data.images import images_below, read_image
 from normswap.data.pairing import divided, folder_of, names_of, no_split
 from normswap.errors import DataError
-from normswap.regular import read_text
+from normswap.regular import open_regular, read_text
 
 BACKGROUND = "__background__"
 CLASSES = "classes.txt"
@@ -345,7 +345,7 @@ def read_yolo(image: Path, labels: Path, classes: int | None = None) -> Annotate
 
     if not labels.exists():
         return Annotated(image, (), (), (), image)
-    with PIL.Image.open(image) as opened:
+    with open_regular(image) as stream, PIL.Image.open(stream) as opened:
         width, height = opened.size
     boxes, numbers = [], []
     for count, words in _lines(labels):
