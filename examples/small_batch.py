@@ -31,8 +31,8 @@ from normswap.sweeps import Sweep, sweep
 
 TARGETS = {
     **{name: name for name in ("bn", "gn", "frn", "brn", "cbn")},
-    # the paper stops the gradient at past batches; here it goes on
-    "cbn-through": CrossIterationBatchNorm(through_history=True),
+    # the paper stops the gradient at past batches
+    "cbn-paper": CrossIterationBatchNorm(through_history=False, sampling=1),
 }
 
 

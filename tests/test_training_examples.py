@@ -20,7 +20,7 @@ def example(name):
 def test_small_batch(tmp_path):
     arguments = ["--quick", "--epochs", "1", "--out", str(tmp_path), "--start", "pretrained"]
     found = example("small_batch").main(arguments)["pretrained"]
-    assert found.targets == ("bn", "gn", "frn", "brn", "cbn", "cbn-through")
+    assert found.targets == ("bn", "gn", "frn", "brn", "cbn", "cbn-paper")
     assert all(cell.failure is None for cell in found.cells)
     assert (tmp_path / "textured" / "pretrained" / "sweep.png").exists()
 

@@ -393,7 +393,8 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
 
     ``μ̂_τ = μ_τ + ⟨∂μ_τ/∂w, w_t − w_τ⟩``, and the second moment ν likewise;
     ``μ̄ = mean(μ̂)``, ``ν̄ = mean(max(ν̂, μ̂²))``, ``σ̄² = ν̄ − μ̄²``, ``y = γ(x − μ̄)/√(σ̄² + ε) + β``.
-    The gradient flows through the current batch's share only, unless ``through_history`` is set.
+    In the paper the gradient flows through the current batch's share only; here it goes on through
+    the others.
     Eval is BatchNorm's own, to the bit, and so are the state dict's keys; running statistics are
     BatchNorm's too.
 
@@ -416,10 +417,15 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
         compensate: apply the Taylor term; without it ("naive CBN") no producer is needed.
         variance_rule: what to do with a predicted variance below 0: ``"max"`` takes 0, ``"drop"``
             leaves the entry out, as the paper's code does.
-        through_history: let the gradient reach the producer's weight through past batches too. The
-            paper stops it there, which leaves the weight's scale free to grow; at batch 2 training
-            can be very much slower for it. Costs one more look at the history, and keeps two more
-            tensors of the weight's size for the backward.
+        through_history: let the gradient reach the producer's weight through past batches too; None
+            does so with compensation. The paper stops it there, which leaves the weight's scale
+            free to grow; at batch 2 training can be very much slower for it.
+        sampling: on maps of convolutions, estimate how the variance depends on the weight from
+            every how many-th row and column; 1 looks at all. Maps with fewer than 32 positions in
+            the sample are looked at whole. The batch's own statistics are exact either way, past
+            means too, and so is BatchNorm's scale invariance.
+        history_dtype: ``torch.bfloat16`` or ``torch.float16`` for a history of half the size; None
+            for the statistics' own dtype.
         track_running_stats: must stay True.
         device: where parameters and buffers live.
         dtype: their dtype.
@@ -439,8 +445,9 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
 
     Reference:
         Yao et al., "Cross-Iteration Batch Normalization", arXiv 2002.05712, section 3.
-        *Differs from the paper* in arithmetic only: the mean is followed exactly, and the variance
-        instead of the second moment, which cancels less.
+        *Differs from the paper* in that the gradient passes through the history, and in the
+        sampling; with ``through_history=False, sampling=1`` in arithmetic only: the mean is
+        followed exactly, and the variance instead of the second moment, which cancels less.
     """
 
     _ranks = (4,)
