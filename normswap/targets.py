@@ -32,6 +32,8 @@ FALLBACKS: tuple[str, ...] = ("frozen", "keep", "brn", "gn", "error")
 INITS: tuple[str, ...] = ("match", "copy", "reset")
 """How a per-sample target gets its affine parameters from the BN it replaces."""
 
+_MOST = 1000
+"""Characters of a target; nobody needs as many."""
 _TARGET = re.compile(r"\s*([^\s(),=]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
@@ -45,6 +47,8 @@ def read_target(text: str) -> tuple[str, dict[str, Any]]:
         >>> read_target("cbn(window=4, variance_rule=drop)")
         ('cbn', {'window': 4, 'variance_rule': 'drop'})
     """
+    if len(text) > _MOST:
+        raise ValueError(f"{text[:20]!r} and {len(text) - 20} characters more are no target")
     found = _TARGET.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r} is not written like gn(groups=16)")
@@ -71,5 +75,5 @@ def split_targets(text: str) -> list[str]:
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return text  # a word, as auto is

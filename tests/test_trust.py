@@ -19,12 +19,13 @@ from click.testing import CliRunner
 from torch import nn
 
 import normswap
-from normswap import sources, trust
+from normswap import files, sources, trust
 from normswap.artifact import record
 from normswap.cli.app import app
-from normswap.errors import ArtifactError, NormSwapError, SpecError
+from normswap.errors import ArtifactError, NormSwapError, SpecError, TrainingError
 from normswap.onnx.file.identity import metadata_hash
 from normswap.planning import Plan
+from normswap.sweeps import sweep
 
 SPEC = "timm/test_resnet"
 TOUR = "python:normswap.tour:digits_net"
@@ -530,6 +531,66 @@ def test_a_hostile_plan_runs_nothing(folder, plan, edit):
     with nothing_may_run():
         assert_refused(run(*convert, "--plan", folder.parent / "plan.json", "-o", "out"))
         assert_refused(run("inspect", "model"))
+    assert untouched(folder)
+
+
+HOSTILE_TARGETS = [
+    "gn(groups=__import__('evilmod'))",
+    "gn(groups=evilmod.f())",
+    "gn(groups=[].__class__.__base__.__subclasses__())",
+    "gn(groups=(lambda: __import__('evilmod'))())",
+    "gn(groups=f'{__import__(chr(101))}')",
+    "gn(groups=open('ran', 'w'))",
+    "gn(groups=9**9**9**9)",
+    "gn(groups=" + "-" * 900 + "1)",
+    "gn(groups=" + "[" * 400 + "]" * 400 + ")",
+    "gn(groups=" + "-" * 50_000 + "1)",
+    "gn(" + "a=1," * 20_000 + ")",
+    "gn(__class__=evilmod)",
+    "gn(__init__=1)",
+    "frn(eps=evilmod)",
+    "os.system(command='touch ran')",
+    "python:evilmod:f",
+    "evilmod:f",
+    "evilmod.f()",
+    "__import__",
+    "__class__",
+    "build(evilmod)",
+]
+
+
+@pytest.mark.parametrize("target", HOSTILE_TARGETS, ids=lambda value: value[:40])
+def test_a_target_is_read_and_never_evaluated(folder, artefact, plan, target):
+    """On the command line, in a plan, and in the plan of an artefact."""
+    model = [SPEC, "--no-pretrained", "--num-classes", "3", "--image-size", "32"]
+    data = copy.deepcopy(plan)
+    data["entries"][0].update(becomes=target)
+    data["entries"][0]["recipe"].update(target=target)
+    (folder.parent / "plan.json").write_text(json.dumps(data))
+    rewrite(folder / "model", plans=[{**data, "target": target}])
+    with nothing_may_run():
+        assert_refused(run("convert", *model, "--to", target, "-o", "out"))
+        assert_refused(run("sweep", *model, "--to", target, "--data", "data", "-o", "out"))
+        assert_refused(run("bench", *model, "--to", target))
+        assert_refused(run("convert", *model, "--plan", folder.parent / "plan.json", "-o", "out"))
+        assert_refused(run("inspect", "model"))
+    assert untouched(folder)
+
+
+@pytest.mark.parametrize("field", ["recipe", "target"])
+@pytest.mark.parametrize("target", HOSTILE_TARGETS[:5])
+def test_a_cell_of_a_sweep_names_nothing_that_runs(folder, field, target):
+    images = torch.arange(96.0).reshape(6, 1, 4, 4) / 96, torch.arange(6) % 2
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    options = normswap.FineTune(epochs=1, batch_size=2, tensorboard=False, device="cpu")
+    settings = {"targets": ["gn"], "batch_sizes": [2], "seeds": 1, "options": options}
+    out = folder.parent / "sweep"
+    sweep(model, images, images, **settings, out=out)
+    cell = out / "cells" / "gn-b2-s0.json"
+    data = json.loads(cell.read_text()) | {field: target}
+    cell.write_text(json.dumps(data | {"sha256": files.json_digest(data)}))
+    with nothing_may_run(), pytest.raises(TrainingError, match="cell"):
+        sweep(model, images, images, **settings, out=out)
     assert untouched(folder)
 
 
