@@ -184,13 +184,14 @@ def _read(folder: Path) -> tuple[Document, dict[str, Tensor], Sites]:
                 return document, state, statistics
 
 
-def _stamp(folder: Path) -> list[tuple[int, ...]]:
-    """Which files lie there now; nobody changes one in place, each writing makes new ones."""
-    found: list[tuple[int, ...]] = []
+def _stamp(folder: Path) -> list[tuple[str, int, int, int]]:
+    """Which files lie where now; nobody changes one in place, each writing makes new ones."""
+    found: list[tuple[str, int, int, int]] = []
     for name in (RECORD, WEIGHTS):
         with contextlib.suppress(OSError):
-            facts = current(folder, name).stat()
-            found.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+            place = current(folder, name)
+            facts = place.stat()
+            found.append((str(place), facts.st_ino, facts.st_mtime_ns, facts.st_size))
     return found
 
 
