@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,8 +292,7 @@ class _Chooser:
         sites = [e.name for e in whole.swapped if e.recipe is not None and e.recipe.per_sample]
         if not sites:  # all others are exact
             return _Found(whole, None, 1.0, 1.0, 0)
-        every = [moved(batch, device) for batch in _shuffled(images, self.draw)]
-        judges, used = every[::2], every[1::2] or every
+        judges, used = self._halves(images, device)
         budget.tell(0.0, "what each site costs")
         with evaluating(self.teacher):
             model = self._converted(whole)
@@ -315,6 +315,25 @@ class _Chooser:
                 break
         budget.tell(1.0, "done")
         return best
+
+    def _halves(self, images: Any, device: torch.device) -> tuple[list[Any], list[Any]]:
+        """Batches that judge, and batches that calibrate.
+
+        Other photographs of the same things are no strangers: so the halves share no class of the
+        original's decisions, where single images and classes can be told.
+        """
+        every = [moved(batch, device) for batch in _shuffled(images, self.draw)]
+        if isinstance(images, Tensor):
+            with evaluating(self.teacher), torch.no_grad():
+                outputs = [leaves(call(self.teacher, copied(batch))) for batch in every]
+            if all(found and found[0].dim() == 2 for found in outputs):
+                classes = torch.cat([found[0].argmax(1) for found in outputs])
+                first = _first_half(classes.tolist()).to(device)
+                if first.any() and not first.all():
+                    joined = torch.cat(every)
+                    parts = (torch.split(joined[part], _BATCH) for part in (first, ~first))
+                    return list(next(parts)), list(next(parts))
+        return every[::2], every[1::2] or every
 
     def _plan(self, frozen: Iterable[str]) -> Plan:
         reasons = dict.fromkeys(frozen, "frozen, to keep the decisions asked for")
@@ -474,6 +493,16 @@ def _direction(outputs: list[Tensor], draw: torch.Generator) -> Tensor | None:
         for z in varying
     ]
     return torch.stack([(v * z).sum() for v, z in zip(steps, varying, strict=True)]).sum()
+
+
+def _first_half(classes: list[int]) -> Tensor:
+    """Which images are in the first of two halves that share no class; the large classes first."""
+    sizes = [0, 0]
+    side: dict[int, int] = {}
+    for number, count in Counter(classes).most_common():
+        side[number] = int(sizes[0] > sizes[1])
+        sizes[side[number]] += count
+    return torch.tensor([side[number] == 0 for number in classes])
 
 
 def _first(found: list[Any], count: int) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import PlanError
-from normswap.keeping import _costs, kept_share
+from normswap.keeping import _costs, _first_half, kept_share
 from normswap.planning import Plan
 
 
@@ -173,3 +173,8 @@ def test_the_model_stays_where_it_cannot_be_done(teacher):
 def test_requests_that_mean_nothing(options, match):
     with pytest.raises(PlanError, match=match):
         normswap.convert(Net(), "gn", example_inputs=images(2, 0), **options)
+
+
+def test_halves_share_no_class_and_are_as_large_as_that_allows():
+    first = _first_half([3] * 5 + [1] * 4 + [7] * 2 + [9])
+    assert first.tolist() == [True] * 5 + [False] * 4 + [False] * 2 + [True]

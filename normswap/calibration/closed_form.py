@@ -257,18 +257,20 @@ def in_lockstep(
 def solve_once(
     model: nn.Module, teacher: nn.Module, batches: Batches, draw: torch.Generator
 ) -> None:
-    """The whole closed form in one round, in place.
+    """Scales, γ and β in one round, in place.
+
+    No regression: on few images it fits them alone, and then they judge nothing any more.
 
     Args:
         model: the converted model.
-        teacher: its original, in eval mode like the model.
-        batches: what both are called with; four or more, so that some can choose the strengths.
-        draw: which positions the regression looks at.
+        teacher: its original.
+        batches: what both are called with.
+        draw: for the walk in lockstep.
     """
     pairs, producers, once = _replaced(model, teacher, batches[0])
     with evaluating(model, teacher):
         steady(pairs, producers, teacher, batches)
-        in_lockstep(Fit(once, producers, draw), (model, teacher), batches)
+        in_lockstep(Fit(once, {}, draw), (model, teacher), batches)
 
 
 def steadied(model: nn.Module, teacher: nn.Module, batches: Batches) -> dict[str, Tensor]:
