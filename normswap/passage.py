@@ -144,36 +144,47 @@ def _blended(layer: Any, crossing: _Crossing, x: Tensor) -> Tensor:
         for name in crossing.start
     }
     change = {name: moved[name] - share * known[f"lead_{name}"] for name in moved}
-    y = _population(layer, crossing.recipe, known, change, x)
-    if share > 0:
-        own = {name: getattr(layer, name) + (1 - share) * known[f"lead_{name}"] for name in moved}
+    own = {name: getattr(layer, name) + (1 - share) * known[f"lead_{name}"] for name in moved}
+    y = _population(layer, crossing, change, share * own["bias"] if share else None, x)
+    if share:
         standard = crossing.recipe.standardise(layer, x)
         assert standard is not None
-        weight, bias = (_column(own[name], x).to(standard.dtype) for name in ("weight", "bias"))
-        y = torch.lerp(y.to(standard.dtype), torch.addcmul(bias, standard, weight), share)
+        factor = _column(share * own["weight"], x).to(standard.dtype)
+        y = torch.addcmul(y.to(standard.dtype), standard, factor)
     if "tau" in moved:
-        y = torch.maximum(y, _column(change["tau"] if share == 0 else own["tau"], x).to(y.dtype))
+        y = torch.maximum(y, _column(own["tau"] if share else change["tau"], x).to(y.dtype))
     return y.to(x.dtype)
 
 
 def _population(
-    layer: nn.Module, recipe: Recipe, known: dict[str, Tensor], change: dict[str, Tensor], x: Tensor
+    layer: nn.Module,
+    crossing: _Crossing,
+    change: dict[str, Tensor],
+    more: Tensor | None,
+    x: Tensor,
 ) -> Tensor:
-    """γ·x̂ + β with the population's statistics, in BatchNorm's own form.
+    """(1 − a)·(γ·x̂ + β) with the population's statistics, in BatchNorm's own form, and ``more``.
 
-    As long as nothing has changed, its γ and β are exactly BatchNorm's.
+    As long as nothing has changed, its γ and β are exactly BatchNorm's. What is added to each
+    channel costs nothing here, and a pass over the map elsewhere.
     """
+    known, left = crossing.on(x), 1 - crossing.share
     slope = change["weight"] / known["unit_weight"]
     shift = change["bias"] - slope * known["unit_bias"]
     weight, bias = known["weight"], known["bias"]
-    aims = _aims(recipe)
+    aims = _aims(crossing.recipe)
     if not aims:
         weight, bias = weight + slope, bias + shift
+        if more is not None:
+            weight, bias = left * weight, left * bias + more
     y = F.batch_norm(x, known["mean"], known["var"], weight, bias, False, 0.0, float(known["eps"]))
     if not aims:
         return y
-    aim = recipe.aim(layer, y)
-    return torch.addcmul(_column(shift, x).to(y.dtype), aim, _column(1 + slope, x).to(y.dtype))
+    aim = crossing.recipe.aim(layer, y)
+    factor, shift = (
+        (1 + slope, shift) if more is None else (left * (1 + slope), left * shift + more)
+    )
+    return torch.addcmul(_column(shift, x).to(y.dtype), aim, _column(factor, x).to(y.dtype))
 
 
 def _column(values: Tensor, x: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def command(
             task=judge,
             progress=lambda done: show(done, len(dataset)),
         )
-    labels = getattr(dataset, "class_names", None) or range(len(judge.counts or ()))
+    classes = 0 if judge.counts is None else len(judge.counts)
+    labels = getattr(dataset, "class_names", None) or range(classes)
     if confusion is not None and judge.counts is not None:
         _draw(judge, labels, confusion)
     if as_json:
