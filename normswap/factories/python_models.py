@@ -76,7 +76,7 @@ def _call(factory: Callable[..., Any], request: Request, options: dict[str, Any]
         return factory(**options)
     except NormSwapError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a factory that ends the program is none
         raise SpecError(
             request.spec,
             got=f"{type(error).__name__} from the factory ({in_short(error)})",
@@ -145,7 +145,7 @@ def find_attribute(spec: str, module_name: str, attribute: str, *, what: str) ->
         )
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code that ends the program, too
         raise SpecError(
             spec,
             got=f"{type(error).__name__} on importing {module_name} ({in_short(error)})",
