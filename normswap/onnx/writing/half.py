@@ -2,9 +2,8 @@
 
 A node computes in float16 if its operator loses nothing but precision there and it is not part of
 a norm; all others keep float32, with casts where the two meet. The inputs and outputs of the file
-stay float32. Squares above 256² overflow float16: that is why norms are left out. The converters of
-onnxruntime and onnxconverter-common cast to float16 between any two nodes that they are told to
-leave, so that FRN's mean of squares overflows all the same.
+stay float32. Squares above 256² overflow float16: that is why norms are left out, as a whole.
+An FRN with large inputs fails the proof where onnxruntime's converter is told to leave its nodes.
 """
 
 from __future__ import annotations
