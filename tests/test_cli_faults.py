@@ -44,7 +44,7 @@ def material(tmp_path_factory):
         (folder / name.replace("good", "truncated")).write_bytes(content[: len(content) // 2])
     (folder / "text.pth").write_text("no weights at all")
     save_file({k: v for k, v in state.items() if k != "fc.bias"}, folder / "missing.safetensors")
-    save_file({**state, "more.weight": torch.zeros(1)}, folder / "extra.safetensors")
+    save_file({**state, "conv1.more": torch.zeros(1)}, folder / "extra.safetensors")
     save_file({**state, "conv1.weight": torch.zeros(8, 1, 3, 3)}, folder / "shapes.safetensors")
     with (folder / "code.pth").open("wb") as file:
         pickle.dump({"state_dict": RunsCode()}, file)
@@ -195,7 +195,7 @@ FAULTS = {
     "extra keys": (
         ["inspect", MODEL, "--checkpoint", "{material}/extra.safetensors"],
         1,
-        r"1 extra keys: more\.weight",
+        r"1 extra keys: conv1\.more",
     ),
     "wrong shapes": (
         ["inspect", MODEL, "--checkpoint", "{material}/shapes.safetensors"],

@@ -700,3 +700,16 @@ def test_inside_its_convolution_it_computes_what_it_does_behind_it():
     torch.testing.assert_close(twin.eval()(x), inside.eval()(x))
     inside.norm.detach()
     assert not inside._forward_pre_hooks
+
+
+def test_whoever_restores_a_producers_hooks_leaves_one():
+    """The walker puts hooks back that the layer took off in eval mode, and asks nobody."""
+    model = wired(nn.Conv2d(2, 3, 3), CrossIterationBatchNorm2d(3)).train()
+    hooks = dict(model[0]._forward_hooks)
+    model.eval()
+    assert not model[0]._forward_hooks
+    model[0]._forward_hooks.update(hooks)
+    model.train()
+    assert len(model[0]._forward_hooks) == 1
+    model[1].detach()
+    assert not model[0]._forward_hooks

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
 from normswap.layers.batch_statistics import in_eager, is_recomputation
 
@@ -114,7 +113,6 @@ class ProducerLink:
         self.pad = pad
         self._inbox: list[tuple[weakref.ref[Tensor], Call]] = []
         self._pending: list[Tensor] = []
-        self._handle: RemovableHandle | None = None
         self.listen(normaliser.training)
 
     def listen(self, training: bool) -> None:
@@ -124,10 +122,20 @@ class ProducerLink:
         """
         if not training:
             self.remove()
-        elif self._handle is None and self.normaliser in self.producer.modules():
-            self._handle = self.producer.register_forward_pre_hook(self.enter, with_kwargs=True)
-        elif self._handle is None:
-            self._handle = self.producer.register_forward_hook(self, with_kwargs=True)
+        elif not self._places() and self.normaliser in self.producer.modules():
+            self.producer.register_forward_pre_hook(self.enter, with_kwargs=True)
+        elif not self._places():
+            self.producer.register_forward_hook(self, with_kwargs=True)
+
+    def _places(self) -> list[tuple[str, int]]:
+        """Where the producer has the hook now; whoever restores its hooks asks nobody."""
+        kinds = ("_forward_hooks", "_forward_pre_hooks")
+        return [
+            (kind, key)
+            for kind in kinds
+            for key, hook in getattr(self.producer, kind).items()
+            if hook is self or hook == self.enter
+        ]
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the input of a producer that holds the normaliser."""
@@ -165,9 +173,9 @@ class ProducerLink:
 
     def remove(self) -> None:
         """Take the hook off the producer."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        for kind, key in self._places():
+            del getattr(self.producer, kind)[key]
+            getattr(self.producer, f"{kind}_with_kwargs").pop(key, None)
         self._inbox.clear()
         self._pending.clear()
 
