@@ -260,8 +260,8 @@ class Passage:
         True
         >>> passage.step(), passage.step()
         (0.5, 1.0)
-        >>> net[1]
-        GroupNorm(4, 8, eps=1e-05, affine=True)
+        >>> type(net[1]).__name__
+        'GroupNorm'
     """
 
     def __init__(self, model: nn.Module, *, steps: int) -> None:

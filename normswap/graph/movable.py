@@ -112,6 +112,8 @@ def _may_move(module: nn.Module, original: nn.Module, owners: Counter[int]) -> b
     if type(module) is not type(original) or producer_problem(module) is not None:
         return False
     own = list(module.parameters(recurse=False))
+    if not all(isinstance(m.weight, nn.Parameter) for m in (module, original)):
+        return False  # weight_norm and its like make it anew for each forward
     if isinstance(module, _ConvTransposeNd) and module.groups > 1:
         return False
     return all(p.requires_grad and owners[id(p)] == 1 for p in own)

@@ -34,7 +34,7 @@ def recipe_for(target: str | Recipe) -> Recipe:
 
     Example:
         >>> recipe_for("brn(r_max=2)").r_max, str(recipe_for("ln"))
-        (2, 'ln(eps=None)')
+        (2, 'ln')
     """
     if isinstance(target, Recipe):
         return target
@@ -99,7 +99,7 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
             need="a target and its hyper-parameters",
             hint="a plan written by this version of normswap",
         )
-    return cls(**arguments)
+    return cls(**{**cls.formerly, **arguments})
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -59,6 +59,7 @@ class Recipe(ABC):
         takes_as: what a layer with an activation inside is called in a report.
         layers: the classes that it builds.
         apart: what several processes do not share of its layer, in words.
+        formerly: settings that a plan of version 0.1 does not have, as they were then.
         evidence: what a matched conversion kept of a real network, in words.
     """
 
@@ -69,6 +70,7 @@ class Recipe(ABC):
     takes_as: ClassVar[str] = ""
     layers: ClassVar[tuple[type[nn.Module], ...]] = ()
     apart: ClassVar[str | None] = None
+    formerly: ClassVar[Mapping[str, Any]] = {}
     evidence: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -221,16 +223,21 @@ class Recipe(ABC):
     # as data
 
     def to_json(self) -> dict[str, Any]:
-        """Target name and hyper-parameters as plain data."""
-        return {"target": self.target, **asdict(self)}
+        """Target name and hyper-parameters as plain data, without what was left unsaid."""
+        return {"target": self.target, **{name: asdict(self)[name] for name in self._said()}}
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        settings = ", ".join(f"{name}={getattr(self, name)}" for name in self._said())
         return f"{self.target}({settings})" if settings else self.target
+
+    def _said(self) -> list[str]:
+        """The hyper-parameters, but for those that are None where nothing was said."""
+        own = fields(self)
+        return [f.name for f in own if f.default is not None or getattr(self, f.name) is not None]
 
     def __getitem__(self, name: str) -> Any:
         # version 0.1 had a dict in the place of the recipe in a plan
-        return self.to_json()[name]
+        return {"target": self.target, **asdict(self)}[name]
 
 
 def ranked(family: str, rank: int) -> type[nn.Module]:

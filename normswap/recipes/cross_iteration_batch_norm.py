@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +40,7 @@ class CrossIterationBatchNorm(base.Recipe):
     apart: ClassVar[str | None] = (
         "CBN: the window of past batches is each process's own and is not shared"
     )
+    formerly: ClassVar[Mapping[str, Any]] = {"sampling": 1}
     compensate: ClassVar[bool] = True
 
     window: int = 8

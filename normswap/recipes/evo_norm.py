@@ -98,6 +98,10 @@ class EvoNorm(GroupNorm):
         found: Tensor = layer.standardised(x)
         return found
 
+    def sharing(self, layer: Any) -> int | None:
+        del layer  # its gate feels what its producer's scale is, so that one has to stay
+        return None
+
     def standalone(self, layer: Any) -> str:
         return f"EvoNorm({layer.num_features}, groups={layer.groups}, eps={layer.eps!r})"
 
