@@ -201,6 +201,15 @@ def pictures(folder):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the children have it: another number of threads gives other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A folder with a fine-tuned network, and the command line that replaces it."""
@@ -209,15 +218,9 @@ def tuned(tmp_path_factory):
     training_runs.command_line("convert", SPEC, "--no-pretrained", "--to", "gn", "-o", place / "gn")
 
     shape = ("--val-split", "0.5", "--epochs", "1", "-o")
-    command = partial(replaced, ("finetune", place / "gn", "--data", data, *shape))
+    command = partial(training_runs.replaced, ("finetune", place / "gn", "--data", data, *shape))
     command(1, place / "base")
     return place / "base", command
-
-
-def replaced(start, seed, *rest):
-    """Picklable, to be run in another process: the folder comes last."""
-    *more, folder = rest
-    training_runs.command_line(*start, folder / "out", "--seed", seed, *more)
 
 
 def test_finetune(tuned, tmp_path):

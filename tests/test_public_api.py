@@ -149,7 +149,7 @@ def test_a_type_checker_sees_wrong_calls(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "MYPYPATH": str(root)},
+        env=os.environ | ({} if root.name == "site-packages" else {"MYPYPATH": str(root)}),
     )
     lines = done.stdout.splitlines()
     for number, (code, kind) in enumerate(WRONG.items(), start=4):

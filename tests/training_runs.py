@@ -138,6 +138,12 @@ def command_line(*arguments):
     assert result.exit_code == 0, result.output
 
 
+def replaced(start, seed, *rest):
+    """A command line with its folder last, for another process (a child finds it by name)."""
+    *more, folder = rest
+    command_line(*start, folder / "out", "--seed", seed, *more)
+
+
 def child_run(norm, out, result):
     """``hard_run`` in a process of its own; its weights go to ``result``."""
     torch.set_num_threads(1)
