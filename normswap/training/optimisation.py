@@ -167,7 +167,8 @@ def make_scheduler(
             updates_per_epoch=updates_per_epoch,
         ),
     )
-    if scheduler is None and options.scheduler != "none":  # what older releases say of a name
+    # older releases give None for a name that they do not know, and know no "constant" by name
+    if scheduler is None and options.scheduler not in ("none", "constant"):
         raise TrainingError(
             "FineTune.scheduler",
             got=repr(options.scheduler),
