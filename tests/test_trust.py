@@ -169,7 +169,7 @@ SOURCES = [
     ("python:PIL.ImageShow:show", {}),
     ("python:numpy.testing:runstring", {"astr": "import evilmod", "dict": {}}),
     ("python:sklearn:os.system", {"command": "touch ran"}),
-    ("python:pip:main", {"args": ["download", "evil"]}),
+    # not pip: who imports it changes setuptools for the rest of the process
     ("python:setuptools:setup", {}),
     ("python:yaml:unsafe_load", {"stream": "!!python/object/apply:os.system ['touch ran']"}),
     # Python's own
