@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from normswap.errors import TrainingError
 from normswap.training.options import FineTune
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -102,3 +103,27 @@ class Task:
     def metrics(self, sums: dict[str, float], images: int, broken: int) -> Metrics:
         """What the sums over all batches say."""
         raise NotImplementedError
+
+
+def logits_in(output: Any, axes: int, *, keys: tuple[str, str], need: str, hint: str) -> Tensor:
+    """The logits in a model's output: itself, the first of a tuple, or one of a mapping's keys.
+
+    Args:
+        output: what the model gave.
+        axes: how many axes logits have for the task.
+        keys: where a mapping may hold them, the first that is there counts.
+        need: what is needed, for the error text.
+        hint: what to try, for the error text.
+
+    Raises:
+        TrainingError: the output holds none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get(keys[0], output.get(keys[1]))
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor) or found.ndim != axes:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise TrainingError("model", got=f"an output {shape}", need=need, hint=hint)
+    return found

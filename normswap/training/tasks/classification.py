@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normswap.errors import DataError, TrainingError
+from normswap.errors import DataError
 from normswap.training.options import FineTune
-from normswap.training.tasks.base import Metrics, Step, Task
+from normswap.training.tasks.base import Metrics, Step, Task, logits_in
 from normswap.training.tasks.distillation import with_teacher
 
 _AUXILIARY = 0.3  # weight of GoogLeNet's and Inception's side heads, as in the GoogLeNet paper
@@ -117,20 +117,13 @@ def class_scores(output: Any) -> Tensor:
     Raises:
         TrainingError: the output holds none.
     """
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("logits", output.get("out"))
-    elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise TrainingError(
-            "model",
-            got=f"an output {shape}",
-            need="logits of shape (images, classes)",
-            hint="a classifier; for other tasks convert the model inside your own loop",
-        )
-    return found
+    return logits_in(
+        output,
+        2,
+        keys=("logits", "out"),
+        need="logits of shape (images, classes)",
+        hint="a classifier; for other tasks convert the model inside your own loop",
+    )
 
 
 def check_classes(labels: Tensor, classes: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from normswap.data.segmentation import IGNORED
 from normswap.errors import DataError, TrainingError
 from normswap.training.options import FineTune
-from normswap.training.tasks.base import Metrics, Step, Task
+from normswap.training.tasks.base import Metrics, Step, Task, logits_in
 from normswap.training.tasks.distillation import with_teacher
 
 AUXILIARY = 0.5
@@ -127,20 +127,13 @@ def pixel_scores(output: Any) -> Tensor:
     Raises:
         TrainingError: the output holds none.
     """
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("out", output.get("logits"))
-    elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor) or found.ndim != 4:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise TrainingError(
-            "model",
-            got=f"an output {shape}",
-            need="logits of shape (images, classes, height, width), or a dict with them as 'out'",
-            hint="a segmentation model, or another task",
-        )
-    return found
+    return logits_in(
+        output,
+        4,
+        keys=("out", "logits"),
+        need="logits of shape (images, classes, height, width), or a dict with them as 'out'",
+        hint="a segmentation model, or another task",
+    )
 
 
 def side_scores(output: Any) -> list[Tensor]:
