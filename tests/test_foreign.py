@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import traps
 from torch import nn
 from torch.nn.utils import parametrize
+from torchvision.ops import FrozenBatchNorm2d
 
 import normswap
 from normswap import convert, plan, walk
@@ -195,8 +196,16 @@ def test_momentum_and_eps_are_what_the_class_says():
     x = images()
     norm = convert(network(Activated), "bn", example_inputs=x).model[1]
     assert (norm.momentum, norm.eps) == (0.07, 1e-3)
-    assert convert(network(NoEps), "bn", example_inputs=x).model[1].eps == 0.0
     assert convert(network(Greek), "bn", example_inputs=x).model[1].eps == 1e-6
+
+
+@pytest.mark.parametrize("target", ["bn", "brn", "cbn", "syncbn", "gn", "gbn"])
+@pytest.mark.parametrize("kind", [NoEps, lambda c: FrozenBatchNorm2d(c, eps=0.0)])
+def test_no_eps_becomes_one_that_torch_can_train_with(kind, target):
+    x = images(4)
+    model = convert(network(kind), target, example_inputs=x).model
+    assert 0 < model[1].eps < 1e-37
+    assert model.train()(x).isfinite().all()
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])

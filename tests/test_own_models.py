@@ -100,6 +100,21 @@ def test_a_part_without_norms_may_be_scripted_or_compiled(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_walk_leaves_scripted_and_compiled_parts_as_they_were(kind, training):
+    model = nn.Sequential(WithHead(HEADS[kind]()), nn.Dropout()).train(training)
+    before = [(m.training, *(t.clone() for t in m.buffers())) for m in model.modules()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    walk(model, torch.randn(2, 3, 8, 8))
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(parameter, weight)
+    for module, (mode, *buffers) in zip(model.modules(), before, strict=True):
+        assert module.training == mode
+        assert all(map(torch.equal, module.buffers(), buffers))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_scripted_or_compiled_part_with_norms_is_refused():
     x = torch.randn(1, 3, 8, 8)
     inner = nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)).eval()

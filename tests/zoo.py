@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import normswap
 from normswap import sources
 from normswap.graph import norms
+from normswap.graph.meta import without_autocast
 from normswap.graph.recorder import recording
 from normswap.targets import TARGETS
 
@@ -76,7 +77,11 @@ def inputs_for(source, model):
 
 def trace_of(model, inputs):
     """Activations and dropouts that run in one forward, and the output's shapes."""
-    with recording({m: n for n, m in model.named_modules()}) as recorder, torch.no_grad():
+    with (
+        recording({m: n for n, m in model.named_modules()}) as recorder,
+        torch.no_grad(),
+        without_autocast(),  # which older releases of timm ask for on the meta device
+    ):
         output = normswap.graph.call(model.eval(), inputs)
     # a BN is one call to the recorder; what is fused into it is counted by hand
     ran = [c.module for c in recorder.trace.calls if c.op == "batch_norm"]

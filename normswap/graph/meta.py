@@ -138,7 +138,15 @@ def without_autocast() -> Iterator[None]:
 
 
 def put_on_meta(modules: Iterable[nn.Module]) -> None:
-    """Put tensors without memory in the place of the modules' own; the caller restores them."""
+    """Put tensors without memory in the place of the modules' own; the caller restores them.
+
+    Raises:
+        NotImplementedError: for TorchScript's modules, before anything has changed: their tensors
+            lie where :func:`~normswap.graph.preserved.preserved` cannot reach them.
+    """
+    modules = list(modules)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        raise NotImplementedError("a module of TorchScript keeps its own tensors")
     twins: dict[Tensor, Tensor] = {}
     for module in modules:
         held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)

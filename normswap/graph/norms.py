@@ -31,6 +31,10 @@ _OPTIONAL = {
     "FrozenBatchNorm2d": "torchvision.ops.misc",
 }
 
+# in the place of 0 (torchvision's pretrained detectors have it): it changes no variance that
+# float32 can tell from 0
+_SMALLEST_EPS = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class BatchNormState:
@@ -42,7 +46,7 @@ class BatchNormState:
         mean: running mean of shape (C,), or None.
         var: running variance of shape (C,), or None.
         batches: ``num_batches_tracked``, or None.
-        eps: ε added to the variance.
+        eps: ε added to the variance; above 0, because torch trains no BatchNorm without one.
         momentum: share of the newest batch in the running statistics; None: cumulative average.
         channels: C.
     """
@@ -195,13 +199,14 @@ def state_of(module: nn.Module) -> BatchNormState:
     found = _other(module)
     roles = STANDARD if found is None else found.roles
     momentum = roles.momentum
+    eps = float(getattr(module, "eps", 1e-5)) if found is None else found.eps
     return BatchNormState(
         weight=_flat(getattr(module, roles.weight, None)),
         bias=_flat(getattr(module, roles.bias, None)),
         mean=_flat(getattr(module, roles.mean, None)),
         var=_flat(getattr(module, roles.var, None)),
         batches=getattr(module, "num_batches_tracked", None),
-        eps=float(getattr(module, "eps", 1e-5)) if found is None else found.eps,
+        eps=max(eps, _SMALLEST_EPS),
         momentum=getattr(module, momentum, 0.1) if isinstance(momentum, str) else momentum,
         channels=channels_of(module),
     )

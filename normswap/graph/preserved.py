@@ -52,6 +52,7 @@ def preserved(modules: Sequence[nn.Module], *, values: bool) -> Iterator[None]:
             its own tensors; on the meta device nothing can change them.
     """
     attributes = [dict(vars(module)) for module in modules]
+    modes = [(module, module.training) for module in modules]
     every = [v for held in attributes for v in held.values() if isinstance(v, dict | list | set)]
     empty = [container for container in every if not container]  # most: dictionaries of hooks
     containers = _copied_containers([container for container in every if container])
@@ -68,6 +69,7 @@ def preserved(modules: Sequence[nn.Module], *, values: bool) -> Iterator[None]:
             for module, plain in zip(modules, attributes, strict=True):
                 vars(module).clear()
                 vars(module).update(plain)
+            _restore_modes(modes)
             for container in empty:
                 if container:
                     container.clear()
@@ -79,6 +81,12 @@ def preserved(modules: Sequence[nn.Module], *, values: bool) -> Iterator[None]:
                 if parameter.requires_grad != wanted:
                     parameter.requires_grad_(wanted)
             random.setstate(python_rng)
+
+
+def _restore_modes(saved: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in saved:
+        if module.training != training:  # TorchScript's: no attribute of Python's
+            module.training = training
 
 
 def _restore_values(saved: list[tuple[Tensor, Tensor]]) -> None:
