@@ -4,13 +4,14 @@ import warnings
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import normswap
 from normswap import layers
 from normswap.layers.fused import fused_classes
+from normswap.layers.sync_batch_norm_act import SyncBatchNormAct
 
 RANKS = {"1d": 1, "2d": 2, "3d": 3}
 KINDS = [
@@ -73,9 +74,7 @@ def test_converted_models_are_scripted_and_traced(target):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 9, 9)
     # a 1x1 map at the end: a frozen fallback must not spoil the others
-    # (timm's own fused class for syncbn is neither TorchScript nor traceable)
-    exclude = ["fused"] if target == "syncbn" else None
-    found = normswap.convert(Net().eval(), target, example_inputs=x, exclude=exclude)
+    found = normswap.convert(Net().eval(), target, example_inputs=x)
     model = found.model.eval()
     expected = model(x)
     torch.testing.assert_close(scripted(model)(x), expected)
@@ -83,6 +82,15 @@ def test_converted_models_are_scripted_and_traced(target):
     taken = create_feature_extractor(model, ["conv2", "head"])
     assert list(taken(x)) == ["conv2", "head"]
     torch.testing.assert_close(taken(x)["head"].shape, torch.Size([2, 2, 1, 1]))
+
+
+def test_timms_tools_take_the_fused_syncbn_for_their_own():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    model = normswap.convert(Net().eval(), "syncbn", example_inputs=x).model.eval()
+    assert isinstance(model.fused, SyncBatchNormAct)
+    expected = model(x)
+    torch.testing.assert_close(freeze_batch_norm_2d(model)(x), expected)
 
 
 def test_a_traced_model_trains_and_changes_its_mode():

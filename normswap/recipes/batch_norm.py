@@ -39,7 +39,9 @@ class SyncBatchNorm(base.Recipe):
         self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
     ) -> nn.Module:
         del rank, init, activation
-        return _standard(norm, layers.SyncBatchNorm, "SyncBatchNormAct")
+        return _standard(
+            norm, layers.SyncBatchNorm, ("normswap.layers.sync_batch_norm_act", "SyncBatchNormAct")
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class BatchNorm(base.Recipe):
     ) -> nn.Module:
         del init, activation
         cls = getattr(nn, f"BatchNorm{max(rank, 1)}d")
-        return _standard(norm, cls, "BatchNormAct2d")
+        return _standard(norm, cls, ("timm.layers.norm_act", "BatchNormAct2d"))
 
 
 def _no_fused_class(site: Site) -> str | None:
@@ -107,12 +109,16 @@ def _no_fused_class(site: Site) -> str | None:
     return "a BatchNorm that carries its activation exists for 2d maps only" if apart else None
 
 
-def _standard(norm: nn.Module, cls: type[nn.Module], fused_name: str) -> nn.Module:
-    """A BatchNorm of torch's own class, or timm's if ``norm`` carries an activation."""
+def _standard(norm: nn.Module, cls: type[nn.Module], fused: tuple[str, str]) -> nn.Module:
+    """A BatchNorm of class ``cls``; if ``norm`` carries an activation, of the one that does too.
+
+    ``fused`` is the module and the name of that class, which is imported only then.
+    """
     state = state_of(norm)
     parts = fused_parts(norm)
     if parts is not None:
-        cls = getattr(importlib.import_module("timm.layers.norm_act"), fused_name)
+        home, name = fused
+        cls = getattr(importlib.import_module(home), name)
     new = cls(
         state.channels,
         eps=state.eps,
