@@ -60,6 +60,9 @@ _HOME = {
     "Conversion": "swap",
     "apply_plan": "swap",
     "convert": "keeping",
+    "Option": "recommendation",
+    "Recommendation": "recommendation",
+    "recommend": "recommendation",
     "Sweep": "sweeps",
     "sweep": "sweeps",
     "Epoch": "training",
@@ -104,6 +107,7 @@ __all__ = [
     "Metrics",
     "NormSwapError",
     "OnnxModel",
+    "Option",
     "Parity",
     "ParityError",
     "Passage",
@@ -111,6 +115,7 @@ __all__ = [
     "PlanEntry",
     "PlanError",
     "Progress",
+    "Recommendation",
     "Site",
     "SiteDrift",
     "Source",
@@ -134,6 +139,7 @@ __all__ = [
     "measure_drift",
     "plan",
     "recipes",
+    "recommend",
     "register_batchnorm",
     "save",
     "sweep",
@@ -193,6 +199,9 @@ if TYPE_CHECKING:
     from normswap.recipes import InstanceNorm as InstanceNorm
     from normswap.recipes import LayerNorm as LayerNorm
     from normswap.recipes import SyncBatchNorm as SyncBatchNorm
+    from normswap.recommendation import Option as Option
+    from normswap.recommendation import Recommendation as Recommendation
+    from normswap.recommendation import recommend as recommend
     from normswap.sources import Source as Source
     from normswap.swap import Conversion as Conversion
     from normswap.swap import apply_plan as apply_plan

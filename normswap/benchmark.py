@@ -8,6 +8,7 @@ the same round. Absolute times are given for BatchNorm only: they say what machi
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import tempfile
 import time
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from normswap.children import safe_path
 from normswap.copying import copied
 from normswap.errors import in_short
-from normswap.planning import Target, plan
+from normswap.planning import Plan, Target
 from normswap.running import call, device_of
 from normswap.swap import convert
 
@@ -39,6 +40,7 @@ class Variant(NamedTuple):
 
 
 _BASE = Variant(BASE)
+_CANNOT_TRAIN = (RuntimeError, ValueError, AssertionError)  # the last: a detector without boxes
 
 
 @dataclass(frozen=True)
@@ -95,25 +97,28 @@ class Comparison:
 
 def compare(
     model: nn.Module,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Target | Plan],
     example_inputs: Any,
     *,
     rounds: int = 15,
     warmup: int = 9,
     compiled: bool = False,
     onnx: bool = True,
+    seconds: float = math.inf,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Measure converted copies of a model beside the model itself.
 
     Args:
         model: a model with BatchNorm, on the device to measure on.
-        targets: label → what to convert to, as in :func:`normswap.convert`.
+        targets: label → what to convert to, as in :func:`normswap.convert`, or a plan.
         example_inputs: what the model is called with; its batch size is the one measured.
         rounds: rounds of measurement.
         warmup: runs of each variant before the first round; CBN's window should be full by then.
         compiled: measure ``torch.compile`` of every variant too, beside it.
         onnx: export every variant, with its proof, and measure onnxruntime on the CPU.
+        seconds: after which no further round begins, of which each kind has two all the same;
+            a quarter of them is for the inference.
         progress: called with a line before each stage.
 
     Returns:
@@ -127,9 +132,7 @@ def compare(
     models = {_BASE: copied(model)}
     for label, target in targets.items():
         say(f"converting to {label}")
-        models[Variant(label)] = convert(
-            copied(model), plan(model, target, example_inputs=example_inputs)
-        ).model
+        models[Variant(label)] = convert(copied(model), target, example_inputs=example_inputs).model
     eager = dict(models)
     if compiled:
         models |= {Variant(v.target, compiled=True): copied(m) for v, m in eager.items()}
@@ -137,10 +140,11 @@ def compare(
     limit = compiler_config.recompile_limit * len(models)
     with safe_path(), compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
         say("training steps")
-        training, notes = _training(models, example_inputs, warmup, rounds)
+        pace = _Pace(warmup, rounds, 0.75 * seconds)
+        training, notes = _training(models, example_inputs, pace)
         say("inference")
         inference = {v: _inference_step(v, m, example_inputs) for v, m in models.items()}
-        infer = _interleave(inference, min(warmup, 3), rounds)
+        infer = _interleave(inference, _Pace(min(warmup, 3), rounds, 0.25 * seconds))
     latencies: dict[Variant, list[float]] = {}
     if onnx:
         say("onnxruntime")
@@ -165,7 +169,7 @@ def compare(
         tuple(rows),
         statistics.median(training.get(_BASE, [float("nan")])),
         statistics.median(infer[_BASE]),
-        rounds,
+        len(infer[_BASE]),
         str(device),
     )
 
@@ -184,17 +188,33 @@ def _synchronize(inputs: Any) -> None:
         torch.cuda.synchronize()
 
 
+class _Pace(NamedTuple):
+    """Runs of every variant before the first round, rounds, and seconds for both together."""
+
+    warmup: int
+    rounds: int
+    seconds: float = math.inf
+
+
+_FEWEST_ROUNDS = 2
+
+
 def _interleave(
-    steps: Mapping[Variant, Callable[[], None]], warmup: int, rounds: int
+    steps: Mapping[Variant, Callable[[], None]], pace: _Pace
 ) -> dict[Variant, list[float]]:
     """Seconds of every step in every round, the steps taking turns."""
-    for step in steps.values():
-        for _ in range(warmup):
+    begun = time.perf_counter()
+    for number in range(pace.warmup):
+        if number and time.perf_counter() - begun > 0.6 * pace.seconds:
+            break
+        for step in steps.values():
             step()
     seconds: dict[Variant, list[float]] = {variant: [] for variant in steps}
     order = list(steps)
     gc.collect()
-    for number in range(rounds):
+    for number in range(pace.rounds if steps else 0):
+        if number >= _FEWEST_ROUNDS and time.perf_counter() - begun > pace.seconds:
+            break
         # a rotating order: whoever comes first in a round finds other caches
         for variant in order[number % len(order) :] + order[: number % len(order)]:
             start = time.perf_counter()
@@ -239,7 +259,7 @@ def _inference_step(variant: Variant, model: nn.Module, inputs: Any) -> Callable
 
 
 def _training(
-    models: Mapping[Variant, nn.Module], inputs: Any, warmup: int, rounds: int
+    models: Mapping[Variant, nn.Module], inputs: Any, pace: _Pace
 ) -> tuple[dict[Variant, list[float]], dict[Variant, str]]:
     """Seconds of a training step; and why a variant cannot take one on this input."""
     steps, notes = {}, {}
@@ -247,11 +267,11 @@ def _training(
         step = _training_step(variant, model, inputs)
         try:
             step()
-        except (RuntimeError, ValueError) as error:
+        except _CANNOT_TRAIN as error:
             notes[variant] = f"cannot train here: {in_short(error)}"
         else:
             steps[variant] = step
-    return _interleave(steps, warmup, rounds), notes
+    return _interleave(steps, pace), notes
 
 
 def _onnx(
@@ -266,7 +286,19 @@ def _onnx(
             export_onnx(model.cpu().eval(), path, example_inputs=inputs)
             session = load_onnx(path, timeout=None)  # made here, and timed
             steps[variant] = lambda session=session: call(session, inputs)  # type: ignore[misc]
-        return _interleave(steps, 3, rounds)
+        return _interleave(steps, _Pace(3, rounds))
+
+
+def step_seconds(model: nn.Module, inputs: Any) -> float | None:
+    """Seconds of one training step of a copy, or None where it cannot take one."""
+    step = _training_step(_BASE, copied(model), inputs)
+    try:
+        step()
+    except _CANNOT_TRAIN:
+        return None
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
 
 
 def kept_for_backward(model: nn.Module, inputs: Any) -> int:

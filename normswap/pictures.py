@@ -158,6 +158,67 @@ def accuracy_by_batch(
     return _save(figure, path)
 
 
+def recommendation(
+    kept: Mapping[str, tuple[float | None, float | None]],
+    sites: Mapping[str, tuple[float, float]],
+    title: str,
+    path: str | Path,
+) -> Path:
+    """What each target keeps, and how BatchNorm's batch means lie about the running ones.
+
+    Args:
+        kept: target → share of the decisions kept, (matched, calibrated).
+        sites: layer → (shift, noise), in running standard deviations; empty: no such panel.
+        title: above the picture.
+        path: ``.png``, ``.svg`` or ``.pdf``.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    figure = _figure(9 if sites else 5, 3.8)
+    figure.suptitle(title)
+    panels = figure.subplots(1, 2 if sites else 1, squeeze=False)[0]
+    bars = panels[0]
+    for offset, label, index in ((-0.2, "matched", 0), (0.2, "calibrated", 1)):
+        shares = [pair[index] for pair in kept.values()]
+        known = [(at + offset, share) for at, share in enumerate(shares) if share is not None]
+        if known:
+            bars.bar(*zip(*known, strict=True), width=0.4, label=label)
+    bars.set_xticks(range(len(kept)), list(kept))
+    bars.yaxis.set_major_formatter(PercentFormatter(1.0))
+    bars.set(title="decisions of the original kept", ylim=(0, 1.05))
+    if kept:
+        _legend_above(bars)
+    if sites:
+        axes = panels[1]
+        for label, index in (("shift of the mean", 0), ("spread of batch means", 1)):
+            axes.plot([pair[index] for pair in sites.values()], marker=".", label=label)
+        axes.set(title="BatchNorm, in running standard deviations", ylim=(0, None))
+        _name_sites(axes, list(sites))
+        _legend_above(axes)
+    return _save(figure, path)
+
+
+def _name_sites(axes: Any, names: Sequence[str]) -> None:
+    """Layers along an axis: every name where they are few, else some of them."""
+    from matplotlib.ticker import FixedLocator
+
+    every = max(1, math.ceil(len(names) / _MOST_NAMES))
+    places = list(range(0, len(names), every))
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.set_xticklabels([names[at] or "(root)" for at in places], rotation=90, fontsize=7)
+
+
+_MOST_NAMES = 40
+
+
+def _legend_above(axes: Any) -> None:
+    """A legend between title and frame, where no curve and no name is."""
+    axes.set_title(axes.get_title(), pad=24, fontsize="medium")
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small"
+    )
+
+
 def accuracy_bars(
     shares: Mapping[str, float], chance: float, title: str, axis: str, path: str | Path
 ) -> Path:

@@ -25,7 +25,7 @@ class Pool:
     def __init__(
         self, images: Tensor | Iterable[Any], size: int, device: torch.device, seed: int
     ) -> None:
-        found = _joined(batches(images, size))
+        found = joined(batches(images, size))
         if isinstance(found, Tensor) and found.is_inference():
             found = found.clone()
         _check_finite(found)
@@ -144,7 +144,7 @@ def _check_finite(images: Tensor | list[Any]) -> None:
             )
 
 
-def _joined(found: list[Any]) -> Tensor | list[Any]:
+def joined(found: list[Any]) -> Tensor | list[Any]:
     """One tensor if all batches are tensors of one image size, else the batches themselves."""
     tensors = [batch for batch in found if isinstance(batch, Tensor) and batch.dim() > 1]
     alike = len({batch.shape[1:] for batch in tensors}) == 1

@@ -15,8 +15,8 @@ from normswap.cli.boundary import exit_code
 from normswap.cli.options import debug_option
 
 COMMANDS = (
-    "list", "inspect", "convert", "finetune", "evaluate", "predict", "export", "verify",
-    "sweep", "bench", "unwrap", "demo",
+    "list", "inspect", "recommend", "convert", "finetune", "evaluate", "predict", "export",
+    "verify", "sweep", "bench", "unwrap", "demo",
 )  # fmt: skip
 """In the order of the help text; each is ``command`` in the file of its name."""
 

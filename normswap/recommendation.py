@@ -1,0 +1,538 @@
+"""Which target, on this model, these images, this machine: measured first, then decided by a rule.
+
+What is measured is what other rooms measure (drift, calibration, cost, BatchNorm's own statistics
+at the batch size), in one budget of time. Nothing is trained, and the model is not changed. The
+rule is ``decide``; it reads numbers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap import pictures
+from normswap.batch_effect import BatchEffect, measure_batch_effect
+from normswap.benchmark import BASE, Comparison, Ratio, Row, compare, step_seconds
+from normswap.calibration import calibrate
+from normswap.calibration.images import joined
+from normswap.copying import copied
+from normswap.drift import Drift, batches, predict_drift
+from normswap.errors import CalibrationError, NormSwapError, PlanError
+from normswap.files import write_whole
+from normswap.graph import batchnorms, walk
+from normswap.plain import plain
+from normswap.planning import Plan, Target, inputs_for, plan
+from normswap.recipes import recipe_for
+from normswap.running import device_of, entries, leaves, moved
+from normswap.swap import apply_plan
+
+TARGETS = ("gn", "frn", "brn", "cbn", "frozen")
+"""What is compared unless others are asked for."""
+SECONDS = 90.0
+
+_STEADY = 0.9
+"""BatchNorm that keeps this share of its own decisions at a batch size can be trained there."""
+_LARGE = 32
+"""The batch at which BatchNorm is kept where nothing was seen of the images."""
+_COMES_BACK = 0.8
+"""A calibrated conversion that keeps this share is a start from which training goes on."""
+_BETTER = 0.02
+"""How much more another per-sample target must keep to be taken in the place of ``gn``."""
+_EFFECT, _COST = 0.15, 0.35
+"""Shares of the time."""
+_ROUNDS, _WARMUP = 9, 9
+_RUNS = 1.4 * (_ROUNDS / 2 + _WARMUP)
+"""Training steps of each variant that the time for the costs should hold, its inference with it."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One target on this model.
+
+    Attributes:
+        target: as it was asked for; ``bn`` is the model itself.
+        per_sample: whether a sample's output depends on that sample alone, in training too.
+        predicted: median over the layers of the error that the running statistics predict; None
+            where they say nothing.
+        matched: share of the original's decisions kept without calibration; None without images.
+        kept: the same after a short calibration, on images that it did not see. Exact targets keep
+            everything. Where nothing is decided: one minus the outputs' relative error.
+        training: cost of a training step beside BatchNorm's; None if it could not be measured.
+        inference: likewise.
+        memory: bytes kept for the backward at the batch size asked for; 0 if not measured.
+        state: bytes of training state beside parameters and buffers.
+        note: what stands against it.
+    """
+
+    target: str
+    per_sample: bool
+    predicted: float | None = None
+    matched: float | None = None
+    kept: float | None = None
+    training: Ratio | None = None
+    inference: Ratio | None = None
+    memory: int = 0
+    state: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do, and why."""
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What was measured, and what follows from it.
+
+    Attributes:
+        target: what to convert to; ``bn`` says: leave the model as it is.
+        reason: why, in one sentence.
+        options: one per target, BatchNorm first.
+        batch_size: images in a training step.
+        image: shape of one input.
+        effect: what BatchNorm would do at this batch size; None without images.
+        images: how many were given.
+        unknown: what could not be known, a sentence each.
+        training_seconds: BatchNorm's own training step at the batch ``costs_at``.
+        costs_at: batch size at which the costs were measured; smaller than ``batch_size`` where
+            that would have taken longer than the time allows.
+        seconds: spent.
+    """
+
+    target: str
+    reason: str
+    options: tuple[Option, ...]
+    batch_size: int
+    image: tuple[int, ...]
+    effect: BatchEffect | None
+    images: int
+    unknown: tuple[str, ...]
+    training_seconds: float | None
+    costs_at: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table: see ``COLUMNS``."""
+        return [
+            (
+                option.target,
+                _percent(option.predicted),
+                _percent(option.matched),
+                _percent(option.kept),
+                _ratio(option.training),
+                _ratio(option.inference),
+                f"{option.memory / 1e6:.0f} MB" if option.memory else "",
+                f"{option.state / 1e6:.0f} MB" if option.state else "",
+                option.note,
+            )
+            for option in self.options
+        ]
+
+    def __str__(self) -> str:
+        table = [COLUMNS, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        ]
+        return "\n".join([*lines, *self.unknown, f"{self.target}: {self.reason}"])
+
+    def write(self, path: str | Path) -> Path:
+        """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
+        path = Path(path)
+        kind = path.suffix.lower()
+        if kind in (".png", ".svg", ".pdf"):
+            return self.draw(path)
+        text = json.dumps(plain(self.to_json()), indent=1) if kind == ".json" else str(self)
+        return write_whole(path, text + "\n")
+
+    def draw(self, path: str | Path) -> Path:
+        """Draw what each target keeps, and BatchNorm's statistics along the network."""
+        kept = {o.target: (o.matched, o.kept) for o in self.options if o.kept is not None}
+        sites = self.effect.sites if self.effect else ()
+        noise = {site.name: (site.shift, site.noise) for site in sites}
+        title = f"recommended at batch {self.batch_size}: {self.target}"
+        return pictures.recommendation(kept, noise, title, path)
+
+
+COLUMNS = (
+    "target", "predicted error", "keeps, matched", "keeps, calibrated", "training step",
+    "inference", "memory", "extra state", "remark",
+)  # fmt: skip
+
+
+def recommend(
+    model: nn.Module,
+    images: Tensor | Iterable[Any] | None = None,
+    *,
+    batch_size: int = 2,
+    targets: Sequence[str] | Mapping[str, Target] = TARGETS,
+    example_inputs: Any = None,
+    seconds: float = SECONDS,
+    seed: int = 0,
+    progress: Callable[[float, str], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Recommendation:
+    """Say which target suits a model, its images and a batch size on this machine.
+
+    BatchNorm's statistics at the batch size, the share of the model's decisions that each target
+    keeps before and after a short calibration, and the cost of each are measured; ``decide`` holds
+    the rule. Nothing is trained: how accurate a fine-tune would become is what ``sweep`` measures.
+
+    Args:
+        model: the BatchNorm original; it is not changed.
+        images: preprocessed, a tensor or an iterable of batches, unlabelled; some hundreds. None:
+            what can be known without any.
+        batch_size: images in a training step.
+        targets: names; or a mapping from a label to anything ``convert`` takes.
+        example_inputs: what the model is called with; may be left out with a tensor of images and
+            for models from ``load_model``.
+        seconds: time for all of it.
+        seed: of the calibration.
+        progress: called with the share that is done and what is being measured.
+        clock: what ``seconds`` are read from.
+
+    Returns:
+        Recommendation: ``.target``, ``.reason``, a row per target, ``.write(path)`` for a picture.
+
+    Raises:
+        PlanError: no BatchNorm in the model, or a target that is none.
+        CalibrationError: an iterable without images, a batch size or time below what makes sense.
+
+    Example:
+        >>> import normswap
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+        >>> found = normswap.recommend(net, torch.randn(16, 3, 8, 8), batch_size=2, seconds=2)
+        >>> [option.target for option in found.options]
+        ['bn', 'gn', 'frn', 'brn', 'cbn', 'frozen']
+    """
+    begun = clock()
+    _check(batch_size, seconds)
+    pictured = None if images is None else joined(batches(images, max(batch_size, 8)))
+    named: dict[str, Target] = (
+        dict(targets) if isinstance(targets, Mapping) else {name: name for name in targets}
+    )
+    survey = _Survey(model, pictured, batch_size, named, example_inputs, progress)
+    effect = survey.effect(_EFFECT * seconds)
+    plans = survey.plans()
+    costs, at = survey.costs(plans, _COST * seconds)
+    options = survey.options(plans, costs, at, lambda: begun + seconds - clock(), seed)
+    verdict = decide(options, effect, batch_size)
+    return Recommendation(
+        verdict.target,
+        verdict.reason,
+        options,
+        batch_size,
+        survey.shape,
+        effect,
+        survey.count,
+        tuple(survey.unknown(effect, costs, at)),
+        None if math.isnan(costs.training_seconds) else costs.training_seconds,
+        at,
+        clock() - begun,
+    )
+
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+def decide(options: Sequence[Option], effect: BatchEffect | None, batch_size: int) -> Verdict:
+    """The rule, in the order in which it is read.
+
+    1. BatchNorm stays where it works: under the statistics of batches of this size the model keeps
+       at least 90 % of its own decisions. (Without images: at a batch of 32 and more.)
+    2. Else a per-sample target, which depends on no batch, if a short calibration brings it back
+       to 80 % of the decisions: ``gn``, or the one that keeps more than 2 points more.
+    3. Else nothing but an exact target keeps the network: ``frozen``.
+
+    Args:
+        options: what was measured, in the order in which targets are preferred.
+        effect: BatchNorm at this batch size; None without images.
+        batch_size: images in a training step.
+    """
+    steady = effect.kept if effect is not None else None
+    if steady is None and effect is None and batch_size >= _LARGE:
+        return Verdict(BASE, f"a batch of {batch_size} is large enough for most networks")
+    if steady is not None and steady >= _STEADY:
+        return Verdict(
+            BASE,
+            f"under the statistics of batches of {batch_size} the model keeps {steady:.0%} of its "
+            "own decisions, so BatchNorm can be trained as it is",
+        )
+    why = _against_batchnorm(effect, batch_size)
+    free = [o for o in options if o.per_sample]
+    known = [o for o in free if o.kept is not None]
+    if known:
+        best = known[0]
+        for option in known[1:]:
+            if _share(option) > _share(best) + _BETTER:
+                best = option
+        if _share(best) >= _COMES_BACK:
+            kept = f"after a short calibration it keeps {_share(best):.0%} of the decisions"
+            return Verdict(best.target, f"{why}; {kept}, and no batch matters to it")
+    return Verdict("frozen", why)
+
+
+def _against_batchnorm(effect: BatchEffect | None, batch_size: int) -> str:
+    """Why BatchNorm is not trained at this batch size."""
+    if effect is None:
+        return f"BatchNorm's statistics are seldom good at a batch of {batch_size}"
+    if effect.kept is None:
+        return f"BatchNorm cannot be trained at a batch of {batch_size} ({effect.refused})"
+    return (
+        f"under the statistics of batches of {batch_size} the model keeps only {effect.kept:.0%} "
+        "of its own decisions"
+    )
+
+
+def _share(option: Option) -> float:
+    return 0.0 if option.kept is None else option.kept
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+class _Survey:
+    """One model, its images and the targets."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor | list[Any] | None,
+        batch_size: int,
+        targets: dict[str, Target],
+        example_inputs: Any,
+        progress: Callable[[float, str], None] | None,
+    ) -> None:
+        self.model, self.batch_size, self.targets = model, batch_size, targets
+        self.images = None if images is None else moved(images, device_of(model))
+        if example_inputs is None and self.images is not None:
+            example_inputs = self.images[:2] if isinstance(self.images, Tensor) else self.images[0]
+        self.inputs = inputs_for(model, example_inputs)
+        self._progress = progress
+        for target in targets.values():
+            if isinstance(target, str):
+                recipe_for(target)  # a word that is no target is said before long work
+
+    def tell(self, share: float, what: str) -> None:
+        """Say what comes next."""
+        if self._progress is not None:
+            self._progress(share, what)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return 0 if self.images is None else sum(entries(batch) for batch in self._batches())
+
+    def _batches(self) -> list[Any]:
+        return batches(self.images, 32) if isinstance(self.images, Tensor) else self.images or []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        found = [leaf for leaf in leaves(self.inputs) if leaf.dim()]
+        return tuple(found[0].shape[1 if isinstance(self.inputs, Tensor) else 0 :]) if found else ()
+
+    def effect(self, seconds: float) -> BatchEffect | None:
+        """BatchNorm at the batch size; None where images cannot be batched anew."""
+        if not isinstance(self.images, Tensor):
+            return None
+        self.tell(0.0, "BatchNorm's own statistics")
+        return measure_batch_effect(self.model, self.images, self.batch_size, seconds=seconds)
+
+    def plans(self) -> dict[str, Plan | PlanError]:
+        """What each target would do here, or why it cannot."""
+        self.tell(_EFFECT, "planning")
+        graph = walk(self.model, self.inputs)
+        found: dict[str, Plan | PlanError] = {}
+        for label, target in self.targets.items():
+            try:
+                made = plan(self.model, target, example_inputs=self.inputs, graph=graph)
+            except PlanError as error:
+                if not graph.sites:
+                    raise
+                found[label] = error
+            else:
+                found[label] = made.idle or made
+        return found
+
+    def costs(
+        self, plans: Mapping[str, Plan | PlanError], seconds: float
+    ) -> tuple[Comparison, int]:
+        """Every target's cost, and the batch size that there was time for."""
+        self.tell(_EFFECT, "the cost of each target")
+        usable = {label: found for label, found in plans.items() if isinstance(found, Plan)}
+        small = _of_size(self.inputs, min(2, self.batch_size))
+        one = step_seconds(self.model, small)
+        at = self.batch_size
+        if one is not None:
+            steps = _RUNS * (1 + len(usable))
+            at = _affordable(at, entries(small), seconds / (steps * one))
+        inputs = _of_size(self.inputs, at)
+        found = compare(
+            self.model,
+            usable,
+            inputs,
+            rounds=_ROUNDS,
+            warmup=_WARMUP,
+            onnx=False,
+            seconds=seconds,
+        )
+        return found, entries(inputs)
+
+    def options(
+        self,
+        plans: Mapping[str, Plan | PlanError],
+        costs: Comparison,
+        at: int,
+        left: Callable[[], float],
+        seed: int,
+    ) -> tuple[Option, ...]:
+        """One row per target, BatchNorm first."""
+        rows = {row.target: row for row in costs.rows}
+        base = Option(BASE, per_sample=False)
+        found = [_with_costs(base, rows.get(BASE), self.batch_size / at)]
+        waiting = sum(isinstance(p, Plan) and _per_sample(p) for p in plans.values())
+        for label, made in plans.items():
+            if isinstance(made, PlanError):
+                found.append(Option(label, per_sample=False, note=made.got))
+                continue
+            if _per_sample(made):
+                self.tell(1 - waiting * (1 - _EFFECT - _COST) / len(plans), f"calibrating {label}")
+                option = self._per_sample(label, made, left() / waiting, seed)
+                waiting -= 1
+            else:
+                option = Option(label, per_sample=False, predicted=0.0, matched=1.0, kept=1.0)
+            found.append(_with_costs(option, rows.get(label), self.batch_size / at))
+        self.tell(1.0, "done")
+        return tuple(found)
+
+    def _per_sample(self, label: str, made: Plan, seconds: float, seed: int) -> Option:
+        """What a target without running statistics keeps."""
+        originals = {names[0]: bn for bn, names in batchnorms(self.model).items()}
+        model = apply_plan(copied(self.model).eval(), made).model
+        known = [s.predicted for s in predict_drift(model, originals, made).sites]
+        errors = [error for error in known if error is not None]
+        option = Option(
+            label, per_sample=True, predicted=statistics.median(errors) if errors else None
+        )
+        if self.images is None:
+            return option
+        try:
+            report = calibrate(
+                model, self.model, self.images, seconds=max(seconds, _LEAST), seed=seed
+            )
+        except NormSwapError as error:
+            return replace(option, note=f"not calibrated: {error.got}")
+        return replace(option, matched=_kept(report.before), kept=_kept(report.after))
+
+    def unknown(self, effect: BatchEffect | None, costs: Comparison, at: int) -> Iterator[str]:
+        """What could not be known."""
+        if self.images is None:
+            yield (
+                "Without images it is not known what a calibration keeps, nor what BatchNorm would "
+                "do with yours at this batch size."
+            )
+        elif self.count < _ENOUGH:
+            yield (
+                f"{self.count} images are few: the shares are rough, and calibrated ones were "
+                "measured on images that the calibration saw."
+            )
+        if self.images is not None and effect is None:
+            yield (
+                "The images are of several sizes or come in batches of several parts: BatchNorm at "
+                "other batch sizes was not looked at."
+            )
+        if at < self.batch_size:
+            yield (
+                f"Costs were measured at a batch of {at}, for want of time; memory is scaled to "
+                f"{self.batch_size}."
+            )
+        if not any(row.training for row in costs.rows):
+            yield f"The cost of a training step is not known: {costs.rows[0].note}."
+
+
+_ENOUGH, _LEAST = 16, 0.5
+
+
+def _affordable(batch_size: int, small: int, ratio: float) -> int:
+    """The largest batch, halved so long, whose steps take no more time than there is.
+
+    Args:
+        batch_size: asked for.
+        small: the batch that was timed.
+        ratio: how many times longer than that a step may take.
+    """
+    at = batch_size
+    while at > small and at / small > ratio:
+        at //= 2
+    return max(at, min(small, batch_size))
+
+
+def _of_size(inputs: Any, size: int) -> Any:
+    """Inputs as a batch of so many images, where they can be cut and repeated."""
+    if isinstance(inputs, Tensor):
+        return inputs[torch.arange(size, device=inputs.device) % len(inputs)]
+    if isinstance(inputs, list) and all(isinstance(i, Tensor) and i.dim() == 3 for i in inputs):
+        return [inputs[i % len(inputs)] for i in range(size)]
+    return inputs
+
+
+def _per_sample(made: Plan) -> bool:
+    return any(e.recipe is not None and e.recipe.per_sample for e in made.swapped)
+
+
+def _kept(drift: Drift) -> float | None:
+    """The share of decisions; one minus the error of the outputs where there are none."""
+    if drift.agreement is not None or drift.output_error is None:
+        return drift.agreement
+    return max(0.0, 1 - drift.output_error)
+
+
+def _with_costs(option: Option, row: Row | None, scale: float) -> Option:
+    if row is None:
+        return option
+    return replace(
+        option,
+        training=row.training,
+        inference=row.inference,
+        memory=round(row.kept * scale),
+        state=row.state,
+        note=option.note or row.note,
+    )
+
+
+def _check(batch_size: int, seconds: float) -> None:
+    if batch_size < 1:
+        raise CalibrationError(
+            "batch_size", got=str(batch_size), need="at least 1", hint="batch_size=2"
+        )
+    if not 0 < seconds < math.inf:
+        raise CalibrationError(
+            "seconds", got=repr(seconds), need="a positive, finite number", hint="seconds=90"
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    return "" if ratio is None else f"{ratio.median:.2f}"

@@ -1,0 +1,269 @@
+"""The rule, on networks whose answer is known, and what it reads."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import normswap
+from normswap.batch_effect import BatchEffect, measure_batch_effect
+from normswap.benchmark import compare
+from normswap.cli.app import app
+from normswap.errors import CalibrationError, PlanError
+from normswap.recommendation import Option, decide
+
+
+class Pool(nn.Module):
+    """A BatchNorm whose pooled output is read by a linear layer."""
+
+    def __init__(self, channels, head):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, len(head))
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor(head, dtype=torch.float32))
+            self.head.bias.zero_()
+
+    def forward(self, x):
+        return self.head(self.bn(x).mean((2, 3)))
+
+
+def seen(net, images):
+    """The network with the running statistics of these very images."""
+    net.bn.momentum = None
+    net.train()(images)
+    return net.eval()
+
+
+def alike():
+    """Images with the same statistics each: BatchNorm is right at any batch size."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, 16, 16, generator=draw)
+    x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)
+    bias = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    net = Pool(4, torch.eye(4).tolist())
+    with torch.no_grad():
+        net.head.bias.copy_(bias)
+    return seen(net, x), x
+
+
+def hot():
+    """A channel's mean decides: one image alone erases it under BatchNorm, a group keeps it."""
+    draw = torch.Generator().manual_seed(0)
+    x = 0.3 * torch.randn(96, 8, 8, 8, generator=draw)
+    x[torch.arange(96), torch.arange(96) % 8] += 1.0
+    return seen(Pool(8, torch.eye(8).tolist()), x), x
+
+
+def halves():
+    """One of two halves of the channels is hot: two images of a class lose it under BatchNorm."""
+    draw = torch.Generator().manual_seed(0)
+    x = 0.3 * torch.randn(96, 8, 8, 8, generator=draw)
+    for image, label in zip(x, torch.arange(96) % 2, strict=True):
+        image[label::2] += 1.0
+    return seen(Pool(8, [[1, 0] * 4, [0, 1] * 4]), x), x
+
+
+def loud():
+    """Loudness decides: whatever normalises a sample by itself erases it."""
+    draw = torch.Generator().manual_seed(0)
+    gain = 0.2 + torch.arange(96) % 8 / 4
+    pattern = torch.randn(1, 4, 8, 8, generator=draw).abs()
+    x = gain.view(-1, 1, 1, 1) * pattern
+    net = Pool(4, [[k / 8] * 4 for k in range(8)])
+    net = seen(net, x)
+    with torch.no_grad():  # class k is the nearest of eight loudnesses: lines that touch a parabola
+        heights = net.bn(x).mean((1, 2, 3))[:8]
+        net.head.weight.copy_((2 * heights / 4).view(8, 1).expand(8, 4))
+        net.head.bias.copy_(-heights.square())
+    return net, x
+
+
+@pytest.mark.parametrize(
+    ("make", "batch_size", "answer"),
+    [(alike, 1, "bn"), (alike, 2, "bn"), (hot, 1, "gn"), (halves, 2, "gn"), (loud, 2, "frozen")],
+)
+def test_networks_whose_answer_is_known(make, batch_size, answer):
+    net, x = make()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    found = normswap.recommend(net, x, batch_size=batch_size, targets=("gn", "frozen"), seconds=3)
+    assert found.target == answer, str(found)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [o.target for o in found.options] == ["bn", "gn", "frozen"]
+    assert found.reason in str(found)
+
+
+def test_the_spread_of_batch_means_is_what_random_batches_show():
+    net, x = hot()
+    found = measure_batch_effect(net, x, 4)
+    draw = torch.Generator().manual_seed(1)
+    batches = torch.stack([x[torch.randint(96, (4,), generator=draw)] for _ in range(4000)])
+    spread = batches.mean((1, 3, 4)).std(0) / (net.bn.running_var + net.bn.eps).sqrt()
+    assert found.images == 96
+    assert found.sites[0].noise == pytest.approx(float(spread.median()), rel=0.05)
+    assert found.sites[0].shift < 1e-3
+    shifted = measure_batch_effect(net, x + 2 * net.bn.running_var.sqrt().view(1, -1, 1, 1), 4)
+    assert shifted.sites[0].shift == pytest.approx(2.0, rel=0.01)
+
+
+def test_decisions_are_kept_by_large_batches_and_lost_by_single_images():
+    net, x = hot()
+    kept = [measure_batch_effect(net, x, size).kept for size in (1, 2, 48)]
+    assert kept[0] < 0.5 < kept[2]
+    assert kept[2] > 0.95
+
+
+def test_a_batch_that_batchnorm_refuses_is_said():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten()).eval()
+    found = measure_batch_effect(net, torch.randn(16, 3, 1, 1), 1)
+    assert found.kept is None
+    assert "Expected more than 1 value per channel" in found.refused
+    few = measure_batch_effect(net, torch.randn(3, 3, 1, 1), 8)
+    assert few.refused == "3 images are fewer than a batch of 8"
+
+
+def effect(kept, batch_size=2):
+    return BatchEffect(batch_size, 64, (), kept, None if kept is not None else "it says no")
+
+
+def rows(**kept):
+    free = [Option(name, per_sample=True, kept=value) for name, value in kept.items()]
+    exact = [Option(name, per_sample=False, kept=1.0) for name in ("brn", "cbn", "frozen")]
+    return [Option("bn", per_sample=False), *free, *exact]
+
+
+@pytest.mark.parametrize(
+    ("options", "seen", "batch_size", "answer"),
+    [
+        (rows(gn=0.99, frn=0.99), effect(0.95), 16, "bn"),
+        (rows(gn=0.95, frn=0.96), effect(0.5), 2, "gn"),
+        (rows(gn=0.90, frn=0.97), effect(0.5), 2, "frn"),
+        (rows(gn=0.10, frn=0.10), effect(0.5), 2, "frozen"),
+        (rows(gn=0.95), effect(None, 1), 1, "gn"),
+        (rows(gn=None, frn=None), None, 32, "bn"),
+    ],
+)
+def test_the_rule(options, seen, batch_size, answer):
+    found = decide(options, seen, batch_size)
+    assert found.target == answer
+    assert found.reason
+
+
+def test_without_images_it_says_what_it_cannot_know():
+    net, x = hot()
+    found = normswap.recommend(net, example_inputs=x[:1], batch_size=2, seconds=2)
+    assert found.effect is None
+    assert found.images == 0
+    assert "Without images it is not known" in found.unknown[0]
+    assert {o.target: o.kept for o in found.options}["brn"] == 1.0
+    assert {o.target: o.kept for o in found.options}["gn"] is None
+    assert found.options[1].predicted > 0
+    assert found.options[1].memory > 0
+
+
+def test_other_outputs_and_structured_inputs(recwarn):
+    """Maps instead of classes, and batches of several parts."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x, y):
+            return {"out": self.bn(self.conv(x)).mean((1, 2, 3)) + y}
+
+    parts = [(torch.randn(4, 3, 8, 8), torch.randn(4)) for _ in range(5)]
+    found = normswap.recommend(Two(), parts, targets=("gn",), seconds=2)
+    assert found.images == 20
+    assert any("come in batches of several parts" in text for text in found.unknown)
+    assert 0 <= found.options[1].kept <= 1
+
+
+def test_a_target_that_cannot_stand_says_why():
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False)).eval()
+    found = normswap.recommend(net, torch.randn(32, 4), targets=("frozen", "brn"), seconds=2)
+    assert "it has no running statistics" in found.options[1].note
+
+
+def test_words_that_are_no_request():
+    net, x = hot()
+    with pytest.raises(CalibrationError, match="batch_size: got 0"):
+        normswap.recommend(net, x, batch_size=0)
+    with pytest.raises(CalibrationError, match="seconds: got inf"):
+        normswap.recommend(net, x, seconds=float("inf"))
+    with pytest.raises(PlanError, match="got 'gm'"):
+        normswap.recommend(net, x, targets=("gm",))
+    with pytest.raises(PlanError, match="at least one BatchNorm"):
+        normswap.recommend(nn.Conv2d(3, 3, 1), torch.randn(8, 3, 4, 4))
+
+
+def test_costs_in_a_budget_have_two_rounds_however_short():
+    net, x = hot()
+    found = compare(net, {"gn": "gn"}, x[:2], rounds=9, warmup=9, onnx=False, seconds=1e-9)
+    assert found.rounds == 2
+
+
+def test_a_large_batch_is_measured_at_a_smaller_one(monkeypatch):
+    from normswap import recommendation
+
+    net, x = hot()
+    monkeypatch.setattr(recommendation, "step_seconds", lambda *_: 0.1)
+    found = normswap.recommend(net, x, batch_size=64, targets=("frozen",), seconds=6)
+    assert found.costs_at < 64
+    assert any(f"measured at a batch of {found.costs_at}" in text for text in found.unknown)
+    full = compare(net, {"frozen": "frozen"}, x[:64].clone(), rounds=1, onnx=False).rows[0].kept
+    assert found.options[0].memory == pytest.approx(full, rel=0.02)
+
+
+def test_it_is_written_as_a_picture_json_and_a_table(tmp_path):
+    net, x = hot()
+    found = normswap.recommend(net, x, targets=("gn",), seconds=1)
+    assert found.write(tmp_path / "a.png").stat().st_size > 5000
+    assert json.loads(found.write(tmp_path / "a.json").read_text())["target"] == found.target
+    assert found.reason in found.write(tmp_path / "a.txt").read_text()
+
+
+def test_the_command_ends_with_a_line_to_run(tmp_path, monkeypatch):
+    (tmp_path / "hot_net.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--no-pretrained", "--image-size", "16", "--seconds", "1", "--to", "gn,frozen"]
+    run = CliRunner().invoke(app, ["recommend", "python:hot_net:make", *options])
+    assert run.exit_code == 0, run.stderr
+    assert "recommended: " in run.stdout
+    assert "note: Without images" in run.stdout
+    last = run.stdout.splitlines()[-1]
+    assert last.startswith(
+        "next: normswap convert python:hot_net:make --no-pretrained --image-size"
+    )
+    found = CliRunner().invoke(app, ["recommend", "python:hot_net:make", *options, "--json"])
+    assert json.loads(found.stdout)["batch_size"] == 2
+
+
+def test_the_line_of_each_answer():
+    from normswap.cli.options import ModelChoice
+    from normswap.cli.recommend import _next
+
+    chosen = ModelChoice("timm/resnet18.a1_in1k", None, True, None, None, 0, None)
+    lines = {}
+    for target, free in (("bn", False), ("frozen", False), ("gn(groups=8)", True)):
+        found = SimpleNamespace(
+            target=target, batch_size=4, options=(Option(target, per_sample=free),)
+        )
+        lines[target] = " ".join(map(str, _next(chosen, found, None)))
+    spec = "timm/resnet18.a1_in1k"
+    assert lines == {
+        "bn": f"finetune {spec} --data DATA --batch-size 4 -o resnet18-a1-in1k-tuned",
+        "frozen": f"convert {spec} --to frozen -o resnet18-a1-in1k-frozen",
+        "gn(groups=8)": f"convert {spec} --to gn(groups=8) --calibrate IMAGES "
+        "-o resnet18-a1-in1k-gn",
+    }
