@@ -69,8 +69,9 @@ _HOME = {
     "FineTune": "training",
     "History": "training",
     "Metrics": "training",
-    "Progress": "training",
+    "Progress": "progress",
     "TrainingInterrupted": "training",
+    "TrainingProgress": "training",
     "evaluate": "training",
     "finetune": "training",
     "unwrap": "unwrapping",
@@ -124,6 +125,7 @@ __all__ = [
     "Sweep",
     "TrainingError",
     "TrainingInterrupted",
+    "TrainingProgress",
     "WalkError",
     "__version__",
     "apply_plan",
@@ -190,6 +192,7 @@ if TYPE_CHECKING:
     from normswap.planning import Plan as Plan
     from normswap.planning import PlanEntry as PlanEntry
     from normswap.planning import plan as plan
+    from normswap.progress import Progress as Progress
     from normswap.recipes import BatchNorm as BatchNorm
     from normswap.recipes import BatchRenorm as BatchRenorm
     from normswap.recipes import CrossIterationBatchNorm as CrossIterationBatchNorm
@@ -211,8 +214,8 @@ if TYPE_CHECKING:
     from normswap.training import FineTune as FineTune
     from normswap.training import History as History
     from normswap.training import Metrics as Metrics
-    from normswap.training import Progress as Progress
     from normswap.training import TrainingInterrupted as TrainingInterrupted
+    from normswap.training import TrainingProgress as TrainingProgress
     from normswap.training import evaluate as evaluate
     from normswap.training import finetune as finetune
     from normswap.unwrapping import unwrap as unwrap

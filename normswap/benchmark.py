@@ -8,6 +8,7 @@ the same round. Absolute times are given for BatchNorm only: they say what machi
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ from normswap.children import safe_path
 from normswap.copying import copied
 from normswap.errors import in_short
 from normswap.planning import Plan, Target
+from normswap.progress import Progress, ProgressCallback
 from normswap.running import call, device_of
 from normswap.swap import convert
 
@@ -105,7 +107,7 @@ def compare(
     compiled: bool = False,
     onnx: bool = True,
     seconds: float = math.inf,
-    progress: Callable[[str], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Comparison:
     """Measure converted copies of a model beside the model itself.
 
@@ -119,15 +121,17 @@ def compare(
         onnx: export every variant, with its proof, and measure onnxruntime on the CPU.
         seconds: after which no further round begins, of which each kind has two all the same;
             a quarter of them is for the inference.
-        progress: called with a line before each stage.
+        progress: called before each stage, with its name as the message.
 
     Returns:
         Comparison: one row per target, BatchNorm first.
     """
+    stages = len(targets) + 2 + onnx
+    begun = itertools.count()
 
     def say(line: str) -> None:
         if progress is not None:
-            progress(line)
+            progress(Progress(next(begun), stages, line))
 
     models = {_BASE: copied(model)}
     for label, target in targets.items():

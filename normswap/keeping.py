@@ -31,6 +31,7 @@ from normswap.graph import Graph, walk
 from normswap.graph.norms import fused_parts
 from normswap.graph.numbers import check_numbers
 from normswap.planning import Patterns, Plan, Target, inputs_for, plan
+from normswap.progress import Progress, ProgressCallback
 from normswap.provenance import add_history
 from normswap.recipes import Recipe, recipe_of
 from normswap.running import (
@@ -125,7 +126,7 @@ def convert(
     images: Tensor | Iterable[Any] | None = None,
     seconds: float = 180,
     seed: int = 0,
-    progress: Callable[[float, str], None] | None = None,
+    progress: ProgressCallback | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Conversion:
     """Replace the BatchNorm layers of a model, in place, all or nothing.
@@ -252,7 +253,7 @@ def _check(target: Any, keep: Any, images: Any, seconds: float) -> None:
 class _Budget:
     clock: Callable[[], float]
     deadline: float
-    progress: Callable[[float, str], None] | None
+    progress: ProgressCallback | None
 
     @property
     def left(self) -> float:
@@ -260,7 +261,7 @@ class _Budget:
 
     def tell(self, share: float, what: str) -> None:
         if self.progress is not None:
-            self.progress(share, what)
+            self.progress(Progress(share, 1.0, what))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from normswap.data import MAX_PIXELS, Preprocessing, image_files, read_image, transform
 from normswap.data.images import channels_of
 from normswap.errors import DataError
+from normswap.progress import Progress, ProgressCallback
 from normswap.running import evaluating, placed
 from normswap.training.tasks.classification import class_scores
 
@@ -45,7 +46,7 @@ def predictions(
     device: str | torch.device | None = None,
     max_pixels: int = MAX_PIXELS,
     on_broken: str = "error",
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Iterator[Prediction]:
     """Say what is on images, a batch at a time, in the order of their names.
 
@@ -78,7 +79,7 @@ def predictions(
                     yield Prediction(path, problem=error.got)
             yield from _said(model, read, class_names, top, batch_size, where)
             if progress is not None:
-                progress(min(start + batch_size, len(files)), len(files))
+                progress(Progress(min(start + batch_size, len(files)), len(files)))
 
 
 def _said(

@@ -31,6 +31,7 @@ from normswap.files import write_whole
 from normswap.graph import batchnorms, walk
 from normswap.plain import plain
 from normswap.planning import Plan, Target, inputs_for, plan
+from normswap.progress import Progress, ProgressCallback
 from normswap.recipes import recipe_for
 from normswap.running import device_of, entries, leaves, moved
 from normswap.swap import apply_plan
@@ -187,7 +188,7 @@ def recommend(
     example_inputs: Any = None,
     seconds: float = SECONDS,
     seed: int = 0,
-    progress: Callable[[float, str], None] | None = None,
+    progress: ProgressCallback | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Recommendation:
     """Say which target suits a model, its images and a batch size on this machine.
@@ -206,7 +207,7 @@ def recommend(
             for models from ``load_model``.
         seconds: time for all of it.
         seed: of the calibration.
-        progress: called with the share that is done and what is being measured.
+        progress: called with the share that is done; its message is what is being measured.
         clock: what ``seconds`` are read from.
 
     Returns:
@@ -319,7 +320,7 @@ class _Survey:
         batch_size: int,
         targets: dict[str, Target],
         example_inputs: Any,
-        progress: Callable[[float, str], None] | None,
+        progress: ProgressCallback | None,
     ) -> None:
         self.model, self.batch_size, self.targets = model, batch_size, targets
         self.images = None if images is None else moved(images, device_of(model))
@@ -334,7 +335,7 @@ class _Survey:
     def tell(self, share: float, what: str) -> None:
         """Say what comes next."""
         if self._progress is not None:
-            self._progress(share, what)
+            self._progress(Progress(share, 1.0, what))
 
     @property
     def count(self) -> int:

@@ -28,10 +28,11 @@ from normswap.copying import copied
 from normswap.errors import NormSwapError, TrainingError
 from normswap.files import json_digest, remove, sole_writer, write_whole
 from normswap.passage import needs_passage
+from normswap.progress import Progress, ProgressCallback
 from normswap.provenance import provenance_of
 from normswap.reading import Malformed, reading
 from normswap.regular import read_text
-from normswap.training import FineTune, Progress, TrainingInterrupted, evaluate, finetune
+from normswap.training import FineTune, TrainingInterrupted, evaluate, finetune
 from normswap.training.batches import in_memory, samples_per_epoch
 from normswap.training.identity import (
     data_changes,
@@ -54,8 +55,6 @@ _OF_ONE_CALL = (
     "seed", "device", "workers", "checkpoint_every", "check_data", "log_every", "tensorboard",
 )  # fmt: skip
 """Options that a sweep may be gone on with otherwise."""
-
-SweepProgress = Callable[[int, int, str, Progress], None]
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def sweep(
     example_inputs: Any = None,
     convert_options: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
-    progress: SweepProgress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Sweep:
     """Fine-tune every target at every batch size, from the same start.
 
@@ -247,7 +246,7 @@ def sweep(
         convert_options: further arguments of ``convert``.
         out: folder for the cells, ``sweep.json`` and ``sweep.png``. A cell that is there is not
             run again; one that was broken off goes on from its last checkpoint.
-        progress: called as ``progress(cells done, cells, cell's name, progress within it)``.
+        progress: called after every update: cells done, the one under way by its share.
 
     Returns:
         All cells. A cell that could not be trained says why and does not end the sweep.
@@ -312,7 +311,7 @@ class _Bench:
     convert_options: dict[str, Any]
     out: Path | None
 
-    def sweep(self, wanted: list[Cell], progress: SweepProgress | None) -> Sweep:
+    def sweep(self, wanted: list[Cell], progress: ProgressCallback | None) -> Sweep:
         """All cells, table and picture."""
         settings = json.loads(json.dumps(self.settings()))
         self.check_settings(settings)
@@ -364,7 +363,7 @@ class _Bench:
         if other:
             log.warning("gone on with %s: cells may differ in their last bits", ", ".join(other))
 
-    def run(self, cell: Cell, done: int, total: int, progress: SweepProgress | None) -> Cell:
+    def run(self, cell: Cell, done: int, total: int, progress: ProgressCallback | None) -> Cell:
         """The finished cell, from its file or by training."""
         path = None if self.out is None else self.out / "cells" / f"{cell.name}.json"
         if path is not None and path.exists():
@@ -386,7 +385,7 @@ class _Bench:
 
         def inner(now: Progress) -> None:
             if progress is not None:
-                progress(done, total, cell.name, now)
+                progress(Progress(done + now.share, total, f"{cell.name}, {now.message}"))
 
         finished = self._train(cell, inner)
         if path is not None:

@@ -51,6 +51,7 @@ PUBLIC = [
     "Sweep",
     "TrainingError",
     "TrainingInterrupted",
+    "TrainingProgress",
     "WalkError",
     "__version__",
     "apply_plan",

@@ -26,6 +26,7 @@ from normswap.calibration.tuning import Tuning
 from normswap.copying import forget_history
 from normswap.drift import Drift, measure_drift
 from normswap.errors import CalibrationError
+from normswap.progress import ProgressCallback
 from normswap.provenance import add_history
 from normswap.running import device_of, placed
 from normswap.sources import original_of
@@ -92,7 +93,7 @@ def calibrate(
     seed: int = 0,
     device: str | torch.device | None = None,
     amp: bool | None = None,
-    progress: Callable[[float, float], None] | None = None,
+    progress: ProgressCallback | None = None,
     clock: Callable[[], float] = time.monotonic,
     _tuning: Tuning | None = None,
 ) -> Calibration:
@@ -122,7 +123,7 @@ def calibrate(
         seed: of the drawing and mixing of images; the global generators are left alone.
         device: where to work; None is where the model is. The models return home afterwards.
         amp: bfloat16 autocast; None means on CUDA only.
-        progress: called with the share of the budget spent and the held-out loss.
+        progress: called with the share of the budget spent; its message is the held-out loss.
         clock: what ``seconds`` are read from.
 
     Returns:

@@ -21,6 +21,7 @@ from normswap.calibration.tuning import Tuning
 from normswap.drift import Agreement, Pair, paired_sites
 from normswap.errors import CalibrationError, NormSwapError, in_short
 from normswap.graph import Movable, movable_producers
+from normswap.progress import Progress, ProgressCallback
 from normswap.recipes import recipe_of
 from normswap.running import entries, evaluating
 
@@ -216,7 +217,7 @@ class Run:
         self,
         scales: dict[str, Scale],
         budget: Budget,
-        progress: Callable[[float, float], None] | None,
+        progress: ProgressCallback | None,
     ) -> None:
         """Adam until the deadline, the step limit, or a plateau; ten checks on the way."""
         if not self.moving:
@@ -234,7 +235,7 @@ class Run:
                 stale, lowest = 0 if loss < lowest else stale + 1, min(loss, lowest)
                 next_check = share + 0.1
                 if progress is not None:
-                    progress(min(share, 1.0), loss)
+                    progress(Progress(min(share, 1.0), 1.0, f"held-out loss {loss:.4f}"))
                 if self._over(share, loss, stale, budget.steps):
                     return
             self._set_rate(optimizer, share)
@@ -303,7 +304,7 @@ def search(
     span: tuple[float, float],
     steps: int | None,
     clock: Callable[[], float],
-    progress: Callable[[float, float], None] | None,
+    progress: ProgressCallback | None,
 ) -> None:
     """Closed form, then distillation; ends in the best state seen."""
     begun, deadline = span

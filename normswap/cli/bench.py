@@ -90,7 +90,7 @@ def command(
         rounds=rounds,
         compiled=compiled,
         onnx=not no_onnx,
-        progress=logging.getLogger("normswap").info,
+        progress=lambda now: logging.getLogger("normswap").info(now.message),
     )
     if as_json:
         print_json({"model": chosen.spec, "batch_size": batch_size, **found.to_json()})

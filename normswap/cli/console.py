@@ -11,9 +11,10 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from normswap.plain import plain
+from normswap.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -169,15 +170,8 @@ def say_next(*words: object) -> None:
     say(f"next: normswap {shlex.join(map(str, words))}")
 
 
-class Show(Protocol):
-    """What a long step calls to show how far it has come."""
-
-    def __call__(self, done: float, total: float, message: str = "") -> None:
-        """So much of the total is done."""
-
-
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Show]:
+def progress(title: str) -> Iterator[ProgressCallback]:
     """Show how far a long step has come.
 
     A bar with the time left on a terminal; elsewhere a plain line every ten seconds.
@@ -185,20 +179,20 @@ def progress(title: str) -> Iterator[Show]:
     if not sys.stderr.isatty():
         yield _Lines(title)
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[message]}"),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[message]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, message="")
 
-        def show(done: float, total: float, message: str = "") -> None:
-            bar.update(task, completed=done, total=total, message=message)
+        def show(now: Progress) -> None:
+            bar.update(task, completed=now.done, total=now.total, message=now.message)
 
         yield show
 
@@ -210,11 +204,11 @@ class _Lines:
         self.title = title
         self.start = self.last = time.monotonic()
 
-    def __call__(self, done: float, total: float, message: str = "") -> None:
-        now = time.monotonic()
-        if now - self.last < _LINE_EVERY or not 0 < done < total:
+    def __call__(self, now: Progress) -> None:
+        time_now = time.monotonic()
+        if time_now - self.last < _LINE_EVERY or not 0 < now.share < 1:
             return
-        self.last = now
-        left = (now - self.start) / done * (total - done)
-        share = f"{100 * done / total:.0f} %, {left:.0f} s left"
-        sys.stderr.write(f"{self.title}: {share} {message}".rstrip() + "\n")
+        self.last = time_now
+        left = (time_now - self.start) * (1 / now.share - 1)
+        share = f"{100 * now.share:.0f} %, {left:.0f} s left"
+        sys.stderr.write(f"{self.title}: {share} {now.message}".rstrip() + "\n")

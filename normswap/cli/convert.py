@@ -291,7 +291,7 @@ def _kept(
             images=images,
             seconds=seconds,
             seed=seed,
-            progress=lambda share, what: show(share, 1.0, what),
+            progress=show,
         )
     return result, measure_drift(result.model, teacher, images)
 
@@ -317,7 +317,7 @@ def _calibrate(
             seconds=seconds,
             parameters=scope,
             seed=seed,
-            progress=lambda share, loss: show(share, 1.0, f"loss {loss:.4f}"),
+            progress=show,
         )
     return report
 

@@ -121,7 +121,7 @@ def command(
             workers=workers,
             on_broken=on_broken,
             task=judge,
-            progress=lambda done: show(done, len(dataset)),
+            progress=show,
         )
     classes = 0 if judge.counts is None else len(judge.counts)
     labels = getattr(dataset, "class_names", None) or range(classes)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from normswap.sources import Source
-    from normswap.training import History, Progress
+    from normswap.training import History
 
 _logger = logging.getLogger("normswap")
 
@@ -120,7 +120,7 @@ def command(
             options,
             out=work,
             resume=resume,
-            progress=lambda now: show(now.step, now.steps, _facts(now)),
+            progress=show,
         )
     division = run.images.division(chosen.seed)
     if division is not None:
@@ -172,14 +172,6 @@ def _teacher(
         return None
     _logger.info("teacher: the BatchNorm original, %s", origin["spec"])
     return teacher
-
-
-def _facts(now: Progress) -> str:
-    top1 = "" if now.accuracy is None else f", top-1 {100 * now.accuracy:.1f} %"
-    return (
-        f"epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}{top1}, "
-        f"{now.images_per_second:.1f} images/s"
-    )
 
 
 def _print(history: History, output: Path, *, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import click
 from normswap.cli.console import print_json, print_table, progress, say
 from normswap.cli.options import cli_command, json_option
 from normswap.errors import NormSwapError, SpecError
+from normswap.progress import Progress
 
 _COUNTED = 50  # a model is built for each count, about a third of a second
 
@@ -55,5 +56,5 @@ def _counts(names: list[str]) -> dict[str, int | None]:
                 counts[name] = count_batchnorms(name)
             except NormSwapError:
                 counts[name] = None  # a tag without weights, or a library that is too old for it
-            show(number, len(names), name)
+            show(Progress(number, len(names), name))
     return counts

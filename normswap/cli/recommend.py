@@ -93,7 +93,7 @@ def command(
             example_inputs=chosen.inputs(source),
             seconds=seconds,
             seed=chosen.seed,
-            progress=lambda share, what: show(share, 1.0, what),
+            progress=show,
         )
     if picture is not None:
         found.write(picture)

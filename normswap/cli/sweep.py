@@ -24,8 +24,6 @@ from normswap.errors import NormSwapError
 if TYPE_CHECKING:
     from torch import nn
 
-    from normswap.training import Progress
-
 
 def _sizes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
     sizes = value.split(",")
@@ -97,10 +95,6 @@ def command(
         device=check_device(chosen.device) if chosen.device else None,
     )
     with progress("sweep") as show:
-
-        def update(done: int, total: int, cell: str, now: Progress) -> None:
-            show(done + now.step / now.steps, total, f"{cell}, loss {now.loss:.3f}")
-
         found = sweep(
             source.model,
             images.train,
@@ -112,7 +106,7 @@ def command(
             from_scratch=from_scratch,
             example_inputs=chosen.inputs(source),
             out=output,
-            progress=update,
+            progress=show,
         )
     failed = [cell for cell in found.cells if cell.failure]
     if as_json:

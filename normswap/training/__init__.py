@@ -11,7 +11,7 @@ from normswap.training.parameters import classifier_of, is_norm, parameter_group
 from normswap.training.records import (
     Epoch,
     History,
-    Progress,
+    TrainingProgress,
     draw_learning_curve,
     read_metrics,
 )
@@ -24,8 +24,8 @@ __all__ = [
     "FineTune",
     "History",
     "Metrics",
-    "Progress",
     "TrainingInterrupted",
+    "TrainingProgress",
     "classifier_of",
     "distillation_loss",
     "draw_learning_curve",

@@ -308,6 +308,15 @@ def evaluation_batches(
         return map(checked, loader), True
 
 
+def samples_of(data: Any) -> int | None:
+    """How many samples there are, where the data know it."""
+    pair = in_memory(data)
+    if pair is not None:
+        return len(pair[0])
+    source = data.dataset if _is_loader(data) else data
+    return _length(source) if _is_indexed(source) else None
+
+
 def named_samples(data: Any, indices: Iterable[int]) -> str:
     """Samples by their files, where the data set knows them, else by their numbers."""
     files = getattr(data, "samples", None)

@@ -75,9 +75,9 @@ from normswap.training.records import (
     CURVE,
     Epoch,
     History,
-    Progress,
-    ProgressCallback,
     Recorder,
+    TrainingCallback,
+    TrainingProgress,
     draw_learning_curve,
 )
 from normswap.training.samples import Batch, load_rng_state, rng_kept, rng_state, seed_everything
@@ -95,7 +95,7 @@ def finetune(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: TrainingCallback | None = None,
     loss: LossFunction | None = None,
     metric: MetricFunction | None = None,
     task: str | Task = "classification",
@@ -223,7 +223,7 @@ class Job:
     options: FineTune
     task: Task
     folder: Path | None
-    progress: ProgressCallback | None
+    progress: TrainingCallback | None
 
 
 @dataclass
@@ -662,26 +662,31 @@ class Run:
             start=self.record.start,
         )
 
-    def _progress(self) -> Progress:
+    def _progress(self) -> TrainingProgress:
         elapsed = time.perf_counter() - self.clock.began
         done = self.place.step - self.clock.step
         images = max(self.meter.images, 1)
-        return Progress(
-            step=self.place.step,
-            steps=self.steps,
-            epoch=self.place.epoch + 1,
-            epochs=self.options.epochs,
-            loss=self.meter.loss / images,
-            accuracy=self.meter.hits / self.meter.judged if self.meter.judged else None,
+        epoch, epochs, loss = self.place.epoch + 1, self.options.epochs, self.meter.loss / images
+        accuracy = self.meter.hits / self.meter.judged if self.meter.judged else None
+        top1 = "" if accuracy is None else f", top-1 {100 * accuracy:.1f} %"
+        speed = images * self.share.world / max(self.meter.seconds, 1e-9)
+        return TrainingProgress(
+            done=self.place.step,
+            total=self.steps,
+            message=f"epoch {epoch}/{epochs}, loss {loss:.3f}{top1}, {speed:.1f} images/s",
+            epoch=epoch,
+            epochs=epochs,
+            loss=loss,
+            accuracy=accuracy,
             learning_rate=self.updates.learning_rate,
-            images_per_second=images * self.share.world / max(self.meter.seconds, 1e-9),
+            images_per_second=speed,
             eta_seconds=elapsed / max(done, 1) * (self.steps - self.place.step),
         )
 
     def _record_step(self) -> None:
-        now = asdict(self._progress())
+        now = self._progress()
         kept = ("step", "epoch", "loss", "accuracy", "learning_rate", "images_per_second")
-        self.recorder.write("step", {name: now[name] for name in kept})
+        self.recorder.write("step", {name: getattr(now, name) for name in kept})
 
     def _draw(self) -> None:
         if self._writes() and self.job.folder is not None and self.record.epochs:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from normswap import pictures
 from normswap.errors import TrainingError
 from normswap.files import write_whole
+from normswap.progress import Progress
 from normswap.reading import Malformed, reading
 from normswap.regular import read_text
 from normswap.room import room_for
@@ -22,12 +23,13 @@ EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress(Progress):
     """Where a run is; handed to the ``progress`` callable after every update.
 
     Attributes:
-        step: updates done.
-        steps: updates of the whole run.
+        done: updates done; also ``step``.
+        total: updates of the whole run; also ``steps``.
+        message: the rest in one line.
         epoch: number of the epoch, from 1.
         epochs: how many there are.
         loss: mean training loss of this epoch so far.
@@ -37,18 +39,26 @@ class Progress:
         eta_seconds: time left at this speed, validation included.
     """
 
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-    loss: float
-    accuracy: float | None
-    learning_rate: float
-    images_per_second: float
-    eta_seconds: float
+    epoch: int = field(kw_only=True)
+    epochs: int = field(kw_only=True)
+    loss: float = field(kw_only=True)
+    accuracy: float | None = field(kw_only=True)
+    learning_rate: float = field(kw_only=True)
+    images_per_second: float = field(kw_only=True)
+    eta_seconds: float = field(kw_only=True)
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.done)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        return int(self.total or 0)
 
 
-ProgressCallback = Callable[[Progress], None]
+TrainingCallback = Callable[[TrainingProgress], None]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import DataError
+from normswap.progress import Progress, ProgressCallback
 from normswap.running import evaluating, placed
-from normswap.training.batches import Share, evaluation_batches, named_samples
+from normswap.training.batches import Share, evaluation_batches, named_samples, samples_of
 from normswap.training.execution import usable_device
 from normswap.training.options import FineTune
 from normswap.training.samples import Batch
@@ -29,7 +30,7 @@ def evaluate(
     workers: int = 0,
     on_broken: str = "error",
     task: str | Task = "classification",
-    progress: Callable[[int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Metrics:
     """Score a model on labelled images, in eval mode.
 
@@ -45,7 +46,8 @@ def evaluate(
         on_broken: a sample that cannot be read: ``"error"``, or ``"skip"`` to leave it out and
             count it.
         task: what is measured, by name, or a task of one's own.
-        progress: called with the number of images seen after each batch.
+        progress: called after each batch with the number of images seen; the total is the data's
+            where it has a length.
 
     Raises:
         DataError: no samples, samples that cannot be read, labels that are no class of the model.
@@ -63,7 +65,14 @@ def evaluate(
     with placed(where, model) as there:
         judge, left_out = task_for(FineTune(), task), set[int]()
         seen = _noted(batches, left_out)
-        totals = added_up(judge, model, seen, there, progress=progress)
+        tell = None
+        if progress is not None:
+            total, show = samples_of(data), progress
+
+            def tell(done: int) -> None:
+                show(Progress(done, total))
+
+        totals = added_up(judge, model, seen, there, progress=tell)
         if left_out:
             log.warning("left out, as they cannot be read: %s", named_samples(data, left_out))
         return metrics_from(judge, totals)
