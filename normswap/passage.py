@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,24 @@ def _aims(recipe: Recipe) -> bool:
     return type(recipe).aim is not Recipe.aim
 
 
+class _Place(NamedTuple):
+    """What a layer adds its training to, at one share a of the way; all linear in a.
+
+    With ``moved`` for what training has added to a parameter: the population's part is
+    ``(slope + moved γ · unit)·x̂ + (shift + moved β − moved γ · tilt)``, the sample's
+    ``(own + a · moved γ)·S(x)``, and the threshold is ``τ + tau``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    slope: Tensor
+    unit: Tensor
+    tilt: Tensor
+    shift: Tensor
+    own: Tensor
+    tau: Tensor
+
+
 @dataclass
 class _Crossing:
     """What one layer needs on its way: the population, where it started, how far it is."""
@@ -82,19 +100,53 @@ class _Crossing:
     statistics: dict[str, Tensor]
     start: dict[str, Tensor]
     share: float = 0.0
+    _here: tuple[Any, _Place] | None = field(default=None, repr=False)
     _moved: dict[Any, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def epsilon(self) -> float:
+        """Of the BatchNorm."""
+        return float(self.statistics["eps"])
 
     def on(self, x: Tensor) -> dict[str, Tensor]:
         """All tensors where ``x`` is, in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         key = x.device, dtype
         if key not in self._moved:
-            self._moved = {key: {k: v.to(x.device, dtype) for k, v in self._constants().items()}}
+            begin, end = self._ends()
+            known = {**self.statistics, "begin": begin, "change": end - begin}
+            self._moved = {key: {k: v.to(x.device, dtype) for k, v in known.items()}}
         return self._moved[key]
 
-    def _constants(self) -> dict[str, Tensor]:
+    def here(self, x: Tensor) -> _Place:
+        """Where the layer is now."""
+        known = self.on(x)
+        key = self.share, known["begin"].device, known["begin"].dtype
+        if self._here is None or self._here[0] != key:
+            rows = torch.add(known["begin"], known["change"], alpha=self.share)
+            self._here = key, _Place(*rows.unbind())
+        return self._here[1]
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The rows of a ``_Place`` at the beginning and at the end of the way."""
         known = {name: value.double() for name, value in self.statistics.items()}
+        start = {name: value.double() for name, value in self.start.items()}
         dead = known["unit_weight"] == 0  # the match gives such a channel β alone
+        matched = self._matched(known, dead)
+        zero, one = torch.zeros_like(known["bias"]), torch.ones_like(known["bias"])
+        unit = torch.where(dead, 1.0, known["unit_weight"])
+        tilt = torch.where(dead, 0.0, known["unit_bias"]) / unit
+        slope, shift = known["weight"], known["bias"]
+        if _aims(self.recipe):
+            slope, shift = one, zero
+        tau = start.get("tau", zero)
+        weight, bias = matched["weight"], matched["bias"]
+        begin = start["weight"], start["bias"], slope, 1 / unit, tilt, shift, zero, -tau
+        end = weight, bias, zero, zero, zero, bias, weight, zero
+        return torch.stack(begin), torch.stack(end)
+
+    def _matched(self, known: Statistics, dead: Tensor) -> dict[str, Tensor]:
+        """γ and β with which the layer comes nearest to the BatchNorm; where they start if dead."""
         matched = {
             "weight": known["weight"] * known["unit_weight"],
             "bias": known["bias"] + known["weight"] * known["unit_bias"],
@@ -102,19 +154,11 @@ class _Crossing:
         if _aims(self.recipe):
             matched = {"weight": known["unit_weight"], "bias": known["unit_bias"]}
         matched["bias"] = torch.where(dead, known["bias"], matched["bias"])
-        matched["tau"] = torch.zeros_like(known["bias"])
-        lead = {name: matched[name] - value.double() for name, value in self.start.items()}
-        lead["weight"] = torch.where(dead, 0.0, lead["weight"])
-        return {
-            **self.statistics,
-            "unit_weight": torch.where(dead, 1.0, known["unit_weight"]),
-            "unit_bias": torch.where(dead, 0.0, known["unit_bias"]),
-            **{f"start_{name}": value for name, value in self.start.items()},
-            **{f"lead_{name}": value for name, value in lead.items()},
-        }
+        matched["weight"] = torch.where(dead, self.start["weight"].double(), matched["weight"])
+        return matched
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_moved": {}}
+        return {**self.__dict__, "_moved": {}, "_here": None}
 
 
 class _Passing(nn.Module):
@@ -138,53 +182,44 @@ class _Passing(nn.Module):
 
 
 def _blended(layer: Any, crossing: _Crossing, x: Tensor) -> Tensor:
-    known, share = crossing.on(x), crossing.share
-    moved = {  # what training has done to the parameters so far
-        name: getattr(layer, name).to(known["mean"].dtype) - known[f"start_{name}"]
-        for name in crossing.start
-    }
-    change = {name: moved[name] - share * known[f"lead_{name}"] for name in moved}
-    own = {name: getattr(layer, name) + (1 - share) * known[f"lead_{name}"] for name in moved}
-    y = _population(layer, crossing, change, share * own["bias"] if share else None, x)
-    if share:
-        standard = crossing.recipe.standardise(layer, x)
-        assert standard is not None
-        factor = _column(share * own["weight"], x).to(standard.dtype)
-        y = torch.addcmul(y.to(standard.dtype), standard, factor)
-    if "tau" in moved:
-        y = torch.maximum(y, _column(own["tau"] if share else change["tau"], x).to(y.dtype))
+    """A share of the BatchNorm and a share of the layer: two kernels and one addition."""
+    here = crossing.here(x)
+    weight = layer.weight - here.weight  # what training has done to it so far
+    shift = torch.addcmul(here.shift + (layer.bias - here.bias), weight, here.tilt, value=-1)
+    tau = None if _threshold(layer) is None else layer.tau + here.tau
+    if tau is not None:
+        shift = shift - tau
+    slope = torch.addcmul(here.slope, weight, here.unit)
+    y = _population(layer, crossing, slope, shift, x)
+    if crossing.share:
+        own = torch.add(here.own, weight, alpha=crossing.share)
+        y = y.add_(crossing.recipe.scaled(layer, x, own))
+    if tau is not None:  # max(y, τ); a tie goes to the threshold, as in the layer
+        y = F.relu_(y) + _column(tau, x).to(y.dtype)
     return y.to(x.dtype)
 
 
-def _population(
-    layer: nn.Module,
-    crossing: _Crossing,
-    change: dict[str, Tensor],
-    more: Tensor | None,
-    x: Tensor,
-) -> Tensor:
-    """(1 − a)·(γ·x̂ + β) with the population's statistics, in BatchNorm's own form, and ``more``.
+def _threshold(layer: nn.Module) -> Tensor | None:
+    """The threshold that a layer may have."""
+    found = getattr(layer, "tau", None)
+    return found if isinstance(found, Tensor) else None
 
-    As long as nothing has changed, its γ and β are exactly BatchNorm's. What is added to each
+
+def _population(
+    layer: nn.Module, crossing: _Crossing, slope: Tensor, shift: Tensor, x: Tensor
+) -> Tensor:
+    """(1 − a)·(γ·x̂ + β) with the population's statistics, and a·β, in BatchNorm's own form.
+
+    As long as nothing has changed, slope and shift are exactly BatchNorm's. What is added to each
     channel costs nothing here, and a pass over the map elsewhere.
     """
-    known, left = crossing.on(x), 1 - crossing.share
-    slope = change["weight"] / known["unit_weight"]
-    shift = change["bias"] - slope * known["unit_bias"]
-    weight, bias = known["weight"], known["bias"]
-    aims = _aims(crossing.recipe)
-    if not aims:
-        weight, bias = weight + slope, bias + shift
-        if more is not None:
-            weight, bias = left * weight, left * bias + more
-    y = F.batch_norm(x, known["mean"], known["var"], weight, bias, False, 0.0, float(known["eps"]))
-    if not aims:
-        return y
+    known, eps = crossing.on(x), crossing.epsilon
+    mean, var = known["mean"], known["var"]
+    if not _aims(crossing.recipe):
+        return F.batch_norm(x, mean, var, slope, shift, False, 0.0, eps)
+    y = F.batch_norm(x, mean, var, known["weight"], known["bias"], False, 0.0, eps)
     aim = crossing.recipe.aim(layer, y)
-    factor, shift = (
-        (1 + slope, shift) if more is None else (left * (1 + slope), left * shift + more)
-    )
-    return torch.addcmul(_column(shift, x).to(y.dtype), aim, _column(factor, x).to(y.dtype))
+    return torch.addcmul(_column(shift, x).to(y.dtype), aim, _column(slope, x).to(y.dtype))
 
 
 def _column(values: Tensor, x: Tensor) -> Tensor:
@@ -269,10 +304,11 @@ class Passage:
             raise TrainingError("Passage.steps", got=repr(steps), need="an integer ≥ 1", hint="100")
         self.model, self.steps, self.done = model, steps, 0
         self._followers: list[nn.Module] = []
+        self._layers: list[_Passing] = []
         begun = crossings(model)
         if not begun:
             _begin(model)
-        self._set()
+        self._look()
 
     @property
     def share(self) -> float:
@@ -293,13 +329,20 @@ class Passage:
     def follow(self, model: nn.Module) -> None:
         """Keep a copy of the model, such as an average of its weights, on the same way."""
         self._followers.append(model)
+        self._look()
+
+    def _look(self) -> None:
+        """Find the layers anew, and put them where they shall be."""
+        models = self.model, *self._followers
+        self._layers = [layer for model in models for layer in crossings(model).values()]
         self._set()
 
     def _set(self) -> None:
-        for model in (self.model, *self._followers):
-            for layer in crossings(model).values():
-                layer._crossing.share = self.share
-            if self.share >= 1:
+        for layer in self._layers:
+            layer._crossing.share = self.share
+        if self.share >= 1:
+            self._layers = []
+            for model in (self.model, *self._followers):
                 _end(model)
 
     def state(self) -> dict[str, Any]:
@@ -324,7 +367,7 @@ class Passage:
                 layer = layers[name]
                 fused = layer._crossing.fused
                 layer._crossing = _crossing(layer, fused, site["statistics"], site["start"])
-        self._set()
+        self._look()
 
 
 def _begin(model: nn.Module) -> None:

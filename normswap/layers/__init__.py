@@ -25,6 +25,7 @@ from normswap.layers.filter_response_norm import (
     FilterResponseNorm2d,
     FilterResponseNorm3d,
     FilterResponseNormAct2d,
+    filter_response_norm,
     plain_filter_response_norm,
 )
 from normswap.layers.frozen_batch_norm import (
@@ -85,6 +86,7 @@ __all__ = [
     "WeightStandardisedConv1d",
     "WeightStandardisedConv2d",
     "WeightStandardisedConv3d",
+    "filter_response_norm",
     "fold_weights",
     "fuse",
     "fused_classes",

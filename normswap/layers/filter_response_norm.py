@@ -104,6 +104,21 @@ def _must_be_plain() -> bool:
     )
 
 
+def filter_response_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tau: Tensor | None,
+    eps_l: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """FRN (and TLU, if ``tau`` is given), by hand where nobody has to look inside."""
+    if x.numel() == 0 or _must_be_plain():
+        return plain_filter_response_norm(x, weight, bias, tau, eps_l, eps)
+    y: Tensor = _FilterResponse.apply(x, weight, bias, tau, eps_l, eps)
+    return y
+
+
 def plain_filter_response_norm(
     x: Tensor,
     weight: Tensor | None,

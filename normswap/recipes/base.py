@@ -155,6 +155,12 @@ class Recipe(ABC):
             return None
         return F.batch_norm(x, state.mean, state.var, None, None, False, 0.0, state.eps)
 
+    def scaled(self, layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """``standardise`` times ``weight`` (C,), by one kernel where there is one for both."""
+        standard = self.standardise(layer, x)
+        assert standard is not None
+        return standard * weight.view(-1, *[1] * (x.dim() - 2)).to(standard.dtype)
+
     def sharing(self, layer: nn.Module) -> int | None:
         """In how many groups the channels of ``layer`` share statistics; None if they do not."""
         del layer

@@ -98,6 +98,9 @@ class EvoNorm(GroupNorm):
         found: Tensor = layer.standardised(x)
         return found
 
+    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return base.Recipe.scaled(self, layer, x, weight)
+
     def sharing(self, layer: Any) -> int | None:
         del layer  # its gate feels what its producer's scale is, so that one has to stay
         return None

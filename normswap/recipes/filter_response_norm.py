@@ -128,6 +128,9 @@ class FilterResponseNorm(base.Recipe):
     def standardise(self, layer: Any, x: Tensor) -> Tensor:
         return layers.plain_filter_response_norm(x, None, None, None, layer.eps_l, layer.eps)
 
+    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return layers.filter_response_norm(x, weight, None, None, layer.eps_l, layer.eps)
+
     def standalone(self, layer: Any) -> str:
         learnable, tlu = layer.eps_l is not None, layer.tau is not None
         options = f"eps={layer.eps!r}, learnable_eps={learnable}, tlu={tlu}"

@@ -136,6 +136,9 @@ class GroupNorm(_Grouped):
     def standardise(self, layer: Any, x: Tensor) -> Tensor:
         return F.group_norm(x, layer.num_groups, None, None, layer.eps)
 
+    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.group_norm(x, layer.num_groups, weight.to(x.dtype), None, layer.eps)
+
     def sharing(self, layer: Any) -> int | None:
         return int(layer.num_groups)
 
@@ -215,6 +218,9 @@ class LayerNorm(_Grouped):
     def standardise(self, layer: Any, x: Tensor) -> Tensor:
         return GroupNorm().standardise(layer, x)
 
+    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return GroupNorm().scaled(layer, x, weight)
+
     def sharing(self, layer: Any) -> int | None:
         return GroupNorm().sharing(layer)
 
@@ -269,3 +275,6 @@ class InstanceNorm(_Grouped):
 
     def standardise(self, layer: Any, x: Tensor) -> Tensor:
         return F.instance_norm(x, eps=layer.eps)
+
+    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.instance_norm(x, weight=weight.to(x.dtype), eps=layer.eps)

@@ -1,0 +1,312 @@
+"""Do fine-tuning's defaults hold? One epoch at batch 2, nothing chosen, from every start.
+
+    python examples/benchmarks/defaults.py                 # all cells; goes on where it stopped
+    python examples/benchmarks/defaults.py --only vgg frn  # cells whose names have all of these
+    python examples/benchmarks/defaults.py --report-only
+
+Ten small networks by their libraries' own classes learn handwritten digits (scikit-learn's, at any
+place, scale and colour on half faded textures, 32 px) as BatchNorm networks at batch 32. Each is
+converted to every target, matched without data or calibrated on unlabelled images, and fine-tuned
+by ``FineTune(epochs=1)``: batch 2, no other option. Accuracy is measured on test images of digits
+that neither training nor selection has seen: of the original, of the start, of the last weights,
+and of those that the run keeps (the best on its validation images, the start included). Each
+finished cell is one line of a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import normswap
+from normswap import FineTune
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("NORMSWAP_DEFAULTS_CACHE", ".cache/defaults"))
+SIZE, PLAIN = 32, 0.5
+PRETRAINING, TRAINING, VALIDATION, TEST = 3000, 1000, 300, 1000
+TARGETS = ("gn", "ln", "frn", "brn", "cbn", "frozen")
+EXACT = ("brn", "cbn", "frozen")  # there is nothing to calibrate
+CALIBRATION = {"count": 256, "seconds": 10.0}
+LOSS, SHARE = 0.5, 0.98  # points that may be lost, share of the original that must be reached
+
+
+# --- the networks ---------------------------------------------------------------------------------
+
+
+def resnet() -> nn.Module:
+    """ResNet of basic blocks, one each."""
+    from timm.models.resnet import BasicBlock, ResNet
+
+    return _opened(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10, channels=(16, 32, 64, 128)))
+
+
+def bottleneck() -> nn.Module:
+    """ResNet of bottlenecks, two each."""
+    from timm.models.resnet import Bottleneck, ResNet
+
+    return _opened(ResNet(Bottleneck, [2, 2, 2, 2], num_classes=10, channels=(8, 16, 32, 64)))
+
+
+def _opened(model: Any) -> Any:
+    model.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def vgg() -> nn.Module:
+    """VGG with BatchNorm, six convolutions, a plain head."""
+    from torchvision.models.vgg import VGG, make_layers
+
+    layers: list[str | int] = [16, "M", 32, "M", 64, 64, "M", 128, 128]
+    model = VGG(make_layers(layers, batch_norm=True), num_classes=10)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)  # type: ignore[assignment]
+    model.classifier = nn.Linear(128, 10)  # type: ignore[assignment]
+    return model
+
+
+def densenet() -> nn.Module:
+    """DenseNet-BC of 25 layers."""
+    from timm.models.densenet import DenseNet
+
+    model = DenseNet(growth_rate=8, block_config=(3, 4, 4), num_init_features=16, num_classes=10)
+    model.features.conv0 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    model.features.pool0 = nn.Identity()
+    return model
+
+
+def regnet() -> nn.Module:
+    """RegNetX-200MF."""
+    model: Any = timm.create_model("regnetx_002", num_classes=10)
+    model.stem.conv.stride = (1, 1)
+    return model
+
+
+def shufflenet() -> nn.Module:
+    """ShuffleNetV2 x0.5."""
+    model: Any = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
+    model.conv1[0].stride = (1, 1)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _mobile(name: str) -> nn.Module:
+    model: Any = timm.create_model(name, num_classes=10)
+    model.conv_stem.stride = (1, 1)
+    return model
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vgg": vgg,
+    "resnet": resnet,
+    "bottleneck": bottleneck,
+    "densenet": densenet,
+    "mobilenetv2": functools.partial(_mobile, "mobilenetv2_035"),
+    "mobilenetv3": functools.partial(_mobile, "mobilenetv3_small_050"),
+    "efficientnet": functools.partial(_mobile, "test_efficientnet"),
+    "mnasnet": functools.partial(_mobile, "mnasnet_small"),
+    "regnet": regnet,
+    "shufflenet": shufflenet,
+}
+
+
+# --- the images and the originals -----------------------------------------------------------------
+
+Data = tuple[Tensor, Tensor]
+
+
+@functools.cache
+def scoreboard() -> Any:
+    """The retention scoreboard's module, whose digits these are."""
+    spec = importlib.util.spec_from_file_location("retention", HERE / "retention.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module)["SIZE"] = SIZE
+    return module
+
+
+@functools.cache
+def images(split: str, count: int, seed: int) -> Data:
+    """Digits of a split, the same for the same seed."""
+    found: Data = scoreboard().render(split, count, seed=seed, plain=PLAIN)
+    return found
+
+
+def original(name: str) -> nn.Module:
+    """The trained BatchNorm network, from the cache or trained now."""
+    path = CACHE / f"{name}.pt"
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    inputs, labels = images("train", PRETRAINING, seed=1)
+    epochs, batch = 6, 32
+    steps = epochs * (len(labels) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    model.train()
+    for _ in range(epochs):
+        for index in torch.randperm(len(labels)).split(batch)[: len(labels) // batch]:
+            cross_entropy(model(inputs[index]), labels[index], label_smoothing=0.05).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+# --- the cells ------------------------------------------------------------------------------------
+
+
+def top1(model: nn.Module) -> float:
+    """On the test images, in percent."""
+    return 100 * normswap.evaluate(model, images("test", TEST, seed=2)).top1
+
+
+def start(name: str, target: str, init: str) -> tuple[nn.Module, nn.Module]:
+    """The converted network before its fine-tuning, and its original."""
+    teacher = original(name)
+    model = copy.deepcopy(teacher)
+    model = normswap.convert(model, target, example_inputs=torch.zeros(2, 3, SIZE, SIZE)).model
+    if init == "calibrated":
+        unlabelled, _ = images("train", CALIBRATION["count"], seed=3)
+        seconds, clock = CALIBRATION["seconds"], time.process_time
+        normswap.calibrate(model, teacher, unlabelled, seconds=seconds, clock=clock)
+    return model, teacher
+
+
+def cell(name: str, target: str, init: str, **options: Any) -> dict[str, Any]:
+    """One line: what it was, where it started and ended."""
+    model, teacher = start(name, target, init)
+    facts: dict[str, Any] = {"network": name, "target": target, "init": init, **options}
+    facts |= {"original": top1(teacher), "start": top1(model)}
+    recipe = FineTune(epochs=1, **options)  # what is under test: nothing chosen but its length
+    train, chosen_on = images("train", TRAINING, seed=4), images("train", VALIDATION, seed=5)
+    begun = time.process_time()
+    last = copy.deepcopy(model)
+    history = normswap.finetune(last, train, chosen_on, FineTune(**_last(recipe)))
+    facts |= {"seconds": time.process_time() - begun, "last": top1(last)}
+    scores = {row.epoch: row.val_top1 for row in history.epochs}
+    begun_at = None if history.start is None else history.start.top1
+    kept = begun_at is None or (scores[1] or 0.0) >= begun_at
+    facts |= {"val_start": begun_at, "val_last": scores[1]}
+    return facts | {"kept": facts["last"] if kept else facts["start"]}
+
+
+def _last(recipe: FineTune) -> dict[str, Any]:
+    """The same run, left at its last weights: what it would keep follows from its history."""
+    return {**vars(recipe), "keep": "last"}
+
+
+def cells() -> list[tuple[str, str, str]]:
+    """All of the table."""
+    return [
+        (name, target, init)
+        for name in NETWORKS
+        for target in TARGETS
+        for init in (("matched",) if target in EXACT else ("matched", "calibrated"))
+    ]
+
+
+def run(only: list[str], out: Path) -> None:
+    """Every cell that is not there yet."""
+    done = {(row["network"], row["target"], row["init"]) for row in read(out)}
+    for wanted in cells():
+        if wanted in done or not all(word in wanted for word in only):
+            continue
+        facts = cell(*wanted)
+        with file_of(out).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+        print(" ".join(wanted), *(f"{k} {facts[k]:.2f}" for k in SCORES), flush=True)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+SCORES = ("original", "start", "last", "kept")
+
+
+def file_of(out: Path) -> Path:
+    """Where the rows are."""
+    out.mkdir(parents=True, exist_ok=True)
+    return out / "defaults.jsonl"
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """All rows so far."""
+    path = file_of(out)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line]
+
+
+def report(out: Path) -> None:
+    """One line for each network and start: start → kept (last), and what falls short."""
+    found = {(row["network"], row["init"], row["target"]): row for row in read(out)}
+    lines = ["| network (BN original) | start | " + " | ".join(TARGETS) + " |"]
+    lines.append("|---" * (len(TARGETS) + 2) + "|")
+    for name in NETWORKS:
+        for init in ("matched", "calibrated"):
+            mine = [found.get((name, init, target)) for target in TARGETS]
+            known = next((row for row in mine if row), None)
+            if known is not None:
+                head = f"| {name} ({known['original']:.1f}) | {init} | "
+                lines.append(head + " | ".join(map(_entry, mine)) + " |")
+    rows = list(found.values())
+    held = [row for row in rows if row["kept"] >= row["start"] - LOSS]
+    held_last = [row for row in rows if row["last"] >= row["start"] - LOSS]
+    short = [row for row in rows if row["kept"] < SHARE * row["original"]]
+    lines += [
+        "",
+        f"{len(rows)} cells. What is kept ends at the start − {LOSS} points or above in "
+        f"{len(held)}, the last weights in {len(held_last)}; at {SHARE:.0%} of the original or "
+        f"above in {len(rows) - len(short)}.",
+        "Below that: " + ("; ".join(map(_shortfall, short)) or "none") + ".",
+    ]
+    text = "\n".join(lines) + "\n"
+    (out / "defaults.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _entry(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "as matched"
+    last = "" if row["last"] == row["kept"] else f" ({row['last']:.1f})"
+    return f"{row['start']:.1f} → {row['kept']:.1f}{last}"
+
+
+def _shortfall(row: dict[str, Any]) -> str:
+    share = 100 * row["kept"] / row["original"]
+    return f"{row['network']} {row['target']} {row['init']} ({share:.1f} %)"
+
+
+def main() -> None:
+    """Run, or report only."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], help="words that a cell's name has")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--report-only", action="store_true")
+    options = parser.parse_args()
+    if not options.report_only:
+        run(options.only, options.out)
+    report(options.out)
+
+
+if __name__ == "__main__":
+    main()
