@@ -271,8 +271,11 @@ class Passage:
 
     Before the first step the model computes what the BatchNorm original computes; after ``steps``
     steps the plain layers stand there, and nothing of the passage is left in the model, its state
-    dict or an export. Layers that keep running statistics (brn, cbn, frozen …) need no passage and
-    are left alone. Call ``step`` after each update of the optimizer.
+    dict or an export. A calibration that moved γ and β alone is kept: they are led from their match
+    to where it put them. One that moved the weights before them too (the default for gn and ln) is
+    near the original already, starts elsewhere and is refused. Layers that keep running statistics
+    (brn, cbn, frozen …) need no passage and are left alone. Call ``step`` after each update of the
+    optimizer.
 
     Args:
         model: converted to gn, ln, in, frn or any other per-sample target; changed in place.
@@ -282,8 +285,8 @@ class Passage:
         share: how much of the passage is behind the model, 0 to 1.
 
     Raises:
-        TrainingError: the model has no layer that needs a passage, or nothing is known of the
-            BatchNorms that stood there.
+        TrainingError: the model has no layer that needs a passage, nothing is known of the
+            BatchNorms that stood there, or a calibration has moved what stands before them.
 
     Example:
         >>> import copy, normswap
@@ -371,6 +374,7 @@ class Passage:
 
 
 def _begin(model: nn.Module) -> None:
+    _check_weights_stood_still(model)
     known = provenance_of(model).statistics
     modules = dict(model.named_modules())
     waiting = {n: m for n, m in modules.items() if _per_sample(m)}
@@ -396,6 +400,26 @@ def _begin(model: nn.Module) -> None:
         crossing = _crossing(layer, fused_parts(layer) is not None, statistics, start)
         object.__setattr__(layer, "_crossing", crossing)
         layer.__class__ = _passing(type(layer))
+
+
+def _check_weights_stood_still(model: nn.Module) -> None:
+    """What stands before a layer must give what its BatchNorm's statistics were taken of."""
+    for entry in provenance_of(model).history:
+        if entry.get("step") == "calibrated" and _moves_weights(model, entry):
+            raise TrainingError(
+                "passage",
+                got=f"a model whose calibration has moved {_some_of(entry.get('moved'))}",
+                need="the original's weights between its norms, where the passage begins",
+                hint="fine-tuning without a passage, which a calibrated start does not need, or "
+                "converting without calibration (in Python also with "
+                "calibrate(parameters='norms')) and with a passage",
+            )
+
+
+def _some_of(moved: Any) -> str:
+    if not moved:
+        return "layers that are not on their way"
+    return moved[0] if len(moved) == 1 else f"{moved[0]} and {len(moved) - 1} others"
 
 
 def _crossing(
@@ -451,15 +475,24 @@ def as_original(model: nn.Module) -> Iterator[bool]:
 def returns(model: nn.Module) -> bool:
     """Whether the BatchNorm original can be had from what the converted model remembers."""
     record = provenance_of(model)
-    if not record.plans or any(_moves_weights(entry) for entry in record.history):
+    if not record.plans or any(_moves_weights(model, entry) for entry in record.history):
         return False
     waiting = {name for name, module in model.named_modules() if _per_sample(module)}
     return waiting <= set(record.statistics)
 
 
-def _moves_weights(entry: Mapping[str, Any]) -> bool:
-    calibrated = entry.get("step") == "calibrated"
-    return entry.get("parameters") != "norms" if calibrated else entry.get("step") == "fine-tuned"
+def _moves_weights(model: nn.Module, entry: Mapping[str, Any]) -> bool:
+    """Whether a step has changed anything that a passage does not lead back."""
+    if entry.get("step") != "calibrated":
+        return entry.get("step") == "fine-tuned"
+    moved = entry.get("moved")
+    beside = bool(moved) if moved is not None else entry.get("parameters") != "norms"
+    return beside or any(_keeps_statistics(module) for module in model.modules())
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    recipe = recipe_of(module)
+    return recipe is not None and not recipe.per_sample
 
 
 def _untouched(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from training_runs import Net, samples, weights
 
 import normswap
+import normswap.passage
 from normswap import FineTune, Passage, finetune
 from normswap.errors import NormSwapError, TrainingError
 
@@ -190,6 +191,33 @@ def test_a_fine_tuned_artefact_keeps_it_no_more(tmp_path):
     ]
     with pytest.raises(TrainingError, match="without the statistics"):
         Passage(normswap.load(tmp_path / "out", into=plain()), steps=1)
+
+
+@pytest.mark.parametrize("target", ["gn", "ln", "in", "frn"])
+def test_a_calibrated_start_is_led_or_refused(target):
+    """At a = 0 it is the original, whatever a calibration did to γ and β; else it says no."""
+    original, model, inputs = converted("plain", target)
+    images = torch.cat([inputs, inputs.flip(3)])
+    normswap.calibrate(model, original, images, steps=3, parameters="norms")
+    ends = copy.deepcopy(model)
+    with torch.no_grad():
+        passage = Passage(model, steps=2)
+        assert torch.equal(model(inputs), original(inputs))
+        passage.finish()
+        assert torch.equal(model(inputs), ends(inputs))
+    normswap.calibrate(model, original, images, steps=3, parameters="all")
+    with pytest.raises(TrainingError, match=r"moved \S+ and \d+ others; need .* without a passage"):
+        Passage(model, steps=2)
+    assert not normswap.passage.returns(model)
+
+
+@pytest.mark.parametrize("target", ["frozen", {"1": "gn", "4": "frozen"}], ids=str)
+def test_calibrated_layers_that_are_not_on_their_way_lead_nowhere(target):
+    original, model, inputs = converted("plain", target)
+    assert normswap.passage.returns(model)
+    images = torch.cat([inputs, inputs.flip(3)])
+    normswap.calibrate(model, original, images, steps=3, parameters="norms")
+    assert not normswap.passage.returns(model)
 
 
 @pytest.mark.parametrize("target", ["brn", "frozen"])

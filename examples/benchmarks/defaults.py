@@ -83,7 +83,7 @@ def densenet() -> nn.Module:
     """DenseNet-BC of 25 layers."""
     from timm.models.densenet import DenseNet
 
-    model = DenseNet(growth_rate=8, block_config=(3, 4, 4), num_init_features=16, num_classes=10)
+    model = DenseNet(growth_rate=8, block_config=(3, 4, 4), num_classes=10)
     model.features.conv0 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
     model.features.pool0 = nn.Identity()
     return model
@@ -114,13 +114,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg": vgg,
     "resnet": resnet,
     "bottleneck": bottleneck,
-    "densenet": densenet,
     "mobilenetv2": functools.partial(_mobile, "mobilenetv2_035"),
     "mobilenetv3": functools.partial(_mobile, "mobilenetv3_small_050"),
     "efficientnet": functools.partial(_mobile, "test_efficientnet"),
-    "mnasnet": functools.partial(_mobile, "mnasnet_small"),
-    "regnet": regnet,
+    "densenet": densenet,
     "shufflenet": shufflenet,
+    "regnet": regnet,
+    "mnasnet": functools.partial(_mobile, "mnasnet_small"),
 }
 
 
