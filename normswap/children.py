@@ -13,14 +13,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 SECONDS = 120.0
 """How long somebody else's file may take by default."""
@@ -130,6 +132,8 @@ class Child:
     """
 
     def __init__(self, module: str, *, memory: int | None = MEMORY) -> None:
+        import subprocess  # a tenth of what --help takes
+
         self._process = subprocess.Popen(
             command(module, memory=memory),
             env=environment(),

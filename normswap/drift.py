@@ -279,10 +279,16 @@ class Drift:
     def draw(self, path: str | Path) -> Path:
         """Write a picture of the three errors along the network."""
         errors = {
-            field: [getattr(site, field) for site in self.sites]
-            for field in ("predicted", "alone", "measured")
+            label: [getattr(site, field) for site in self.sites] for field, label in _LABELS.items()
         }
-        return pictures.drift(errors, self.summary, path)
+        return pictures.drift(errors, [site.name for site in self.sites], self.summary, path)
+
+
+_LABELS = {
+    "predicted": "predicted from the running statistics",
+    "alone": "the layer by itself",
+    "measured": "built up by here",
+}
 
 
 def _share(value: float | None) -> str:

@@ -25,14 +25,22 @@ from __future__ import annotations
 
 from typing import Any
 
+RETURNED = {"returned": True}
+"""``extra`` of a log record whose text the caller gets too: the command line prints it once."""
+
 
 def in_short(error: BaseException, most: int = 200) -> str:
     """The first line of an error that says something; its class where none does.
+
+    Of an error of our own it is where, and what was found there: what is needed and what to try
+    says the error that this one is put into.
 
     Example:
         >>> in_short(ValueError("as it was")), in_short(AssertionError())
         ('as it was', 'AssertionError')
     """
+    if isinstance(error, NormSwapError):
+        return f"{error.where}: {error.got}"
     lines = (line.strip() for line in str(error).splitlines())
     return next((line[:most] for line in lines if line), type(error).__name__)
 

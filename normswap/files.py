@@ -16,13 +16,11 @@ belong to somebody else are never moved.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import sys
 import threading
@@ -378,6 +376,8 @@ def _renamed(draft: Path, target: Path) -> bool:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Two names change places in one step; False where the system has no such call."""
+    import ctypes
+
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if _LINUX else None
     if call is None:
         return False
@@ -394,7 +394,7 @@ _LINUX = sys.platform == "linux"
 
 
 def _fresh(target: Path, kind: str) -> Path:
-    return home(target) / f".{target.name}.{secrets.token_hex(4)}.{kind}"
+    return home(target) / f".{target.name}.{os.urandom(4).hex()}.{kind}"
 
 
 def flush(path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from normswap import pictures, swap
 from normswap.calibration import linear_output, solve_once, steadied, taken
 from normswap.drift import Agreement, batches
-from normswap.errors import PlanError
+from normswap.errors import RETURNED, PlanError
 from normswap.files import write_whole
 from normswap.graph import Graph, walk
 from normswap.graph.norms import fused_parts
@@ -225,7 +225,7 @@ def convert(
         images=found.images,
         costs=chooser.costs,
     )
-    _log.info("%s", kept.summary)
+    _log.info("%s", kept.summary, extra=RETURNED)
     add_history(
         result.model, "calibrated", images=found.images, parameters="producers", keep=keep,
         agreement=found.share, seconds=clock() - begun, steps=0, stopped="closed form",

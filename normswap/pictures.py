@@ -18,22 +18,24 @@ Values = Sequence[float | None]
 _FIRST, _OTHERS = "0.35", "tab:blue"
 
 
-def drift(errors: Mapping[str, Values], title: str, path: str | Path) -> Path:
+def drift(errors: Mapping[str, Values], names: Sequence[str], title: str, path: str | Path) -> Path:
     """The errors of all sites along a network, one line each.
 
     Args:
         errors: label → a value per site; None where there is none.
+        names: of the sites.
         title: above the picture.
         path: ``.png``, ``.svg`` or ``.pdf``.
     """
-    figure = _figure(9, 3.5)
+    figure = _figure(9, 4.2)
     axes = figure.subplots()
     for (label, values), style in zip(errors.items(), (":", "--", "-"), strict=False):
         if any(value is not None for value in values):
             shown = [float("nan") if v is None else v for v in values]
             axes.plot(range(len(shown)), shown, style, marker=".", label=label)
-    axes.set(xlabel="site", ylabel="relative error", title=title, ylim=(0, None))
-    axes.legend()
+    axes.set(ylabel="relative error", title=title, ylim=(0, None))
+    _name_sites(axes, names)
+    _legend_above(axes)
     return _save(figure, path)
 
 
@@ -48,14 +50,15 @@ def costs(
         title: above the picture.
         path: ``.png``, ``.svg`` or ``.pdf``.
     """
-    figure = _figure(9, 3.5)
+    figure = _figure(9, 4.2)
     axes = figure.subplots()
     for number, kind in enumerate(sorted({became.get(name, "") for name in values})):
         mine = [i for i, name in enumerate(values) if became.get(name, "") == kind]
         heights = [max(list(values.values())[i], 1e-6) for i in mine]
         axes.bar(mine, heights, color=f"C{number}", label=kind)
-    axes.set(xlabel="site", ylabel="cost by itself, nats", title=title, yscale="log")
-    axes.legend()
+    axes.set(ylabel="cost by itself, nats", title=title, yscale="log")
+    _name_sites(axes, list(values))
+    _legend_above(axes)
     return _save(figure, path)
 
 
@@ -76,7 +79,7 @@ def learning_curve(
         percent: the last panel is a share.
         levels: label → title of a panel → where a horizontal line stands in it.
     """
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     figure = _figure(4.5 * len(panels), 3.6)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -91,11 +94,20 @@ def learning_curve(
                 line = {"color": "black", "linewidth": 1, "linestyle": style}
                 axes.axhline(heights[title], label=label, **line)
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _count_along(axes, epochs)
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend()
+            _legend_above(axes)
     return _save(figure, path)
+
+
+def _count_along(axes: Any, numbers: Sequence[int]) -> None:
+    """Whole numbers along an axis, with room for a single one: no scale of fractions."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if numbers:
+        axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
 
 
 def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path: str | Path) -> Path:

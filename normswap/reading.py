@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,9 +62,11 @@ def what_is_wrong(problem: Exception) -> str:
         >>> what_is_wrong(RecursionError())
         'data nested deeper than any such file is'
     """
-    for kind, words in _WORDS.items():
+    pickle = sys.modules.get("pickle")  # who did not import it has not met its errors
+    words = {**_WORDS, **({} if pickle is None else {pickle.UnpicklingError: _PICKLE})}
+    for kind, text in words.items():
         if isinstance(problem, kind):
-            return words
+            return text
     if isinstance(problem, UnicodeDecodeError):
         return f"bytes that are no UTF-8 text (at byte {problem.start})"
     if isinstance(problem, json.JSONDecodeError):
@@ -80,6 +82,6 @@ def what_is_wrong(problem: Exception) -> str:
 _WORDS = {
     RecursionError: "data nested deeper than any such file is",
     MemoryError: "more data than there is memory for",
-    # torch's own text advises to run whatever code is in it
-    pickle.UnpicklingError: "no pickle that can be read to its end",
 }
+_PICKLE = "no pickle that can be read to its end"
+"""torch's own text advises to run whatever code is in it."""

@@ -44,7 +44,7 @@ _STEADY = 0.9
 """BatchNorm that keeps this share of its own decisions at a batch size can be trained there."""
 _LARGE = 32
 """The batch at which BatchNorm is kept where nothing was seen of the images."""
-_COMES_BACK = 0.8
+_COMES_BACK = 0.5
 """A calibrated conversion that keeps this share is a start from which training goes on."""
 _BETTER = 0.02
 """How much more another per-sample target must keep to be taken in the place of ``gn``."""
@@ -260,7 +260,7 @@ def decide(options: Sequence[Option], effect: BatchEffect | None, batch_size: in
     1. BatchNorm stays where it works: under the statistics of batches of this size the model keeps
        at least 90 % of its own decisions. (Without images: at a batch of 32 and more.)
     2. Else a per-sample target, which depends on no batch, if a short calibration brings it back
-       to 80 % of the decisions: ``gn``, or the one that keeps more than 2 points more.
+       to half of the decisions: ``gn``, or the one that keeps more than 2 points more.
     3. Else nothing but an exact target keeps the network: ``frozen``.
 
     Args:

@@ -266,6 +266,7 @@ def _family(spec: str) -> tuple[Any, str]:
     for prefix, family in _FAMILIES.items():
         if spec.startswith(prefix) and len(spec) > len(prefix):
             return family, spec.removeprefix(prefix)
+    _refuse_files(spec)
     bare = spec.strip("/").partition(":")[0]
     near = list_models(f"*/{bare}") if bare.isidentifier() else []
     raise SpecError(
@@ -275,6 +276,29 @@ def _family(spec: str) -> tuple[Any, str]:
         "or a normswap directory",
         hint=" or ".join(near) or "`normswap list` for names",
     )
+
+
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
+
+
+def _refuse_files(spec: str) -> None:
+    """Weights alone are no model; an ONNX file is one that cannot be converted."""
+    kind = Path(spec).suffix.lower()
+    if kind in _WEIGHTS:
+        raise SpecError(
+            spec,
+            got="a file of weights",
+            need="the model that they belong to",
+            hint=f"timm/NAME --checkpoint {spec}, or torchvision/NAME, or "
+            "python:PACKAGE.MODULE:FACTORY for a model of your own (checkpoint=…)",
+        )
+    if kind == ".onnx":
+        raise SpecError(
+            spec,
+            got="an ONNX file",
+            need="the torch model that it was made from",
+            hint="`normswap verify`, `evaluate` or `predict`, which take such files",
+        )
 
 
 def _edges(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:

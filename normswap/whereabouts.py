@@ -35,9 +35,14 @@ def find_checkpoint(digest: str, name: str) -> Path:
     return Path(known) if known is not None and Path(known).is_file() else Path(name)
 
 
-def _file() -> Path:
+def cache(name: str) -> Path:
+    """A file of that name in the user's cache, which need not be there."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "normswap" / "checkpoints.json"
+    return Path(home) / "normswap" / name
+
+
+def _file() -> Path:
+    return cache("checkpoints.json")
 
 
 def _places() -> dict[str, str]:

@@ -80,4 +80,5 @@ def test_every_command_has_help_for_every_option():
 def test_no_command_prints_help_and_is_a_usage_error():
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 2
-    assert "Commands:" in result.stderr
+    assert "Commands:" in result.stdout
+    assert result.stderr == ""

@@ -12,7 +12,9 @@ from normswap import pictures
 
 
 def draw_all(folder):
-    yield pictures.drift({"predicted": [0.1, None], "alone": [None, None]}, "t", folder / "a.svg")
+    yield pictures.drift(
+        {"predicted": [0.1, None], "alone": [None, None]}, ["bn1", ""], "t", folder / "a.svg"
+    )
     yield pictures.learning_curve(
         [1, 2], {"loss": ([2, 1], [None, 3])}, folder / "b.png", percent=True
     )

@@ -262,8 +262,8 @@ def test_the_line_of_each_answer():
         lines[target] = " ".join(map(str, _next(chosen, found, None)))
     spec = "timm/resnet18.a1_in1k"
     assert lines == {
-        "bn": f"finetune {spec} --data DATA --batch-size 4 -o resnet18-a1-in1k-tuned",
-        "frozen": f"convert {spec} --to frozen -o resnet18-a1-in1k-frozen",
+        "bn": f"finetune {spec} --data DATA --batch-size 4 -o resnet18-a1_in1k-tuned",
+        "frozen": f"convert {spec} --to frozen -o resnet18-a1_in1k-frozen",
         "gn(groups=8)": f"convert {spec} --to gn(groups=8) --calibrate IMAGES "
-        "-o resnet18-a1-in1k-gn",
+        "-o resnet18-a1_in1k-gn",
     }

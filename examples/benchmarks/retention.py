@@ -554,7 +554,7 @@ def draw_lasting(curves: list[dict[str, Any]], path: Path) -> None:
 
     best = best_curves(curves)
     shown = [name for name in LASTING if any(network == name for network, _ in best)]
-    figure = Figure(figsize=(4.2 * len(shown), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(shown), 4.4), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, name in zip(panels, shown, strict=True):
         for number, start in enumerate(STARTS):
@@ -566,9 +566,12 @@ def draw_lasting(curves: list[dict[str, Any]], path: Path) -> None:
                     axes.plot(steps[-1], values[-1], marker="o", color=f"C{number}")
                 goal = curve["original"]
         axes.axhline(goal, color="grey", linestyle=":")
-        axes.set(title=f"{name} → GN, batch 2", xlabel="step", ylabel="test accuracy, %")
+        axes.set(title=f"{name} → GN, batch 2", xlabel="step")
         axes.set_ylim(80, None)
-        axes.legend(title="dotted: BN original; dot: it is reached", loc="lower right", fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
+    panels[0].set_ylabel("test accuracy, %")
+    figure.get_layout_engine().set(wspace=0.1)
+    figure.suptitle("dotted: BN original; dot: it is reached", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -25,7 +25,7 @@ from normswap.calibration.images import Pool
 from normswap.calibration.tuning import Tuning
 from normswap.copying import forget_history
 from normswap.drift import Drift, measure_drift
-from normswap.errors import CalibrationError
+from normswap.errors import RETURNED, CalibrationError
 from normswap.progress import ProgressCallback
 from normswap.provenance import add_history
 from normswap.running import device_of, placed
@@ -188,7 +188,7 @@ def calibrate(
         history=tuple(run.history),
         held_out=pool.aside,
     )
-    _log.info("%s", report)
+    _log.info("%s", report, extra=RETURNED)
     facts = {k: getattr(report, k) for k in ("images", "seconds", "steps", "stopped", "parameters")}
     facts |= {"agreement": after.agreement, "sure_agreement": after.sure_agreement}
     add_history(model, "calibrated", moved=run.moved(initial), **facts)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.cli.console import print_json, print_table, say
+from normswap.cli.completion import complete_target
+from normswap.cli.console import print_json, print_table, say, say_next
 from normswap.cli.options import (
     ModelChoice,
     cli_command,
@@ -36,7 +37,8 @@ def _split(ctx: click.Context, parameter: click.Parameter, value: str) -> dict[s
 @cli_command("bench")
 @click.option(
     "--to", "targets", default="gn,frn,brn,cbn(window=4),cbn(window=8)", show_default=True,
-    callback=_split, metavar="TARGET,…", help="Settings stand in brackets.",
+    callback=_split, shell_complete=complete_target, metavar="TARGET,…",
+    help="Settings stand in brackets.",
 )  # fmt: skip
 @click.option(
     "--batch-size",
@@ -96,6 +98,9 @@ def command(
         print_json({"model": chosen.spec, "batch_size": batch_size, **found.to_json()})
     else:
         _print(chosen.spec, batch_size, found)
+        say_next(
+            "recommend", *chosen.words(), "--data", "IMAGES", "--batch-size", batch_size,
+        )  # fmt: skip
 
 
 def _print(spec: str, batch_size: int, found: Comparison) -> None:

@@ -57,7 +57,8 @@ def exit_code(run: Callable[[], Any], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         code, message = describe(error)
-        click.echo(message, err=True)
+        # whoever asks for nothing is shown what there is: that is no complaint
+        click.echo(message, err=not isinstance(error, click.exceptions.NoArgsIsHelpError))
         return code
     return result if isinstance(result, int) else DONE
 
@@ -68,7 +69,9 @@ def describe(error: BaseException) -> tuple[int, str]:
         return USAGE, error.format_message()
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "normswap"
-        return USAGE, one_line(f"{command}: {error.format_message()} Try '{command} --help'.")
+        text = f"{command}: {error.format_message()}"
+        advised = " Try " in text  # by the error that was wrapped
+        return USAGE, one_line(text if advised else f"{text} Try '{command} --help'.")
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return INTERRUPTED, "normswap: interrupted; what was already saved is complete."
     if isinstance(error, ParityError):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
 _PIPE_WIDTH = 200  # rich takes 80 columns where there is no terminal, and cuts module names there
+_hushed: ContextVar[bool] = ContextVar("hushed", default=False)
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 
@@ -36,15 +37,24 @@ def results_alone() -> Iterator[None]:
         _results.reset(token)
 
 
+def hush() -> None:
+    """Say no more than errors: of several processes under a launcher one speaks for all."""
+    _hushed.set(True)
+    logging.getLogger("normswap").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
 @contextlib.contextmanager
 def quiet_libraries(*, debug: bool) -> Iterator[None]:
     """Show normswap's messages and warnings, one line each; others' only when debugging."""
     logger = logging.getLogger("normswap")
     handler = _Stderr()
+    handler.addFilter(lambda record: not hasattr(record, "returned"))  # printed as a result
     handler.setFormatter(logging.Formatter("%(message)s"))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    token = _hushed.set(False)
     try:
         with warnings.catch_warnings():
             if not debug:
@@ -53,6 +63,7 @@ def quiet_libraries(*, debug: bool) -> Iterator[None]:
                 warnings.showwarning = _show_warning
             yield
     finally:
+        _hushed.reset(token)
         logger.removeHandler(handler)
         logger.setLevel(level)
 
@@ -88,6 +99,8 @@ def stdout() -> Console:
 
 def print_json(data: Any) -> None:
     """Print plain data as JSON, for a program to read."""
+    if _hushed.get():
+        return
     stream = _results.get() or sys.stdout
     stream.write(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
 
@@ -111,6 +124,8 @@ def print_table(
         droppable: columns to leave out, the least important first, until the rest fits; a line
             below says which. Those that are empty are left out anyway.
     """
+    if _hushed.get():
+        return
     table_rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
     console = stdout()
     empty = [c for c in droppable if not any(row[columns.index(c)] for row in table_rows)]
@@ -162,6 +177,8 @@ def _table(
 
 def say(text: str) -> None:
     """One line of result text."""
+    if _hushed.get():
+        return
     stdout().print(text, markup=False, soft_wrap=True)
 
 
@@ -176,6 +193,9 @@ def progress(title: str) -> Iterator[ProgressCallback]:
 
     A bar with the time left on a terminal; elsewhere a plain line every ten seconds.
     """
+    if _hushed.get():
+        yield _silent
+        return
     if not sys.stderr.isatty():
         yield _Lines(title)
         return
@@ -195,6 +215,10 @@ def progress(title: str) -> Iterator[ProgressCallback]:
             bar.update(task, completed=now.done, total=now.total, message=now.message)
 
         yield show
+
+
+def _silent(done: float, total: float, message: str = "") -> None:
+    del done, total, message
 
 
 class _Lines:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normswap.cli.completion import complete_target
 from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.options import (
     ModelChoice,
@@ -64,7 +65,12 @@ def _number_of_groups(
 
 @cli_command("convert", epilog=_TARGETS)
 @click.option(
-    "--to", "target", callback=known_target, metavar="TARGET", help="What BatchNorm becomes."
+    "--to",
+    "target",
+    callback=known_target,
+    shell_complete=complete_target,
+    metavar="TARGET",
+    help="What BatchNorm becomes.",
 )
 @click.option(
     "--plan",
@@ -228,7 +234,10 @@ def command(
         _print_kept(result)
     _print_trust(result.plan, report, found)
     say(f"wrote {output}")
-    say_next("finetune", output, "--data", "DATA", "--batch-size", 2, "-o", f"{output}-tuned")
+    say_next(
+        "finetune", output, *chosen.consent(), "--data", "DATA", "--batch-size", 2,
+        "-o", f"{output}-tuned",
+    )  # fmt: skip
 
 
 def _planned(model: nn.Module, recipe: Any, options: dict[str, Any]) -> Plan:

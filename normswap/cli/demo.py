@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from normswap.cli.console import print_json, print_table, say
+from normswap.cli.console import print_json, print_table, say, say_next
 from normswap.cli.options import check_output, cli_command, force_option, json_option
 
 RESULTS = "results.json"  # what the tour leaves; a folder that holds it may be written over
@@ -53,3 +53,4 @@ def command(*, output: Path, seed: int, force: bool, as_json: bool) -> None:
         numeric=("accuracy", "of BN's", "ONNX error", "latency"),
     )
     say(f"took {tour.seconds:.0f} s; everything is in {output}, the picture is {tour.picture}")
+    say_next("predict", output / "gn.onnx", output / "digits" / "val" / "3")

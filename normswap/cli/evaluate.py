@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.images import max_pixels_option
 from normswap.cli.options import (
     ModelChoice,
@@ -148,6 +148,10 @@ def command(
     )
     if per_class:
         _print_classes(_classes(judge, labels))
+    if chosen.spec.endswith(".onnx"):
+        say_next("verify", chosen.spec)
+    else:
+        say_next("export", *chosen.words(), "-o", f"{chosen.short_name}.onnx")
 
 
 def _classes(judge: Confusion, labels: Sequence[Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.console import hush, print_json, print_table, progress, say, say_next
 from normswap.cli.options import (
     ModelChoice,
     check_device,
@@ -89,6 +89,8 @@ def command(
     exactly. Several GPUs or machines: `accelerate launch -m normswap finetune …`, or torchrun.
     """
     first = int(os.environ.get("RANK", "0")) == 0  # under a launcher, one process writes
+    if not first:
+        hush()
     if force and resume:
         raise click.UsageError("--resume goes on with a run, --force starts it anew.")
     work = _workplace(output, first=first, force=force, resume=resume)
@@ -130,6 +132,8 @@ def command(
         if work != output:
             put_in_place(work, output, RUN_FILES)
         _print(history, output, as_json=as_json)
+        if not as_json:
+            say_next("evaluate", output, *chosen.consent(), "--data", run.images.data)
 
 
 def _workplace(output: Path, *, first: bool, force: bool, resume: bool) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from normswap.children import FOREVER, SECONDS, safe_path
+from normswap.cli.completion import complete_model
 from normswap.cli.console import quiet_libraries, results_alone
 from normswap.errors import NormSwapError, in_short
 from normswap.files import contents, sole_writer
@@ -33,8 +36,16 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the callback; third parties' chatter is shown with ``--debug`` only."""
+        _say_at_once(self.name)
         with safe_path(), results_alone(), quiet_libraries(debug=ctx.meta.get("debug", False)):
             return super().invoke(ctx)
+
+
+def _say_at_once(command: str | None) -> None:
+    """Whoever watches is told why nothing happens: torch takes seconds to import."""
+    if command != "verify" and "torch" not in sys.modules and sys.stderr.isatty():
+        sys.stderr.write(f"normswap {command}: loading torch …\n")
+        sys.stderr.flush()
 
 
 def _note_debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -121,6 +132,18 @@ class ModelChoice:
         for spec in self.trust:
             yield from ("--trust", spec)
 
+    def consent(self) -> Iterator[str]:
+        """What opens a directory that was made from this model: ``--trust`` where code is named."""
+        named = self.spec.startswith(("python:", "hf-hub:"))
+        for spec in dict.fromkeys((*self.trust, *((self.spec,) if named else ()))):
+            yield from ("--trust", spec)
+
+    @property
+    def short_name(self) -> str:
+        """What to call files that come from this model, in a command to copy."""
+        name = self.spec.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+        return re.sub(r"\W+", "-", name).strip("-")
+
     def load(self) -> Source:
         """Seed torch and build the model, in eval mode and on the device asked for."""
         import torch
@@ -185,7 +208,7 @@ trust_option = click.option(
 )
 
 _MODEL_OPTIONS = (
-    click.argument("model"),
+    click.argument("model", shell_complete=complete_model),
     click.option(
         "--checkpoint",
         type=click.Path(path_type=Path),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from normswap.cli.completion import complete_target
 from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.options import (
     ModelChoice,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     "--to",
     "targets",
     callback=known_targets,
+    shell_complete=complete_target,
     default="gn,frn,brn,cbn,frozen",
     show_default=True,
     metavar="TARGET,…",
@@ -130,7 +132,7 @@ def _print(spec: str, found: Recommendation) -> None:
 
 def _next(chosen: ModelChoice, found: Recommendation, data: Path | None) -> Iterator[object]:
     """The line to run."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in Path(chosen.spec).name)
+    name = chosen.short_name
     if found.target == "bn":
         folder = "DATA" if data is None else data
         yield from ("finetune", *chosen.words(), "--data", folder)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.completion import complete_target
+from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.options import (
     ModelChoice,
     check_device,
@@ -37,6 +38,7 @@ def _sizes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tupl
     "--to",
     "targets",
     callback=known_targets,
+    shell_complete=complete_target,
     default="bn,gn,frn,brn,cbn",
     show_default=True,
     metavar="TARGET,…",
@@ -119,6 +121,14 @@ def command(
     if len(failed) == len(found.cells):
         click.get_current_context().exit(1)
     say(f"the picture is {output / PICTURE}")
+    best = max(found.targets, key=lambda target: found.point(target, batch_sizes[0]).mean or 0.0)
+    say(f"best at batch {batch_sizes[0]}: {best}")
+    if best == "bn":
+        options = ("--data", run.images.data, "--batch-size", batch_sizes[0])
+        say_next("finetune", *chosen.words(), *options, "-o", f"{chosen.short_name}-tuned")
+    else:
+        folder = f"{chosen.short_name}-{best.partition('(')[0]}"
+        say_next("convert", *chosen.words(), "--to", best, "-o", folder)
 
 
 def _check_original(spec: str, model: nn.Module) -> None:

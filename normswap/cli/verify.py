@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normswap.cli.boundary import PARITY
-from normswap.cli.console import print_json, print_table, say
+from normswap.cli.console import print_json, print_table, say, say_next
 from normswap.cli.options import cli_command, json_option, timeout_option, trust_option
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def command(
         print_parity(parity, every=every)
     if not parity.passed:
         ctx.exit(PARITY)
+    if not as_json:
+        say_next("predict", file, "IMAGES")
 
 
 def _model(spec: str | None, file: Path, trust: tuple[str, ...]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def walk(
     except WalkError as error:
         if found:
             raise
-        return Graph((), notes=(f"its code was not looked at: {error}",))
+        return Graph((), notes=(f"its code was not looked at: {in_short(error)}",))
     silent = any(all(module not in run.trace.by_module for run in runs) for module in found)
     notes = [_NO_TRAINING] if silent and len(runs) == 1 else []
     sites = read_sites(model, names, found, runs)

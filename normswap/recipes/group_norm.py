@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,6 +17,16 @@ from normswap.recipes import base
 from normswap.recipes.matching import match_groups, predicted_group_drift
 
 PAPER_GROUPS = 32
+
+
+def nearest(wanted: int, choices: Sequence[int]) -> list[int]:
+    """The two of ``choices`` that are nearest to ``wanted``, ascending.
+
+    Example:
+        >>> nearest(7, divisors(64)), nearest(32, divisors(20))
+        ([4, 8], [10, 20])
+    """
+    return sorted(sorted(choices, key=lambda n: (abs(n - wanted), n))[:2])
 
 
 def divisors(channels: int) -> tuple[int, ...]:
@@ -145,24 +155,24 @@ class GroupNorm(_Grouped):
 
 def _groups_of(size: int, channels: int, where: str) -> int:
     if channels % size:
-        below = [n for n in divisors(channels) if n <= size][-2:]
+        near = nearest(size, divisors(channels))
         raise PlanError(
             where,
             got=f"channels_per_group={size} for {channels} channels",
             need=f"a divisor of {channels}",
-            hint="channels_per_group=" + " or ".join(map(str, below)),
+            hint="channels_per_group=" + " or ".join(map(str, near)),
         )
     return channels // size
 
 
 def _dividing(groups: int, channels: int, where: str) -> int:
     if channels % groups:
-        below = [n for n in divisors(channels) if n <= groups][-2:]
+        near = nearest(groups, divisors(channels))
         raise PlanError(
             where,
             got=f"groups={groups} for {channels} channels",
             need=f"a divisor of {channels}",
-            hint="groups=" + " or ".join(map(str, below)),
+            hint="groups=" + " or ".join(map(str, near)),
         )
     return groups
 

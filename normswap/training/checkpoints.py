@@ -122,7 +122,8 @@ def check_same(folder: Path, changes: list[str]) -> None:
             f"resume from {folder}",
             got=", ".join(changes),
             need="the options and data of the earlier run",
-            hint="them, or another folder for a new run",
+            hint="them; when that run has ended, a new one goes on from its result: `normswap "
+            f"finetune {folder} -o ANOTHER` with the new options (load(…), then finetune)",
         )
 
 

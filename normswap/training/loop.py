@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks import whole
-from normswap.errors import TrainingError, in_short
+from normswap.errors import RETURNED, TrainingError, in_short
 from normswap.files import sole_writer
 from normswap.passage import Passage, as_original, forget_statistics, needs_passage
 from normswap.plain import plain
@@ -379,9 +379,9 @@ class Run:
     def _say(self) -> None:
         options = self.options
         log.info(
-            "fine-tuning %s images for %d epochs: %d updates of %d images, learning rate %.3g",
+            "training on %s images, %s: %d updates of %d images, learning rate %.3g",
             self.batches.samples,
-            options.epochs,
+            "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs",
             self.steps,
             self.images_per_update,
             self.learning_rate,
@@ -621,7 +621,7 @@ class Run:
             log.warning("%d samples could not be read and were replaced", len(self.record.broken))
         forget_statistics(self.model)
         history = self._history()
-        log.info("%s", history.verdict)
+        log.info("%s", history.verdict, extra=RETURNED)
         best = history.best if self.options.keep == "best" else None
         row = best or history.epochs[-1]
         add_history(
