@@ -124,8 +124,8 @@ def command(
     best = max(found.targets, key=lambda target: found.point(target, batch_sizes[0]).mean or 0.0)
     say(f"best at batch {batch_sizes[0]}: {best}")
     if best == "bn":
-        options = ("--data", run.images.data, "--batch-size", batch_sizes[0])
-        say_next("finetune", *chosen.words(), *options, "-o", f"{chosen.short_name}-tuned")
+        how = ("--data", run.images.data, "--batch-size", batch_sizes[0])
+        say_next("finetune", *chosen.words(), *how, "-o", f"{chosen.short_name}-tuned")
     else:
         folder = f"{chosen.short_name}-{best.partition('(')[0]}"
         say_next("convert", *chosen.words(), "--to", best, "-o", folder)
