@@ -18,6 +18,7 @@ from normswap.cli.boundary import describe
 from normswap.cli.console import hush, progress, quiet_libraries, say
 from normswap.cli.options import ModelChoice
 from normswap.errors import RETURNED, NormSwapError, PlanError, SpecError, in_short
+from normswap.progress import Progress
 
 NET = (
     "from torch import nn\n"
@@ -114,7 +115,7 @@ def test_one_process_of_several_speaks(capsys):
         logger.error("fourth")
         say("fifth")
         with progress("sixth") as show:
-            show(1, 2)
+            show(Progress(1, 2))
     logger = logging.getLogger("normswap")
     with quiet_libraries(debug=False):
         logger.info("seventh")

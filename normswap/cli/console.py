@@ -217,8 +217,8 @@ def progress(title: str) -> Iterator[ProgressCallback]:
         yield show
 
 
-def _silent(done: float, total: float, message: str = "") -> None:
-    del done, total, message
+def _silent(now: Progress) -> None:
+    del now
 
 
 class _Lines:
