@@ -93,7 +93,7 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Recorder(TorchFunctionMode):
+class CallRecorder(TorchFunctionMode):
     """The torch-function half of the recorder; :func:`recording` adds the module hooks.
 
     Args:
@@ -384,9 +384,9 @@ def _view_of(
 
 
 @contextmanager
-def recording(names: Mapping[nn.Module, str], *, meta: bool = False) -> Iterator[Recorder]:
+def recording(names: Mapping[nn.Module, str], *, meta: bool = False) -> Iterator[CallRecorder]:
     """Record every call made in this thread until the block ends; hooks are removed again."""
-    recorder = Recorder(names, meta=meta)
+    recorder = CallRecorder(names, meta=meta)
 
     # The hooks look at tensors themselves; that must not come back to the recorder as calls.
     def before(module: nn.Module, args: Any) -> None:

@@ -42,7 +42,8 @@ class CallSite:
         position: line, column, end line, end column; lines counted from the method's first.
         digest: SHA-256 of the method's source.
         obstacle: None, or the reason why the call cannot be taken out of the method.
-        moody: the method reads ``self.training``, so it may take another path in training.
+        moody: the method reads ``self.training``, so it may take another path in training; the
+            name is that of the field in plan files.
     """
 
     owner: str

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map
 
 from normswap.errors import WalkError, in_short
 from normswap.graph import norms
+from normswap.graph.interpretation import Forward, Names, read_others, read_sites
 from normswap.graph.meta import put_on_meta, without_autocast
 from normswap.graph.modes import any_depends_on_mode
 from normswap.graph.preserved import preserved
-from normswap.graph.reading import Names, Run, read_others, read_sites
 from normswap.graph.recorder import recording
 from normswap.graph.sites import Graph
 from normswap.graph.wrappers import eagerly, refuse_wrapped
@@ -108,7 +108,7 @@ def _batchnorms(names: Names, exclude: str | Sequence[str] | None) -> Names:
     return found
 
 
-def _runs(model: nn.Module, example_inputs: Any, names: Names, found: Names) -> list[Run]:
+def _runs(model: nn.Module, example_inputs: Any, names: Names, found: Names) -> list[Forward]:
     """The eval run, and the training run where it can show anything else."""
     eval_run = _eval_run(model, example_inputs, names)
     seen = eval_run.trace.by_module
@@ -118,7 +118,7 @@ def _runs(model: nn.Module, example_inputs: Any, names: Names, found: Names) -> 
     return [eval_run] if training_run is None else [eval_run, training_run]
 
 
-def _eval_run(model: nn.Module, example_inputs: Any, names: Names) -> Run:
+def _eval_run(model: nn.Module, example_inputs: Any, names: Names) -> Forward:
     try:
         return _run(model, example_inputs, names, mode="eval", meta=True)
     except Exception as error:
@@ -130,7 +130,9 @@ def _eval_run(model: nn.Module, example_inputs: Any, names: Names) -> Run:
         raise _cannot_run(error, example_inputs) from error
 
 
-def _training_run(model: nn.Module, example_inputs: Any, names: Names, *, meta: bool) -> Run | None:
+def _training_run(
+    model: nn.Module, example_inputs: Any, names: Names, *, meta: bool
+) -> Forward | None:
     """Run in training mode; BN refuses one element per channel there, so try a doubled batch."""
     doubled = tree_map(
         lambda leaf: torch.cat([leaf, leaf]) if _batched(leaf) else leaf, example_inputs
@@ -165,7 +167,7 @@ def _cannot_run(error: Exception, example_inputs: Any) -> WalkError:
     )
 
 
-def _run(model: nn.Module, example_inputs: Any, names: Names, *, mode: str, meta: bool) -> Run:
+def _run(model: nn.Module, example_inputs: Any, names: Names, *, mode: str, meta: bool) -> Forward:
     first_names = {module: found[0] for module, found in names.items()}
     with (
         ready_to_run(model, example_inputs, names, mode=mode, meta=meta) as (inputs, device),
@@ -173,7 +175,7 @@ def _run(model: nn.Module, example_inputs: Any, names: Names, *, mode: str, meta
     ):
         output = call(model, inputs)
         recorder.output(output)
-    return Run(mode, device.type, recorder.trace)
+    return Forward(mode, device.type, recorder.trace)
 
 
 @contextmanager

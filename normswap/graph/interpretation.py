@@ -35,7 +35,7 @@ _USED_APART = "its tensors are used by a batch_norm call outside of the module"
 
 
 @dataclass(frozen=True)
-class Run:
+class Forward:
     """One forward of the model under the recorder.
 
     Attributes:
@@ -49,7 +49,7 @@ class Run:
     trace: Trace
 
 
-def read_sites(model: nn.Module, names: Names, found: Names, runs: Sequence[Run]) -> list[Site]:
+def read_sites(model: nn.Module, names: Names, found: Names, runs: Sequence[Forward]) -> list[Site]:
     """One site per BatchNorm, in the order in which they first ran; the silent ones last.
 
     Args:
@@ -61,7 +61,7 @@ def read_sites(model: nn.Module, names: Names, found: Names, runs: Sequence[Run]
     return _Reader(model, names, found, runs).sites()
 
 
-def read_others(runs: Sequence[Run]) -> tuple[Other, ...]:
+def read_others(runs: Sequence[Forward]) -> tuple[Other, ...]:
     """What normalises activations in any run and is no BatchNorm of the model, each once."""
     found: dict[str, Other] = {}
     for run in runs:
@@ -73,7 +73,9 @@ def read_others(runs: Sequence[Run]) -> tuple[Other, ...]:
 class _Reader:
     """Turns traces into sites."""
 
-    def __init__(self, model: nn.Module, names: Names, found: Names, runs: Sequence[Run]) -> None:
+    def __init__(
+        self, model: nn.Module, names: Names, found: Names, runs: Sequence[Forward]
+    ) -> None:
         self._found = found
         self._affine = {module: _affine(module) for module in found}
         self._holders: dict[int, list[str]] = defaultdict(list)
@@ -117,7 +119,7 @@ class _Reader:
             site, calls=0, mode=None, no_producer="never ran", activation=fused, notes=(note,)
         )
 
-    def _site(self, module: nn.Module, run: Run, calls: list[Call]) -> Site:
+    def _site(self, module: nn.Module, run: Forward, calls: list[Call]) -> Site:
         shapes = [c.shape for c in calls]
         spatial = min((s[2:] for s in shapes), key=lambda s: torch.Size(s).numel())
         producers = {
@@ -207,7 +209,7 @@ class _Reader:
         ways = (Removal("absorb", op=op),) if replaceable_op(act) == op else ()
         return Activation(op, self._names.get(act), fused=True, ways=ways)
 
-    def _activation(self, module: nn.Module, run: Run, calls: list[Call]) -> Activation | None:
+    def _activation(self, module: nn.Module, run: Forward, calls: list[Call]) -> Activation | None:
         fused = self._fused(module)
         if fused is not None:
             return fused
@@ -250,7 +252,7 @@ class _ActivationCalls:
     def __init__(
         self,
         model: nn.Module,
-        runs: Sequence[Run],
+        runs: Sequence[Forward],
         names: Names,
         complete: bool,
     ) -> None:
