@@ -106,16 +106,17 @@ def check_archive(path: Path) -> None:
 
     Raises:
         OSError: it is no regular file, an archive that grows when it is unpacked, or a pickle
-            whose objects hold one another over and over.
+            whose objects hold one another over and over, or more than the file can.
+        zipfile.BadZipFile: it is an archive that can be read in two ways.
     """
     size = check_regular(path)
-    if unfolds(path):
-        raise OSError(errno.EFBIG, "a pickle that unfolds to far more than it is", str(path))
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > size:
             got = f"an archive of {size} bytes that unpacks to {unpacked}"
             raise OSError(errno.EFBIG, got, str(path))
+    if unfolds(path):
+        raise OSError(errno.EFBIG, "a pickle that unfolds to far more than it is", str(path))
 
 
 def _read_pickle(path: Path) -> Any:

@@ -10,7 +10,9 @@ Whatever is unfinished lies beside its target as ``.NAME.TOKEN.KIND``, with a to
 
 ``.NAME.lock`` says that somebody writes. Who holds it may take every such name of this target for
 one that a killed process left: it is finished (``ready``), undone (``old``) or removed. Files that
-belong to somebody else are never moved.
+belong to somebody else are never moved, and whoever made a folder may have put such names in it:
+links are nobody's leftovers, and a folder is ``ready`` only if its mark holds the number that this
+file system gave the folder. That number cannot be packed into an archive or a repository.
 """
 
 from __future__ import annotations
@@ -19,20 +21,24 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normswap.errors import BusyError
-from normswap.regular import open_regular
+from normswap.regular import open_regular, read_text
+
+_log = logging.getLogger("normswap")
 
 _NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?P<kind>part|draft|ready|old)")
-_MARK = ".whole"  # in a folder that is ready: the names that the new content has no more
+_MARK = ".whole"  # in a folder that is ready: see ``_Mark``
 _LEAVING, _BRIEF = 0.2, 10.0  # seconds for who is just leaving, and for who writes one file
 _AT_FDCWD, _EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
 
@@ -43,7 +49,9 @@ _held: dict[Path, int] = {}  # what this process writes, and in which thread
 
 
 @contextlib.contextmanager
-def sole_writer(target: str | Path, *, patience: float = _LEAVING) -> Iterator[None]:
+def sole_writer(
+    target: str | Path, *, patience: float = _LEAVING, through_links: bool = True
+) -> Iterator[None]:
     """Be the only one who writes a file or folder, and put right what a killed writer left.
 
     Who writes a folder writes what is in it, too. The lock goes with the process.
@@ -51,11 +59,12 @@ def sole_writer(target: str | Path, *, patience: float = _LEAVING) -> Iterator[N
     Args:
         target: need not exist.
         patience: seconds to wait for another writer.
+        through_links: a link's target is meant, not the link; the folders above it always are.
 
     Raises:
         BusyError: another process, or another thread of this one, is writing it.
     """
-    path = _absolute(target)
+    path = _absolute(target) if through_links else _unfollowed(target)
     owner = next((p for p in (path, *path.parents) if p in _held), None)
     if owner is not None:
         if owner == path and _held[path] != threading.get_ident():
@@ -68,6 +77,8 @@ def sole_writer(target: str | Path, *, patience: float = _LEAVING) -> Iterator[N
         mine = dict.fromkeys((path, _next(path)), threading.get_ident())
         _held.update(mine)
         try:
+            if _next(path).is_symlink():  # no run of ours is worked out elsewhere
+                _next(path).unlink()
             for name in mine:
                 _settle(name)
             yield
@@ -78,6 +89,12 @@ def sole_writer(target: str | Path, *, patience: float = _LEAVING) -> Iterator[N
 
 def _absolute(target: str | Path) -> Path:
     return Path(os.path.realpath(target))
+
+
+def _unfollowed(target: str | Path) -> Path:
+    """The name itself, whatever it points to: who replaces a file replaces a link in its place."""
+    path = Path(target)
+    return _absolute(path.parent) / path.name
 
 
 def _busy(target: str | Path) -> BusyError:
@@ -145,7 +162,7 @@ def contents(folder: Path) -> set[str]:
 def current(folder: Path, name: str) -> Path:
     """Where a file of a folder is to be read: one that is ready may still be on its way."""
     for place in _left(_absolute(folder), "ready"):
-        if (place / _MARK).exists() and (place / name).exists():
+        if _mark_of(place) is not None and (place / name).exists():
             return place / name
     return folder / name
 
@@ -156,18 +173,25 @@ def _left(target: Path, *kinds: str) -> list[Path]:
     for place in (target.parent, target):
         with contextlib.suppress(OSError), os.scandir(place) as entries:
             for entry in entries:
-                match = _NAME.fullmatch(entry.name) if entry.name[0] == "." else None
-                if match and match["kind"] in kinds and match["target"] == target.name:
+                match = _NAME.fullmatch(entry.name)
+                mine = match and match["kind"] in kinds and match["target"] == target.name
+                if match and mine and _is_of(match["kind"], entry):
                     found.append(place / entry.name)
     return sorted(found)
 
 
+def _is_of(kind: str, entry: os.DirEntry[str] | Path) -> bool:
+    """Whether a name's kind is what lies there; a link is neither."""
+    if entry.is_symlink():
+        return False
+    return entry.is_file() if kind == "part" else entry.is_dir()
+
+
 def _settle(target: Path) -> None:
     for place in _left(target, "ready"):
-        if (place / _MARK).exists():
-            _move_in(place, target)
-        remove(place)
-    remove(target / _MARK)
+        _complete(place, target)
+    if _mark_of(target) is not None:
+        remove(target / _MARK)
     for place in _left(target, "old"):
         _bring_back(place, target)
     for place in _left(target, "part", "draft"):
@@ -175,8 +199,18 @@ def _settle(target: Path) -> None:
     if target.is_dir():  # who writes the folder writes its files
         for path in list(target.iterdir()):
             match = _NAME.fullmatch(path.name)
-            if match and match["kind"] == "part":
+            if match and match["kind"] == "part" and _is_of("part", path):
                 remove(path)
+
+
+def _complete(ready: Path, target: Path) -> None:
+    mark = _mark_of(ready)
+    if mark is not None:
+        _move_in(ready, target, mark)
+    elif os.path.lexists(ready / _MARK):
+        _log.warning("%s is left alone: it was not made where it lies", ready)
+        return
+    remove(ready)
 
 
 def _bring_back(old: Path, target: Path) -> None:
@@ -205,17 +239,18 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], Any]) 
     """Write a file under its name only when all of it is on the disk.
 
     Args:
-        path: final name; a file of that name is replaced, its folder is made.
+        path: final name; a file or a link of that name is replaced, its folder is made. What a
+            link points to is somebody else's.
         content: text, bytes, or what writes to the path that it is given.
 
     Raises:
         BusyError: another process is writing it.
         OSError: it cannot be written; an earlier file is untouched then.
     """
-    final = _absolute(path)
+    final = _unfollowed(path)
     if final.exists() and not final.is_file():  # a folder, a device
         raise OSError(errno.EINVAL, "no regular file", str(path))
-    with sole_writer(final, patience=_BRIEF):
+    with sole_writer(final, patience=_BRIEF, through_links=False):
         if not final.parent.exists():  # in a folder that is being written
             final.parent.mkdir(parents=True)
         part = _fresh(final, "part")
@@ -302,12 +337,12 @@ def put_in_place(draft: Path, target: Path, own: Collection[str]) -> None:
     if whole and not there and _renamed(draft, target):
         flush(target.parent)
         return
-    ready = _ready(draft, target, (there & set(own)) - contents(draft))
+    ready, mark = _ready(draft, target, _Mark(False, (there & set(own)) - contents(draft)))
     if whole and _exchange(ready, target):
         flush(target.parent)
         remove(target / _MARK)
     else:
-        _move_in(ready, target)
+        _move_in(ready, target, mark)
     remove(ready)
 
 
@@ -322,8 +357,8 @@ def put_files_in_place(draft: Path, target: str | Path, gone: Collection[str] = 
     """
     path = _absolute(target)
     _flush_all(draft)
-    ready = _ready(draft, path, gone)
-    _move_in(ready, path)
+    ready, mark = _ready(draft, path, _Mark(True, gone))
+    _move_in(ready, path, mark)
     remove(ready)
 
 
@@ -333,27 +368,55 @@ def _flush_all(folder: Path) -> None:
     flush(folder)
 
 
-def _ready(draft: Path, target: Path, gone: Collection[str]) -> Path:
+@dataclass(frozen=True)
+class _Mark:
+    """What a folder that is ready says of itself.
+
+    Attributes:
+        file: its target is a file and not a folder; it holds that file and what it refers to.
+        gone: names that the new content has no more.
+    """
+
+    file: bool
+    gone: Collection[str]
+
+    def text(self, folder: Path) -> str:
+        kind = "file" if self.file else "folder"
+        return "\n".join([f"{folder.stat().st_ino} {kind}", *sorted(self.gone)])
+
+
+def _mark_of(folder: Path) -> _Mark | None:
+    """The mark of a folder that was made where it lies; None for any other."""
+    if not os.path.lexists(folder / _MARK):
+        return None
+    try:
+        head, *gone = read_text(folder / _MARK).split("\n")
+        number, kind = head.split(" ")
+        if number != str(folder.stat().st_ino):
+            return None
+    except (OSError, ValueError):
+        return None
+    return _Mark(kind == "file", gone)
+
+
+def _ready(draft: Path, target: Path, mark: _Mark) -> tuple[Path, _Mark]:
     """Declare a draft whole: from here on it will be in place, whoever is killed."""
-    (draft / _MARK).write_text("\n".join(sorted(gone)), encoding="utf-8")
+    (draft / _MARK).write_text(mark.text(draft), encoding="utf-8")
     flush(draft / _MARK)
     ready = _fresh(target, "ready")
     draft.rename(ready)
     flush(ready.parent)
-    return ready
+    return ready, mark
 
 
-def _move_in(ready: Path, target: Path) -> None:
-    file = target.is_file() or (ready / target.name).is_file()
-    place = target.parent if file else target
+def _move_in(ready: Path, target: Path, mark: _Mark) -> None:
+    place = target.parent if mark.file else target
     place.mkdir(exist_ok=True)
-    mark = ready / _MARK
-    # names in this folder alone: the mark may have come along with somebody else's files
-    listed = mark.read_text(encoding="utf-8", errors="replace").split("\n")
-    gone = [name for name in listed if name not in ("", ".", "..") and name == Path(name).name]
-    if file:  # beside a file lies what is not its own
+    # names in this folder alone: paths there may not be
+    gone = [name for name in mark.gone if name not in ("", ".", "..") and name == Path(name).name]
+    if mark.file:  # beside a file lies what is not its own
         gone = [name for name in gone if name.startswith(f"{target.name}.")]
-    moved = [path for path in sorted(ready.iterdir()) if path != mark]
+    moved = [path for path in sorted(ready.iterdir()) if path.name != _MARK]
     for path in sorted(moved, key=lambda path: path.name == target.name):  # it refers to the others
         if path.is_dir():  # a name can be taken from a file, not from a folder that is not empty
             remove(place / path.name)

@@ -55,6 +55,21 @@ def reading(
         raise error(str(where), got=got, need=need, hint=hint) from problem
 
 
+def check_no_link(folder: Path, error: type[NormSwapError]) -> None:
+    """What a run keeps in its output lies there: whoever made the output may have put a link in.
+
+    Raises:
+        NormSwapError: of the class ``error``.
+    """
+    if folder.is_symlink():
+        raise error(
+            str(folder),
+            got="a link to another place",
+            need="a folder of the run's own",
+            hint="removing the link, or another output",
+        )
+
+
 def what_is_wrong(problem: Exception) -> str:
     """A failure of reading in words that fit behind "got".
 

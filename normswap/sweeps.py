@@ -30,7 +30,7 @@ from normswap.files import json_digest, remove, sole_writer, write_whole
 from normswap.passage import needs_passage
 from normswap.progress import Progress, ProgressCallback
 from normswap.provenance import provenance_of
-from normswap.reading import Malformed, reading
+from normswap.reading import Malformed, check_no_link, reading
 from normswap.regular import read_text
 from normswap.training import FineTune, TrainingInterrupted, evaluate, finetune
 from normswap.training.batches import in_memory, samples_per_epoch
@@ -343,6 +343,7 @@ class _Bench:
         """A folder belongs to one sweep; more targets, sizes and seeds may join it later."""
         if self.out is None:
             return
+        check_no_link(self.out / "cells", TrainingError)
         with sole_writer(self.out / "cells"):  # puts right what a killed sweep left there
             (self.out / "cells").mkdir(parents=True, exist_ok=True)
         path = self.out / "settings.json"

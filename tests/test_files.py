@@ -24,6 +24,11 @@ def read(folder):
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
+def mark(folder, *gone, kind="folder"):
+    """As a writer marks what is ready: with the number that the file system gave it."""
+    (folder / ".whole").write_text("\n".join([f"{folder.stat().st_ino} {kind}", *gone]))
+
+
 def left(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -92,7 +97,7 @@ def test_leftovers_of_killed_writers_go_and_what_was_ready_is_completed(tmp_path
     ready = tmp_path / ".out.89abcdef.ready"
     ready.mkdir()
     (ready / "a").write_text("2")
-    (ready / ".whole").write_text("b")
+    mark(ready, "b")
     assert files.current(target, "a").read_text() == "2"
     assert files.current(target, "mine") == target / "mine"
     assert files.contents(target) == {"a", "b", "mine"}
@@ -105,7 +110,7 @@ def test_leftovers_of_killed_writers_go_and_what_was_ready_is_completed(tmp_path
 def test_what_was_exchanged_does_not_come_back(tmp_path):
     target = tmp_path / "out"
     put(target, a="new")
-    (target / ".whole").write_text("")
+    mark(target)
     old = tmp_path / ".out.89abcdef.ready"
     old.mkdir()
     (old / "a").write_text("old")
@@ -201,7 +206,8 @@ def test_digests_tell_values_types_shapes_and_places_apart():
     "name", ["{victim}", "../victim", "x/../../victim", "victim/.", "./victim"]
 )
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_planted_mark_removes_nothing_elsewhere(name, kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", [True, False])
+def test_a_planted_mark_removes_nothing_elsewhere(own, name, kind, tmp_path, monkeypatch):
     """Whoever made a folder may have put in what a killed writer leaves, with names of his own."""
     removed = []
     monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: removed.append(Path(path)))
@@ -212,10 +218,110 @@ def test_a_planted_mark_removes_nothing_elsewhere(name, kind, tmp_path, monkeypa
     target.mkdir() if kind == "folder" else target.write_text("old")
     planted = target.parent / ".out.0123abcd.ready"
     planted.mkdir()
-    (planted / ".whole").write_text(name.format(victim=victim) + "\nnotes.txt")
+    if own:  # even if he could guess the number
+        mark(planted, name.format(victim=victim), "notes.txt", kind=kind)
+    else:
+        (planted / ".whole").write_text(name.format(victim=victim) + "\nnotes.txt")
     notes = (target if kind == "folder" else target.parent) / "notes.txt"
     notes.write_text("beside a file lies what is not its own")
     with files.sole_writer(target):
         pass
     assert {path.resolve() for path in removed} <= {planted.resolve()}
-    assert notes.exists() is (kind == "file")
+    assert notes.exists() is not (own and kind == "folder")
+
+
+@pytest.fixture
+def box(tmp_path):
+    """A folder somebody else made, in a box that holds a file of the user's, as it does itself."""
+    repo = tmp_path / "box" / "repo"
+    repo.mkdir(parents=True)
+    for place in (repo, repo.parent):
+        (place / "mine").write_text("mine")
+    return repo
+
+
+MARKS = ["", "mine", "1 folder\nmine", "1 file\nmine", "folder", "\0", "mine\n" * 9]
+
+
+@pytest.mark.parametrize("text", MARKS)
+@pytest.mark.parametrize("own_name", [True, False])
+def test_what_is_planted_in_a_folder_replaces_no_file_in_it_or_beside_it(own_name, text, box):
+    """A file of the folder's own name once made the folder above the place of all the others."""
+    planted = box / ".repo.0123abcd.ready"
+    planted.mkdir()
+    (planted / "mine").write_text("theirs")
+    (planted / ".whole").write_text(text)
+    if own_name:
+        (planted / "repo").write_text("theirs")
+    for _ in range(2):
+        with files.sole_writer(box):
+            pass
+        assert [(place / "mine").read_text() for place in (box, box.parent)] == ["mine", "mine"]
+        assert files.current(box, "mine") == box / "mine"
+    assert planted.exists()
+
+
+def test_what_is_planted_beside_a_file_replaces_none(tmp_path):
+    (tmp_path / "m.onnx").write_text("old")
+    (tmp_path / "mine").write_text("mine")
+    planted = tmp_path / ".m.onnx.0123abcd.ready"
+    planted.mkdir()
+    for name in ("mine", "m.onnx", ".whole"):
+        (planted / name).write_text("1 file")
+    with files.sole_writer(tmp_path / "m.onnx"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "m.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["ready", "old", "draft", "part", "next"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_planted_link_leads_nowhere(inside, kind, box, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: pytest.fail(f"removes {path}"))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "key").write_text("mine")
+    mark(victim)
+    name = ".repo.next" if kind == "next" else f".repo.0123abcd.{kind}"
+    ((box if inside else box.parent) / name).symlink_to(victim)
+    with files.sole_writer(box):
+        assert not files.next_folder(box).is_symlink()
+        assert not files.next_folder(box).exists()
+    assert left(victim) == [".whole", "key"]
+    assert sorted(path.name for path in box.iterdir() if path.name[0] != ".") == ["mine"]
+
+
+@pytest.mark.parametrize("kind", ["a fifo", "endless", "a folder", "bytes"])
+def test_a_mark_that_is_no_text_is_none(kind, box):
+    planted = box / ".repo.0123abcd.ready"
+    for folder in (planted, box):
+        folder.mkdir(exist_ok=True)
+        if kind == "a fifo":
+            os.mkfifo(folder / ".whole")
+        elif kind == "endless":
+            (folder / ".whole").symlink_to("/dev/zero")
+        elif kind == "a folder":
+            (folder / ".whole").mkdir()
+        else:
+            (folder / ".whole").write_bytes(b"\xff\xfe")
+    with files.sole_writer(box):
+        assert files.current(box, "mine") == box / "mine"
+    assert os.path.lexists(box / ".whole")  # somebody's
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_in_the_place_of_a_link_replaces_the_link(there, tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "out" / "x.txt"
+    link.parent.mkdir()
+    if there:
+        victim.write_text("mine")
+    link.symlink_to(victim)
+    files.write_whole(link, "new")
+    assert not link.is_symlink()
+    assert link.read_text() == "new"
+    assert victim.exists() is there
+    assert not there or victim.read_text() == "mine"
+    assert left(tmp_path) == (["out", "victim"] if there else ["out"])
+    (tmp_path / "linked").symlink_to(link.parent)  # the folders above it are as the user typed them
+    files.write_whole(tmp_path / "linked" / "x.txt", "newer")
+    assert link.read_text() == "newer"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 import zipfile
 
 import pytest
@@ -290,3 +291,92 @@ def test_pickles_of_optimizers_and_histories_do_not_unfold(new, tmp_path):
     torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=new)
     assert not unfolds(tmp_path / "m.pth")
     assert len(load_checkpoint(tmp_path / "m.pth")) == 60
+
+
+def packed(path, pickled, *names):
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as target:
+        warnings.simplefilter("ignore")  # the same name twice
+        for name, content in zip(names, pickled, strict=True):
+            target.writestr(f"archive/{name}", content)
+        target.writestr("archive/version", "3\n")
+
+
+KNOT = knotted(60, CLOSES["key"])
+BEHIND = [
+    ([KNOT, b"\x80\x02}."], ["data.pkl", "data.pkl"]),  # Python reads the second, torch the first
+    ([KNOT], ["DATA.PKL"]),  # torch minds no case
+    ([b"\x80\x02}.", KNOT], ["data.pkl", "DATA.pkl"]),
+]
+
+
+@pytest.mark.parametrize("parts", [*BEHIND, None, "padded"], ids=range(5))
+@pytest.mark.timeout(60)
+def test_an_archive_is_one_archive(parts, tmp_path):
+    """What is looked at is what torch reads."""
+    path = tmp_path / "m.pth"
+    if isinstance(parts, tuple):
+        packed(path, *[parts[0], *parts[1]])
+    else:
+        packed(path, [KNOT], "data.pkl")
+        whole = path.read_bytes()
+        packed(path, [b"\x80\x02}."], "data.pkl")
+        path.write_bytes(whole + (b"\0" * 70_000 if parts else path.read_bytes()))
+    for read, error in ((load_checkpoint, CheckpointError), (read_checkpoint, TrainingError)):
+        with pytest.raises(error, match=r"same name twice|behind another|not a zip|unfolds"):
+            read(path)
+
+
+def number(value):
+    return b"\x8a\x08" + value.to_bytes(8, "little")
+
+
+LARGE = number(1 << 36)
+STRIDED = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ"
+VIEW = b"(" + STORAGE + b"K\0" + LARGE + b"\x85K\0\x85\x89ccollections\nOrderedDict\n)Rt"
+CALLS = {
+    "bytearray": b"cbuiltins\nbytearray\n" + LARGE + b"\x85R",
+    "bytearray of Python 2": b"c__builtin__\nbytearray\n" + LARGE + b"\x85R",
+    "kept and called": b"cbuiltins\nbytearray\nq\x01" + LARGE + b"\x85q\x02R",
+    "storage": b"ctorch\nFloatStorage\n" + LARGE + b"\x85R",
+    "untyped": b"ctorch.storage\nUntypedStorage\n" + LARGE + b"\x85R",
+    "tensor": b"ctorch\nTensor\n" + LARGE + b"\x85R",
+    "new": b"ctorch\nTensor\n" + LARGE + b"\x85\x81",
+    "a view": STRIDED + VIEW + b"R",
+    "through a type": b"ctorch._tensor\n_rebuild_from_type_v2\n(" + STRIDED + b"ctorch\nTensor\n"
+    + VIEW + b"}tR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_pickle_that_asks_for_memory_is_refused(call, old, tmp_path):
+    """Each of them is allowed by ``weights_only``, and none takes a hundred bytes for gigabytes."""
+    path, pickled = tmp_path / "m.pth", b"\x80\x02" + CALLS[call] + b"."
+    path.write_bytes(pickled) if old else packed(path, [pickled], "data.pkl")
+    assert unfolds(path)
+    with pytest.raises(CheckpointError, match="unfolds to far more than it is"):
+        load_checkpoint(path)
+    with pytest.raises(TrainingError, match="unfolds to far more than it is"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_what_torch_saves_by_itself_does_not_unfold(new, tmp_path):
+    weight = torch.randn(3, 5, 7)
+    content = {
+        "weight": weight.transpose(0, 2),
+        "part": weight[1:, ::2],
+        "parameter": nn.Parameter(weight),
+        "scalar": torch.tensor(1.0),
+        "empty": torch.zeros(0, 10**6),
+        "repeated": torch.zeros(2).expand(100, 2),
+        "bytes": b"abc",
+        "bytearray": bytearray(b"abc"),
+        "sparse": torch.eye(3).to_sparse(),
+        "half": weight.bfloat16(),
+    }
+    path = tmp_path / "m.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    assert not unfolds(path)
+    assert set(load_checkpoint(path)) == {n for n, v in content.items() if hasattr(v, "shape")}

@@ -24,6 +24,7 @@ _SYSTEM = {
     errno.EISDIR: ("a directory", "the name of a file", "another path"),
     errno.ENOTDIR: ("a file in the place of a folder", "a folder", "another path"),
     errno.ENOENT: ("nothing there", "an existing file", "another path"),
+    errno.ELOOP: ("a link", "a file or a folder in its place", "removing the link"),
 }
 
 _PACKAGES = (
@@ -91,6 +92,9 @@ def _foreign(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         got, need, hint = _SYSTEM[error.errno]
         return f"{error.filename or 'file system'}: got {got}; need {need}. Try {hint}."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        got = error.strerror[:1].lower() + error.strerror[1:]
+        return f"{error.filename}: got {got}; need a path that can be used. Try another one."
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return (
             "memory: got less than this run needs; need room for one batch. "

@@ -72,8 +72,7 @@ class _Stderr(logging.Handler):
     """Writes to what stderr is at the time: a progress bar puts itself in between."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        lines = self.format(record).split("\n")
-        sys.stderr.write("".join(_visible(line) + "\n" for line in lines))
+        sys.stderr.write(visible(self.format(record)) + "\n")
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
@@ -82,11 +81,12 @@ def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
 
 def one_line(text: str) -> str:
     """A text as one line that a terminal shows and does not obey: names come from files, too."""
-    return _visible(" ".join(text.split()))
+    return visible(" ".join(text.split()))
 
 
-def _visible(text: str) -> str:
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+def visible(text: str) -> str:
+    """A text that a terminal shows and does not obey; its lines stay lines."""
+    return "".join(s if s.isprintable() or s == "\n" else ascii(s)[1:-1] for s in text)
 
 
 def stdout() -> Console:
@@ -98,11 +98,17 @@ def stdout() -> Console:
 
 
 def print_json(data: Any) -> None:
-    """Print plain data as JSON, for a program to read."""
+    """Print plain data as JSON, for a program to read, and for a terminal that obeys none of it."""
     if _hushed.get():
         return
     stream = _results.get() or sys.stdout
-    stream.write(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(plain(data), indent=2, ensure_ascii=False)
+    stream.write("".join(map(_in_json, text)) + "\n")
+
+
+def _in_json(sign: str) -> str:
+    """A sign of JSON; what would not be seen can only be part of a string, and is escaped there."""
+    return sign if sign == "\n" or sign.isprintable() else json.dumps(sign)[1:-1]
 
 
 def print_table(
@@ -126,7 +132,7 @@ def print_table(
     """
     if _hushed.get():
         return
-    table_rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    table_rows = [["" if cell is None else visible(str(cell)) for cell in row] for row in rows]
     console = stdout()
     empty = [c for c in droppable if not any(row[columns.index(c)] for row in table_rows)]
     left_out: list[str] = []
@@ -159,13 +165,14 @@ def _table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    heading = None if title is None else Text(visible(title))
+    table = Table(title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     shown = [index for index, column in enumerate(columns) if column not in left_out]
     for index in shown:
         right = columns[index] in numeric
         words = [word for row in rows for word in row[index].split()]
         table.add_column(
-            columns[index],
+            Text(visible(columns[index])),
             justify="right" if right else "left",
             no_wrap=right or index == 0,
             min_width=max(map(cell_len, words), default=0),  # rich would cut words to make room
@@ -176,10 +183,10 @@ def _table(
 
 
 def say(text: str) -> None:
-    """One line of result text."""
+    """Lines of result text."""
     if _hushed.get():
         return
-    stdout().print(text, markup=False, soft_wrap=True)
+    stdout().print(visible(text), markup=False, soft_wrap=True)
 
 
 def say_next(*words: object) -> None:

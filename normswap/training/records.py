@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from normswap import pictures
 from normswap.errors import TrainingError
 from normswap.files import write_whole
 from normswap.progress import Progress
-from normswap.reading import Malformed, reading
+from normswap.reading import Malformed, check_no_link, reading
 from normswap.regular import read_text
 from normswap.room import room_for
 from normswap.training.tasks.base import Metrics
@@ -226,6 +227,7 @@ class Recorder:
         self._board: Any = None
         if folder is None:
             return
+        check_no_link(folder / EVENTS, TrainingError)
         path = folder / METRICS
         _truncate(path, step)
         self._file = path.open("a", encoding="utf-8")
@@ -286,9 +288,11 @@ def _reading_metrics(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _truncate(path: Path, step: int) -> None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    kept = [line for row, line in _rows(path) if row["step"] <= step] if step else []
+    # written anew whatever it was: a link, also a broken one, would lead to somebody else's file
+    rows = _rows(path) if step and path.exists() else []
+    kept = [line for row, line in rows if row["step"] <= step]
     write_whole(path, "".join(line + "\n" for line in kept))
 
 

@@ -1,0 +1,74 @@
+"""An output that somebody else made may hold links; nothing is written where they lead."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap.errors import TrainingError
+from normswap.sweeps import sweep
+from normswap.training import records
+
+OPTIONS = normswap.FineTune(epochs=1, batch_size=2, tensorboard=False, device="cpu")
+DATA = torch.arange(96.0).reshape(6, 1, 4, 4) / 96, torch.arange(6) % 2
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+
+def train(out):
+    return normswap.finetune(net(), DATA, DATA, OPTIONS, out=out, resume=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "last.pt", "best.pt", "learning_curve.png"])
+def test_a_resumed_run_writes_into_its_folder(name, there, tmp_path):
+    """``metrics.jsonl`` was a link to a file that held no metrics: it was emptied."""
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    train(run)
+    content = (run / name).read_bytes() if name == "last.pt" else b"mine"
+    if there or name == "last.pt":
+        victim.write_bytes(content)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(victim)
+    with pytest.raises(TrainingError) if name == "best.pt" else contextlib.nullcontext():
+        train(run)  # what it goes on from must be a checkpoint
+    if there or name == "last.pt":
+        assert victim.read_bytes() == content
+    else:
+        assert not victim.exists()
+    assert name != "metrics.jsonl" or not (run / name).is_symlink()
+
+
+def test_a_fresh_run_in_a_folder_with_a_link(tmp_path):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("mine")
+    for name in ("metrics.jsonl", "last.pt", "best.pt"):
+        (run / name).symlink_to(victim if name == "metrics.jsonl" else tmp_path / name)
+    train(run)
+    assert victim.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "victim"]
+    assert len(records.read_metrics(run)) > 0
+
+
+def test_cells_and_events_lie_in_their_folder(tmp_path):
+    victim = tmp_path / "victim"
+    (victim / "gn-b2-s0").mkdir(parents=True)
+    (victim / "gn-b2-s0" / "key").write_text("mine")
+    for name in ("sweep/cells", f"run/{records.EVENTS}"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(TrainingError, match=r"cells: got a link.*Try removing the link"):
+        sweep(
+            net(), DATA, DATA, targets=["gn"], batch_sizes=[2], seeds=1, options=OPTIONS,
+            out=tmp_path / "sweep",
+        )  # fmt: skip
+    with pytest.raises(TrainingError, match=f"{records.EVENTS}: got a link"):
+        records.Recorder(tmp_path / "run", step=0, tensorboard=True)
+    assert (victim / "gn-b2-s0" / "key").read_text() == "mine"
+    assert [path.name for path in victim.iterdir()] == ["gn-b2-s0"]
