@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _HOME = {
+    "Push": "artifact",
     "load": "artifact",
     "load_model": "artifact",
+    "push_to_hub": "artifact",
     "save": "artifact",
     "Calibration": "calibration",
     "calibrate": "calibration",
@@ -116,6 +118,7 @@ __all__ = [
     "PlanEntry",
     "PlanError",
     "Progress",
+    "Push",
     "Recommendation",
     "Site",
     "SiteDrift",
@@ -140,6 +143,7 @@ __all__ = [
     "load_onnx",
     "measure_drift",
     "plan",
+    "push_to_hub",
     "recipes",
     "recommend",
     "register_batchnorm",
@@ -153,8 +157,10 @@ __all__ = [
 if TYPE_CHECKING:
     from normswap import layers as layers
     from normswap import recipes as recipes
+    from normswap.artifact import Push as Push
     from normswap.artifact import load as load
     from normswap.artifact import load_model as load_model
+    from normswap.artifact import push_to_hub as push_to_hub
     from normswap.artifact import save as save
     from normswap.calibration import Calibration as Calibration
     from normswap.calibration.calibrate import calibrate as calibrate

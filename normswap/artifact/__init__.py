@@ -8,7 +8,8 @@ This room refuses to unpickle, to trust (the JSON is checked field by field, the
 SHA-256) and to leave half an artefact: everything is written to a sibling directory and renamed.
 """
 
+from normswap.artifact.hub import Push, push_to_hub
 from normswap.artifact.loading import load, load_model
 from normswap.artifact.writing import check_target, save
 
-__all__ = ["check_target", "load", "load_model", "save"]
+__all__ = ["Push", "check_target", "load", "load_model", "push_to_hub", "save"]

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def model_card(document: Mapping[str, Any], name: str) -> str:
+def model_card(document: Mapping[str, Any], name: str, *, where: str | None = None) -> str:
     """The README of an artefact.
 
     Args:
         document: the content of ``normswap.json``.
         name: of the directory.
+        where: the spec under which it can be loaded, if it is not a directory.
 
     Example:
         >>> print(model_card({"model": "ResNet", "plans": []}, "out").splitlines()[0])
@@ -23,7 +24,8 @@ def model_card(document: Mapping[str, Any], name: str) -> str:
         _facts(document),
         _swaps(document.get("plans") or []),
         _history(document.get("history") or []),
-        _loading(document, name),
+        _classes(document.get("class_names") or []),
+        _loading(document, name if where is None else where),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -99,12 +101,27 @@ def _history(history: Sequence[Mapping[str, Any]]) -> str:
     return "## History\n\n" + _table(("step", "facts"), rows)
 
 
+_MANY = 1000
+
+
+def _classes(names: Sequence[Any]) -> str:
+    if not names:
+        return ""
+    listed = "\n".join(f"{number}. {_cell(name)}" for number, name in enumerate(names[:_MANY]))
+    return f"<details><summary>{len(names)} classes</summary>\n\n{listed}\n\n</details>"
+
+
 def _loading(document: Mapping[str, Any], name: str) -> str:
     into = "" if document.get("source") else ", into=your_freshly_built_batchnorm_model"
+    call = (
+        f'normswap.load_model("{name}").model'
+        if name.startswith("hf-hub:")
+        else f'normswap.load("{name}"{into})'
+    )
     return (
-        "## How to load it\n\n```python\nimport normswap\n\n"
-        f'model = normswap.load("{name}"{into})\n```\n\n'
-        f"```sh\nnormswap export {name} -o model.onnx\n```"
+        f"## How to load it\n\n```python\nimport normswap\n\nmodel = {call}\n```\n\n"
+        f"```sh\nnormswap export {name} -o model.onnx   # ONNX, with its proof\n"
+        f"normswap unwrap {name} -o plain        # weights and a file that do without normswap\n```"
     )
 
 

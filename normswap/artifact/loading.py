@@ -44,7 +44,8 @@ def load_model(
 
     Args:
         spec: ``timm/NAME[.TAG]``, ``torchvision/NAME[:WEIGHTS]``, ``hf-hub:ORG/REPO``,
-            ``python:package.module:factory`` or a directory that ``save`` wrote.
+            ``python:package.module:factory`` or a directory that ``save`` wrote. A repository may
+            hold a model of timm's or an artefact that ``push_to_hub`` uploaded.
         pretrained: with the library's own weights, through its own download code.
         checkpoint: weights from a file instead; nothing is downloaded.
         num_classes: outputs of the head; pretrained weights keep all but the head.
@@ -75,7 +76,8 @@ def load_model(
         >>> source.preprocessing.input_size
         (3, 224, 224)
     """
-    if not Path(spec).is_dir():
+    folder = _directory(spec)
+    if folder is None:
         source = build(
             str(spec),
             pretrained=pretrained,
@@ -107,7 +109,7 @@ def load_model(
             need="an artefact alone: it brings its weights and its head",
             hint="leaving the option out, or the spec the artefact was made from",
         )
-    model = load(spec, device=device, trust=trust)
+    model = load(folder, device=device, trust=trust)
     if not allow_nonfinite:
         check_numbers(model)
     known = provenance_of(model)
@@ -116,6 +118,17 @@ def load_model(
         remember(model, preprocessing=preprocessing.to_json())
     task = str((known.source or {}).get("task", "image"))
     return Source(model, str(spec), preprocessing, known.class_names, known.source, task)
+
+
+def _directory(spec: str | Path) -> Path | None:
+    """The artefact that a spec names, here or on the hub; None if it names none."""
+    if Path(spec).is_dir():
+        return Path(spec)
+    if str(spec).startswith("hf-hub:"):
+        from normswap.artifact.hub import fetched
+
+        return fetched(str(spec))
+    return None
 
 
 def load(
@@ -144,7 +157,7 @@ def load(
             source that needs ``trust``.
     """
     consent = trusted(trust)
-    document, state, statistics = _read(Path(directory))
+    document, state, statistics = read_checked(Path(directory))
     record = document.provenance()
     with reading(
         directory,
@@ -169,7 +182,7 @@ def load(
     return model.to(device).eval()
 
 
-def _read(folder: Path) -> tuple[Document, dict[str, Tensor], Sites]:
+def read_checked(folder: Path) -> tuple[Document, dict[str, Tensor], Sites]:
     """Record and weights of one artefact, also while another one takes its place."""
     while True:
         before = _stamp(folder)

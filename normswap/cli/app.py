@@ -16,7 +16,7 @@ from normswap.cli.options import debug_option
 
 COMMANDS = (
     "list", "inspect", "recommend", "convert", "finetune", "evaluate", "predict", "export",
-    "verify", "sweep", "bench", "unwrap", "demo",
+    "verify", "sweep", "bench", "unwrap", "push", "demo",
 )  # fmt: skip
 """In the order of the help text; each is ``command`` in the file of its name."""
 

@@ -155,12 +155,12 @@ def _network(request: Request) -> contextlib.AbstractContextManager[None]:
     """What has no need of the network does not even look for it."""
     from_hub = request.spec.startswith("hf-hub:") and not request.arguments
     if request.pretrained or from_hub:
-        return _no_waiting_for_a_dead_network()
+        return no_waiting_for_a_dead_network()
     return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _no_waiting_for_a_dead_network() -> Iterator[None]:
+def no_waiting_for_a_dead_network() -> Iterator[None]:
     """Where the hub's host has no address, use its cache at once instead of retrying for 50 s."""
     hub: Any = sys.modules.get("huggingface_hub.constants")
     before = getattr(hub, "HF_HUB_OFFLINE", None)
