@@ -130,7 +130,7 @@ class Recommendation:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A table: see ``COLUMNS``."""
+        """A table: predicted error, decisions kept (two), cost beside BatchNorm's, bytes."""
         return [
             (
                 option.target,
@@ -174,8 +174,8 @@ class Recommendation:
 
 
 COLUMNS = (
-    "target", "predicted error", "keeps, matched", "keeps, calibrated", "training step",
-    "inference", "memory", "extra state", "remark",
+    "target", "error", "matched", "calibrated", "training", "inference", "memory", "state",
+    "remark",
 )  # fmt: skip
 
 

@@ -172,3 +172,36 @@ def test_names_for_files_in_lines_to_copy():
     assert short("torchvision/resnet50:IMAGENET1K_V2") == "IMAGENET1K_V2"
     assert short("python:mine.models:net") == "net"
     assert short("out/tuned/") == "tuned"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_knows_few_signs(encoding, tmp_path):
+    """Tables, arrows and class names: a substitute on the screen, nothing lost in JSON."""
+    code = (
+        "import sys, click\n"
+        "from normswap.cli.app import app\n"
+        "from normswap.cli.options import cli_command\n"
+        "from normswap.cli.console import print_json, print_table, say\n"
+        "from normswap.cli import app as home\n"
+        "@cli_command('signs')\n"
+        "def signs():\n"
+        "    print_table(('name', 'map'), [('naïve', '3×3 → 1×1')])\n"
+        "    say('γ and β → done')\n"
+        "    print_json({'class': '犬'})\n"
+        "    raise ValueError('… é')\n"
+        "home.COMMANDS = (*home.COMMANDS, 'signs')\n"
+        "type(app).get_command = lambda *_: signs\n"
+        "app(['signs'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        capture_output=True,
+        check=False,
+    )
+    text = done.stdout.decode(encoding)
+    assert done.returncode == 1
+    assert "? and ? ? done" in text
+    assert '"class": "\\u72ac"' in text
+    assert b"Traceback" not in done.stderr
+    assert b"ValueError" in done.stderr

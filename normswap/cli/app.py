@@ -12,6 +12,7 @@ import click
 
 import normswap
 from normswap.cli.boundary import exit_code
+from normswap.cli.console import forgiving
 from normswap.cli.options import debug_option
 
 COMMANDS = (
@@ -54,6 +55,7 @@ class Commands(click.Group):
         **extra: Any,
     ) -> Any:
         """Run, and turn every exception into one line and an exit code."""
+        forgiving(sys.stdout, sys.stderr)
         arguments = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(arguments, prog_name, complete_var, False, **extra)

@@ -97,12 +97,25 @@ def stdout() -> Console:
     return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
 
 
+def forgiving(*streams: TextIO) -> None:
+    """Signs that a terminal lacks become question marks, and no error."""
+    for stream in streams:
+        reconfigure = getattr(stream, "reconfigure", None)  # a test's stream may have none
+        if reconfigure is not None and not _knows_every_sign(stream):
+            reconfigure(errors="replace")
+
+
+def _knows_every_sign(stream: TextIO) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def print_json(data: Any) -> None:
     """Print plain data as JSON, for a program to read, and for a terminal that obeys none of it."""
     if _hushed.get():
         return
     stream = _results.get() or sys.stdout
-    text = json.dumps(plain(data), indent=2, ensure_ascii=False)
+    escaped = not _knows_every_sign(stream)  # a program reads it: nothing may be lost
+    text = json.dumps(plain(data), indent=2, ensure_ascii=escaped)
     stream.write("".join(map(_in_json, text)) + "\n")
 
 

@@ -115,9 +115,13 @@ def _print(spec: str, found: Recommendation) -> None:
     print_table(
         COLUMNS,
         found.rows(),
-        title=f"{spec}, batch {found.batch_size} of {size}: beside BatchNorm",
+        title=f"{spec}, batch {found.batch_size} of {size}",
         numeric=COLUMNS[1:-1],
-        droppable=("predicted error", "extra state", "keeps, matched", "memory"),
+        droppable=("error", "state", "memory", "matched"),
+    )
+    say(
+        "error: predicted, median layer; matched, calibrated: decisions of the original kept; "
+        "training, inference: time beside BatchNorm"
     )
     if found.effect is not None and found.effect.sites:
         say(
