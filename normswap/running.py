@@ -124,9 +124,11 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """A batch of any structure on ``device``."""
-    return tree_map_only(Tensor, lambda tensor: _usable(tensor).to(device), batch)
+    return tree_map_only(
+        Tensor, lambda tensor: _usable(tensor).to(device, non_blocking=non_blocking), batch
+    )
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def two_processes(folder, *arguments):
-    """Run this file twice, as ``torchrun`` would; what both have left in ``folder``."""
+def two_processes(folder, *arguments, script=__file__):
+    """Run a file twice, as ``torchrun`` would; what both have left in ``folder``."""
     common = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -44,7 +44,7 @@ def two_processes(folder, *arguments):
     }
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder), *arguments],
+            [sys.executable, script, str(folder), *arguments],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,

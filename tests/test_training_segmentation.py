@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,23 @@ def test_mean_iou_is_that_of_torchmetrics():
     task.begin(torch.zeros(1, 4, 1, 1))
     sums = {str(i): float(v) for i, v in enumerate([*table.flatten().tolist(), 0.0])}
     assert task.metrics(sums, 3, 0).metric == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_mean_iou_is_that_of_torchvisions_reference_evaluation():
+    """Counts of (true, said) over the whole set; |A ∩ B| / |A ∪ B| from them; the plain mean."""
+    torch.manual_seed(1)
+    model, (images, masks) = net(), squares(10, seed=2)
+    said = model.eval()(images)["out"].argmax(1).numpy()
+    true = masks.numpy()
+    counts = np.histogram2d(
+        true[true < 3], said[true < 3], bins=3, range=[[-0.5, 2.5], [-0.5, 2.5]]
+    )[0]
+    both = np.diag(counts)
+    expected = (both / (counts.sum(1) + counts.sum(0) - both)).mean()
+    judge = Segmentation(FineTune())
+    found = evaluate(model, (images, masks), task=judge, batch_size=4)
+    assert found.metric == pytest.approx(expected, abs=1e-6)
+    assert sum(judge.by_class) / 3 == pytest.approx(expected, abs=1e-6)
 
 
 def test_dice_by_its_definition():

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from normswap.data.images import images_below, read_image
-from normswap.data.pairing import divided, folder_of, names_of, no_split
+from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split
 from normswap.errors import DataError
 from normswap.regular import open_regular, read_text
 
@@ -138,7 +138,7 @@ def detection_dataset(
 
     Args:
         root: the folder.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"``, or ``"all"`` for a folder without parts.
         train: augment, and leave crowds out.
         class_names: the classes in the order of the model's outputs, background first; None takes
             those of the data.
@@ -150,7 +150,14 @@ def detection_dataset(
             without area, a category that there is not.
     """
     folder = folder_of(root)
-    found = _coco_split(folder, split) or _yolo_split(folder, split)
+    items, names = _part(folder, split, val_split, seed)
+    return _renumbered(items, names, class_names, train)
+
+
+def _part(folder: Path, split: str, val_split: float | None, seed: int) -> _Found:
+    found = None
+    if split != WHOLE:
+        found = _coco_split(folder, split) or _yolo_split(folder, split)
     if found is not None and val_split is not None:
         raise DataError(
             str(folder),
@@ -158,18 +165,16 @@ def detection_dataset(
             need="one or the other",
             hint="leaving out --val-split (val_split)",
         )
-    if found is None:
-        whole = _coco_whole(folder) or _yolo_whole(folder)
-        if whole is None or val_split is None:
-            raise no_split(folder, split, _LAYOUT)
-        items, names = whole
-        keys = [item.file.name for item in items]
-        found = (
-            divided(items, keys, split, val_split=val_split, seed=seed, where=str(folder)),
-            names,
-        )
-    items, names = found
-    return _renumbered(items, names, class_names, train)
+    if found is not None:
+        return found
+    whole = _coco_whole(folder) or _yolo_whole(folder)
+    if whole is not None and split == WHOLE:
+        return whole
+    if whole is None or val_split is None:
+        raise no_split(folder, split, _LAYOUT)
+    items, names = whole
+    keys = [item.file.name for item in items]
+    return divided(items, keys, split, val_split=val_split, seed=seed, where=str(folder)), names
 
 
 def _renumbered(

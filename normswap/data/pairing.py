@@ -14,6 +14,9 @@ SPLITS = {
     "val": ("val", "valid", "validation", "eval", "evaluation", "test"),
 }
 
+WHOLE = "all"
+"""All of a folder that has no parts."""
+
 Item = TypeVar("Item")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from normswap.data.images import UNREADABLE, channels_of, images_below, read_image
-from normswap.data.pairing import divided, folder_of, names_of, no_split
+from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError
 from normswap.regular import open_regular, read_text
@@ -175,7 +175,7 @@ def segmentation_dataset(
     Args:
         root: the folder.
         preprocessing: what the model wants.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"``, or ``"all"`` for a folder without parts.
         train: augment image and mask together.
         class_names: the classes in the order of the model's outputs; None takes ``classes.txt``,
             else as many as the masks of this split hold, by number.
@@ -193,6 +193,8 @@ def segmentation_dataset(
 
 
 def _pairs(root: Path, split: str, val_split: float | None, seed: int) -> list[tuple[Path, Path]]:
+    if split == WHOLE:
+        return _matched(root / "images", root / "masks")
     for name in names_of(split):
         for images, masks in (
             (root / name / "images", root / name / "masks"),

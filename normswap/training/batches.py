@@ -8,7 +8,7 @@ sees the samples it would have seen, whatever the number of workers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from normswap.training.samples import (
     Batch,
     PlainReader,
     SeededReader,
+    as_plain,
     checked,
     collate,
     ignore_interrupts,
@@ -319,7 +320,9 @@ def samples_of(data: Any) -> int | None:
 
 def named_samples(data: Any, indices: Iterable[int]) -> str:
     """Samples by their files, where the data set knows them, else by their numbers."""
-    files = getattr(data, "samples", None)
+    listed = getattr(data, "listed", None)
+    # of an image and its mask, the mask
+    files = getattr(data, "samples", None) if listed is None else [p[::-1] for p, _ in listed()]
     known = isinstance(files, list) and all(isinstance(item, tuple) for item in files)
     names = [str(files[index][0]) if known and files else str(index) for index in sorted(indices)]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
@@ -331,14 +334,21 @@ def _as_batch(batch: Any) -> Batch:
         images, labels = batch[0], batch[1]
     except (KeyError, IndexError, TypeError):
         images, labels = None, None
+    if _is_list_of(Mapping, labels) and (isinstance(images, Tensor) or _is_list_of(Tensor, images)):
+        return Batch([as_plain(image) for image in images], list(labels))
     if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
         raise DataError(
             "data",
             got=f"a batch of type {type(batch).__name__}",
-            need="(images, labels), both tensors",
+            need="(images, labels), both tensors, or a detector's lists of images and of targets",
             hint="a collate_fn that returns such a pair",
         )
     return Batch(images, labels)
+
+
+def _is_list_of(kind: type, items: Any) -> bool:
+    fits = isinstance(items, (list, tuple)) and len(items) > 0
+    return fits and all(isinstance(item, kind) for item in items)
 
 
 def check_evaluation_data(data: Any) -> None:

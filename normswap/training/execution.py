@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import TrainingError
+from normswap.running import call, leaves
 from normswap.training.options import FineTune
 
 if TYPE_CHECKING:
@@ -218,19 +219,19 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _ONE_VALUE = "expected more than 1 value per channel"
 
 
-def first_non_finite(model: nn.Module, images: Tensor) -> str:
+def first_non_finite(model: nn.Module, images: Any) -> str:
     """Where infinite or undefined numbers first appear in a forward, in words.
 
     Runs one forward in the model's present mode; running statistics are put back.
     """
-    if not torch.isfinite(images).all():
+    if not all(torch.isfinite(leaf).all() for leaf in leaves(images)):
         return "the input images"
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"the parameter {name}"
     found: list[str] = []
     with _watched(model, found), _buffers_kept(model), torch.no_grad():
-        model(images)
+        call(model, images)
     return f"the output of {found[0]}" if found else "the loss itself; every layer is finite"
 
 

@@ -22,7 +22,7 @@ from normswap.passage import Passage, as_original, forget_statistics, needs_pass
 from normswap.plain import plain
 from normswap.provenance import add_history
 from normswap.reading import Malformed
-from normswap.running import evaluating, placed
+from normswap.running import evaluating, moved, placed
 from normswap.training import execution
 from normswap.training.batches import (
     Share,
@@ -32,6 +32,7 @@ from normswap.training.batches import (
     named_samples,
     training_batches,
 )
+from normswap.training.blame import blaming
 from normswap.training.checkpoints import (
     BEST,
     FORMAT,
@@ -81,7 +82,7 @@ from normswap.training.records import (
     draw_learning_curve,
 )
 from normswap.training.samples import Batch, load_rng_state, rng_kept, rng_state, seed_everything
-from normswap.training.scoring import added_up, metrics_from
+from normswap.training.scoring import added_up, metrics_from, together
 from normswap.training.tasks import LossFunction, MetricFunction, Metrics, Task, task_for
 
 log = logging.getLogger("normswap")
@@ -107,11 +108,14 @@ def finetune(
     that sample is dropped for this epoch.
 
     Args:
-        model: returns logits (N, K); its class count must fit the labels. Training flags and
-            ``requires_grad`` are the caller's again afterwards; it stays on the device it trained
-            on.
+        model: returns logits (N, K); its class count must fit the labels. For segmentation logits
+            (N, K, H, W), alone or as ``out`` beside ``aux``; for detection it is called as
+            torchvision's detectors are: with lists of images and of targets, for a dict of losses.
+            Training flags and ``requires_grad`` are the caller's again afterwards; it stays on the
+            device it trained on.
         train_data: a ``Dataset`` of (tensor, class), an (images, labels) pair of tensors, or a
-            ``DataLoader``, which keeps its own order and batch size.
+            ``DataLoader``, which keeps its own order and batch size. Labels are masks (H, W) for
+            segmentation, ``{"boxes": (n, 4), "labels": (n,)}`` for detection.
         val_data: likewise; scored after each epoch.
         options: the recipe; None takes the defaults of ``FineTune``.
         out: folder for ``last.pt`` and ``best.pt``, ``metrics.jsonl`` and
@@ -124,7 +128,8 @@ def finetune(
             may be anything then.
         metric: ``metric(output, labels)``, the mean over a batch, higher is better; it says which
             epoch is best. None takes top-1, or the loss where labels are no classes.
-        task: what is optimised otherwise; a ``training.tasks.Task`` of one's own is taken too.
+        task: ``"classification"``, ``"segmentation"`` or ``"detection"``; a
+            ``training.tasks.Task`` of one's own is taken too.
 
     Returns:
         What was done, epoch by epoch.
@@ -316,6 +321,7 @@ class Run:
             on_broken=self.options.on_broken,
         )
         self.model.to(self.device)
+        self.task.meet(self.model)
         self.record = self._looked_before() if fresh else Record()
         seed_everything(self.options.seed + self.share.rank)
         self.passage = self._make_passage()
@@ -460,23 +466,24 @@ class Run:
         return seen
 
     def _forward_backward(self, batch: Batch, parts: int) -> None:
-        self.task.check_data(batch.labels)
-        images = batch.images.to(self.device, non_blocking=True)
-        if self.options.channels_last and images.ndim == 4:
+        with blaming(self.task, batch, self.job.train_data):
+            self.task.check_data(batch.labels)
+        images = moved(batch.images, self.device, non_blocking=True)
+        if self.options.channels_last and isinstance(images, Tensor) and images.ndim == 4:
             images = images.to(memory_format=torch.channels_last)
-        labels = batch.labels.to(self.device, non_blocking=True)
+        labels = moved(batch.labels, self.device, non_blocking=True)
         if not self._begun:
             self._first_look(images)
-        with self.accelerator.autocast():
+        with blaming(self.task, batch, self.job.train_data), self.accelerator.autocast():
             loss, right, seen = self.task.step(self.wrapped, images, labels)
         value, hits = _numbers(loss, right)
         if not math.isfinite(value):
             raise self._diverged(value, seen)
-        self.meter.add(value, hits, len(labels))
+        self.meter.add(value, hits, len(batch.labels))
         self._count_broken(batch.broken)
         self.updates.backward(loss / parts if parts > 1 else loss)
 
-    def _first_look(self, images: Tensor) -> None:
+    def _first_look(self, images: Any) -> None:
         """One forward in eval mode, from which the task learns what it must."""
         with rng_kept(), evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
             try:
@@ -486,15 +493,14 @@ class Run:
             except (RuntimeError, TypeError) as error:
                 raise TrainingError(
                     "train_data",
-                    got=f"images {tuple(images.shape)} of {images.dtype}, which the model refuses:"
-                    f" {in_short(error)}",
+                    got=f"{_described(images)}, which the model refuses: {in_short(error)}",
                     need="preprocessed images that it takes",
                     hint="normswap.data.Preprocessing; for half precision FineTune(amp='bf16')",
                 ) from error
         self.task.begin(output)
         self._begun = True
 
-    def _diverged(self, value: float, images: Tensor) -> TrainingError:
+    def _diverged(self, value: float, images: Any) -> TrainingError:
         with self.accelerator.autocast():
             where = first_non_finite(self.model, images)
         return TrainingError(
@@ -572,7 +578,7 @@ class Run:
             learning_rate=self.updates.learning_rate,
             train_loss=loss / max(images, 1),
             train_top1=hits / judged if judged else None,
-            val_loss=score.loss if score else None,
+            val_loss=self._loss_of(score),
             val_top1=_or_none(score.top1) if score else None,
             val_top5=_or_none(score.top5) if score else None,
             val_metric=score.metric if score else None,
@@ -582,7 +588,7 @@ class Run:
         )
         self.record.epochs.append(row)
         self.recorder.write("epoch", asdict(row))
-        log.info("%s", _line(row, self.options.epochs))
+        log.info("%s", _line(row, self.options.epochs, self.task.metric_name))
         if not math.isfinite(row.val_loss or 0.0):
             log.warning("epoch %d: the logits on the validation data are not finite", row.epoch)
         if _better(row, self.record.best):
@@ -590,6 +596,9 @@ class Run:
         self.place = Place(epoch=row.epoch, batch=0, step=self.place.step)
         self.meter = Meter()
         self._save()
+
+    def _loss_of(self, score: Metrics | None) -> float | None:
+        return score.loss if score is not None and self.task.loses_in_eval else None
 
     def _validate(self, shown: nn.Module) -> Metrics:
         execution.share_buffers(shown, self.accelerator)
@@ -602,10 +611,9 @@ class Run:
         )
         with explained(self.options.eval_batch_size, self.device):
             # in full precision also under AMP: what is validated is what ``evaluate`` measures
-            totals = added_up(self.task, shown, batches, self.device)
+            totals = added_up(self.task, shown, batches, self.device, data=self.job.val_data)
         if shared:
-            sums = execution.added_up(self.accelerator, totals.tolist())
-            totals = torch.tensor(sums, dtype=torch.float64)
+            totals = together(self.task, execution.gathered(self.accelerator, tuple(totals)))
         return metrics_from(self.task, totals)
 
     def _finish(self) -> History:
@@ -729,7 +737,7 @@ class Run:
             learning_rate=self.updates.learning_rate,
             train_loss=None,
             train_top1=None,
-            val_loss=start.loss,
+            val_loss=self._loss_of(start),
             val_top1=_or_none(start.top1),
             val_top5=_or_none(start.top5),
             seconds=0.0,
@@ -931,13 +939,21 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _line(row: Epoch, epochs: int) -> str:
+def _line(row: Epoch, epochs: int, metric: str) -> str:
     def scores(top1: float | None) -> str:
         return "" if top1 is None else f", top-1 {top1:.2%}"
 
     text = f"epoch {row.epoch}/{epochs}: loss {row.train_loss:.4f}{scores(row.train_top1)}, "
     text += f"{row.images_per_second:.1f} images/s"
-    if row.val_loss is None:
-        return text
-    text += f"; validation loss {row.val_loss:.4f}{scores(row.val_top1)}"
-    return text if row.val_metric is None else f"{text}, metric {row.val_metric:.4g}"
+    found = []
+    if row.val_loss is not None:
+        found.append(f"loss {row.val_loss:.4f}{scores(row.val_top1)}")
+    if row.val_metric is not None:
+        found.append(f"{metric} {row.val_metric:.4g}")
+    return f"{text}; validation {', '.join(found)}" if found else text
+
+
+def _described(images: Any) -> str:
+    if isinstance(images, Tensor):
+        return f"images {tuple(images.shape)} of {images.dtype}"
+    return f"a list of images, the first {tuple(images[0].shape)} of {images[0].dtype}"

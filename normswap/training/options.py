@@ -55,7 +55,8 @@ class FineTune:
             what is validated, kept as best, and left in the model at the end.
         amp: ``"bf16"``, ``"fp16"``, or None for what ``accelerate launch`` says, else full
             precision.
-        freeze_backbone: train the classifier only; the rest stands still, running statistics too.
+        freeze_backbone: train the classifier only, or all but the part that is named ``backbone``;
+            the rest stands still, running statistics too.
         passage: share of the run, between 0 and 1, over which per-sample layers (gn, ln, in, frn)
             go from their BatchNorm original to themselves; None trains the pure layers from the
             start. See ``normswap.Passage``.

@@ -107,7 +107,8 @@ def training_mode(
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         if freeze_backbone:
-            _train_only(model, set(classifier_of(model).parameters()))
+            wanted = {item for part in _heads(model) for item in part.parameters()}
+            _train_only(model, wanted)
         elif norms_only:
             found = (module for module in model.modules() if is_norm(module))
             _train_only(model, {item for m in found for item in m.parameters(recurse=False)})
@@ -131,7 +132,22 @@ def start_training(model: nn.Module, *, freeze_backbone: bool) -> None:
     """Training mode for the parts that train."""
     model.train(not freeze_backbone)
     if freeze_backbone:
-        classifier_of(model).train()
+        model.training = _has_backbone(model)  # a detector asks whether it is to give losses
+        for part in _heads(model):
+            part.train()
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """What trains on a backbone that stands still: the classifier, or all that is no backbone."""
+    if not _has_backbone(model):
+        return [classifier_of(model)]
+    return [part for name, part in model.named_children() if name != "backbone"]
+
+
+def _has_backbone(model: nn.Module) -> bool:
+    """Whether a part says so itself, as in torchvision's detection and segmentation models."""
+    own = isinstance(getattr(model, "backbone", None), nn.Module)
+    return own and not hasattr(model, "get_classifier")
 
 
 def _train_only(model: nn.Module, wanted: set[nn.Parameter]) -> None:

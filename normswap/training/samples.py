@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,11 +70,19 @@ _PATIENCE = 100
 
 
 class Batch(NamedTuple):
-    """Samples of one forward; ``broken`` are the indices that could not be read for it."""
+    """Samples of one forward.
 
-    images: Tensor
-    labels: Tensor
+    Attributes:
+        images: a tensor; a detector's are a list, each of its own size.
+        labels: a tensor; a detector's are a list of mappings.
+        broken: indices of samples that could not be read for it.
+        samples: the indices of its own, where they are known.
+    """
+
+    images: Tensor | list[Tensor]
+    labels: Tensor | list[Any]
     broken: tuple[int, ...] = ()
+    samples: tuple[int, ...] = ()
 
 
 class Trouble(NamedTuple):
@@ -82,6 +90,8 @@ class Trouble(NamedTuple):
 
     sample: int
     reason: str
+    said: tuple[str, str, str, str] | None = None
+    """Where, got, need and hint of an error that names the file itself."""
 
 
 class PlainReader(Dataset[Any]):
@@ -93,8 +103,8 @@ class PlainReader(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         found = _read(self.dataset, index)
         if isinstance(found, Trouble):
-            return (None, None, (index,)) if self.on_broken == "skip" else found
-        return (*found, ())
+            return (None, None, (index,), index) if self.on_broken == "skip" else found
+        return (*found, (), index)
 
 
 class SeededReader(Dataset[Any]):
@@ -111,7 +121,7 @@ class SeededReader(Dataset[Any]):
             found = _read(self.dataset, index)
         if isinstance(found, Trouble):
             return self._next_readable(found) if self.on_broken == "skip" else found
-        return (*found, ())
+        return (*found, (), index)
 
     def _next_readable(self, trouble: Trouble) -> Any:
         """The first sample after a broken one, so that every batch keeps its size."""
@@ -121,19 +131,23 @@ class SeededReader(Dataset[Any]):
             with _seeded(mixed(self.seed, self.epoch, index)):
                 found = _read(self.dataset, index)
             if not isinstance(found, Trouble):
-                return (*found, tuple(broken))
+                return (*found, tuple(broken), index)
             broken.append(index)
-        return trouble._replace(reason=f"{len(broken)} broken in a row; {trouble.reason}")
+        reason = f"{len(broken)} broken in a row; {trouble.reason}"
+        return trouble._replace(reason=reason, said=None)
 
 
 def _read(dataset: Any, index: int) -> tuple[Any, Any] | Trouble:
     try:
         image, label = dataset[index]
+    except DataError as error:  # it names the file and what to do
+        said = (error.where, error.got, error.need, error.hint)
+        return Trouble(index, f"DataError: {error}", said)
     except _UNREADABLE as error:
         return Trouble(index, f"{type(error).__name__}: {error}")
     if not isinstance(image, Tensor):
         return Trouble(index, f"an image of type {type(image).__name__}; a tensor is needed")
-    if not isinstance(label, (int, float, np.number, Tensor)):
+    if not isinstance(label, (int, float, np.number, Tensor, Mapping)):
         return Trouble(index, f"a label of type {type(label).__name__}; a class number is needed")
     return image, label
 
@@ -144,11 +158,20 @@ def collate(samples: Sequence[Any]) -> Any:
         if isinstance(sample, Trouble):
             return sample
     broken = tuple(itertools.chain.from_iterable(sample[2] for sample in samples))
-    pairs = [(image, label) for image, label, _ in samples if image is not None]
+    pairs = [(image, label) for image, label, *_ in samples if image is not None]
+    numbers = tuple(sample[3] for sample in samples if sample[0] is not None)
+    if any(isinstance(label, Mapping) for _, label in pairs):  # a detector's
+        images, labels = zip(*pairs, strict=True)
+        return [as_plain(image) for image in images], list(labels), broken, numbers
     if len({image.shape for image, _ in pairs}) > 1:
         shapes = sorted({tuple(image.shape) for image, _ in pairs})
         return Trouble(-1, f"images of different shapes in one batch: {shapes}")
-    return (*(default_collate(pairs) if pairs else (None, None)), broken)
+    return (*(default_collate(pairs) if pairs else (None, None)), broken, numbers)
+
+
+def as_plain(image: Tensor) -> Tensor:
+    """Without torchvision's ``tv_tensors.Image``, or another class, around it."""
+    return image if type(image) is Tensor else image.as_subclass(Tensor)
 
 
 def checked(collated: Any) -> Batch:
@@ -157,6 +180,9 @@ def checked(collated: Any) -> Batch:
     Raises:
         DataError: it was trouble.
     """
+    if isinstance(collated, Trouble) and collated.said is not None:
+        where, got, need, hint = collated.said
+        raise DataError(where, got=got, need=need, hint=hint)
     if isinstance(collated, Trouble):
         where = "data" if collated.sample < 0 else f"sample {collated.sample}"
         raise DataError(
@@ -165,10 +191,10 @@ def checked(collated: Any) -> Batch:
             need="(tensor, class) pairs of one shape that can be read",
             hint="repairing or removing it, or on_broken='skip'",
         )
-    images, labels, broken = collated
+    images, labels, broken, numbers = collated
     if images is None:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), broken)
-    return Batch(images, labels, broken)
+    return Batch(images, labels, broken, numbers)
 
 
 def ignore_interrupts(_worker: int) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.errors import DataError
 from normswap.progress import Progress, ProgressCallback
-from normswap.running import evaluating, placed
+from normswap.running import evaluating, moved, placed
 from normswap.training.batches import Share, evaluation_batches, named_samples, samples_of
+from normswap.training.blame import blaming
 from normswap.training.execution import usable_device
 from normswap.training.options import FineTune
 from normswap.training.samples import Batch
@@ -36,10 +37,10 @@ def evaluate(
 
     Args:
         model: returns logits (N, K), or (N, K, H, W) for segmentation; of a tuple the first, of a
-            mapping ``logits`` or ``out``. Its training flags and its device are the same
-            afterwards.
-        data: a ``Dataset`` of (tensor, label), an (images, labels) pair of tensors, or a
-            ``DataLoader``.
+            mapping ``logits`` or ``out``; for detection a list of ``{boxes, labels, scores}``. Its
+            training flags and its device are the same afterwards.
+        data: a ``Dataset`` of (tensor, label), for detection of (tensor, ``{boxes, labels}``), an
+            (images, labels) pair of tensors, or a ``DataLoader``.
         batch_size: images per forward; a loader has its own.
         device: where to run; None is where the model is.
         workers: processes that load a data set.
@@ -64,6 +65,7 @@ def evaluate(
     )
     with placed(where, model) as there:
         judge, left_out = task_for(FineTune(), task), set[int]()
+        judge.meet(model)
         seen = _noted(batches, left_out)
         tell = None
         if progress is not None:
@@ -72,7 +74,7 @@ def evaluate(
             def tell(done: int) -> None:
                 show(Progress(done, total))
 
-        totals = added_up(judge, model, seen, there, progress=tell)
+        totals = added_up(judge, model, seen, there, data=data, progress=tell)
         if left_out:
             log.warning("left out, as they cannot be read: %s", named_samples(data, left_out))
         return metrics_from(judge, totals)
@@ -84,39 +86,77 @@ def _noted(batches: Iterable[Batch], broken: set[int]) -> Iterator[Batch]:
         yield batch
 
 
+class Totals(NamedTuple):
+    """What a task measured, added up over batches.
+
+    Attributes:
+        found: the sum of its measures; None where there was no image.
+        images: how many were seen.
+        broken: how many could not be read.
+    """
+
+    found: Any
+    images: int
+    broken: int
+
+
 def added_up(
     task: Task,
     model: nn.Module,
     batches: Iterable[Batch],
     device: torch.device,
     *,
+    data: Any = None,
     progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """What the task measures, images and broken ones, added up over the batches (float64)."""
-    sums, seen, unread = torch.zeros(len(task.sums), dtype=torch.float64), 0, 0
+) -> Totals:
+    """What the task measures, images and broken ones, added up over the batches.
+
+    Args:
+        task: what is measured.
+        model: in any mode; it is the same afterwards.
+        batches: of images and labels.
+        device: where the model is.
+        data: what the batches are of, to name what is wrong with it.
+        progress: called with the number of images seen after each batch.
+    """
+    found, seen, unread = None, 0, 0
     with evaluating(model), torch.no_grad():
-        for images, labels, broken in batches:
-            unread += len(broken)
-            if len(images):
-                task.check_data(labels)
-                with torch.autocast(device.type, enabled=False):
-                    output = model(images.to(device, non_blocking=True))
-                found = task.measure(output, labels.to(device))
-                sums = found if not len(sums) else sums + found
-                seen += len(images)
+        for batch in batches:
+            unread += len(batch.broken)
+            if len(batch.images):
+                with blaming(task, batch, data):
+                    task.check_data(batch.labels)
+                    with torch.autocast(device.type, enabled=False):
+                        output = model(moved(batch.images, device))
+                    mine = task.measure(output, moved(batch.labels, device))
+                found = mine if found is None else task.add(found, mine)
+                seen += len(batch.images)
             if progress:
                 progress(seen)
-    return torch.cat([sums, torch.tensor([seen, unread], dtype=torch.float64)])
+    return Totals(found, seen, unread)
 
 
-def metrics_from(task: Task, totals: Tensor) -> Metrics:
-    """Means from the sums of ``added_up``."""
-    *sums, images, broken = totals.tolist()
-    if images == 0:
+def together(task: Task, parts: Iterable[Any]) -> Totals:
+    """The totals of several processes as one."""
+    found, seen, unread = None, 0, 0
+    for mine, images, broken in parts:
+        if mine is not None:
+            found = mine if found is None else task.add(found, mine)
+        seen, unread = seen + images, unread + broken
+    return Totals(found, seen, unread)
+
+
+def metrics_from(task: Task, totals: Totals) -> Metrics:
+    """What the totals say.
+
+    Raises:
+        DataError: there was no image.
+    """
+    if totals.images == 0:
         raise DataError(
             "data",
-            got=f"no image to score ({int(broken)} broken)",
+            got=f"no image to score ({totals.broken} broken)",
             need="at least one",
             hint="another folder or split",
         )
-    return task.metrics(dict(zip(task.sums, sums, strict=True)), int(images), int(broken))
+    return task.judge(totals.found, totals.images, totals.broken)

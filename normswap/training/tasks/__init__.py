@@ -7,11 +7,13 @@ from normswap.training.options import FineTune
 from normswap.training.tasks.base import LossFunction, MetricFunction, Metrics, Step, Task
 from normswap.training.tasks.classification import Classification
 from normswap.training.tasks.custom import Custom
+from normswap.training.tasks.detection import Detection
 from normswap.training.tasks.segmentation import Segmentation
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
+    "detection": Detection,
 }
 
 
@@ -58,6 +60,7 @@ __all__ = [
     "TASKS",
     "Classification",
     "Custom",
+    "Detection",
     "LossFunction",
     "MetricFunction",
     "Metrics",

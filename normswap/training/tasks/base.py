@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from normswap.errors import TrainingError
 from normswap.training.options import FineTune
@@ -26,10 +26,12 @@ class Metrics:
         top1: share of images whose highest logit is the right class, 0 to 1; NaN where labels are
             no classes.
         top5: share of images whose class is among the five highest logits; likewise.
-        loss: mean cross-entropy in nats, or the mean of the caller's loss.
+        loss: mean cross-entropy in nats, or the mean of the caller's loss; NaN for detectors, which
+            say none in eval mode.
         images: how many were seen.
         broken: how many could not be read and were left out.
-        metric: the mean of the caller's metric, or None.
+        metric: mean IoU of a segmentation, mAP of a detection, the mean of the caller's metric, or
+            None.
     """
 
     top1: float
@@ -52,10 +54,14 @@ class Metrics:
         return -self.loss if math.isnan(self.top1) else self.top1
 
     def __str__(self) -> str:
-        return (
-            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, "
-            f"{self.images} images"
-        )
+        found = {
+            "top-1": f"{self.top1:.2%}",
+            "top-5": f"{self.top5:.2%}",
+            "loss": f"{self.loss:.4f}",
+            "metric": "nan" if self.metric is None else f"{self.metric:.4f}",
+        }
+        parts = [f"{name} {text}" for name, text in found.items() if not text.startswith("nan")]
+        return ", ".join([*parts, f"{self.images} images"])
 
 
 class Step(NamedTuple):
@@ -64,12 +70,12 @@ class Step(NamedTuple):
     Attributes:
         loss: to be minimised, a scalar.
         right: how many of the images were right, where that can be said, else None.
-        images: what the model was given.
+        images: what the model was given; a tuple holds several arguments.
     """
 
     loss: Tensor
     right: Tensor | None
-    images: Tensor
+    images: Any
 
 
 class Task:
@@ -80,11 +86,17 @@ class Task:
     """
 
     name: ClassVar[str]
+    metric_name: ClassVar[str] = "metric"
+    loses_in_eval: ClassVar[bool] = True
+    """Whether ``measure`` finds a loss; detectors have none in eval mode."""
     sums: tuple[str, ...] = ()
     """Names of what ``measure`` adds up; known once ``measure`` or ``begin`` has seen an output."""
 
     def __init__(self, options: FineTune) -> None:
         self.options = options
+
+    def meet(self, model: nn.Module) -> None:
+        """Look at the model before anything runs."""
 
     def check_data(self, labels: Any) -> None:
         """Refuse labels that the task cannot use, before anything runs."""
@@ -92,13 +104,24 @@ class Task:
     def begin(self, output: Any) -> None:
         """Look at the output of the first forward, in eval mode."""
 
-    def step(self, forward: Callable[[Tensor], Any], images: Tensor, labels: Tensor) -> Step:
+    def step(self, forward: Callable[..., Any], images: Any, labels: Any) -> Step:
         """One forward in training mode, and its loss."""
         raise NotImplementedError
 
-    def measure(self, output: Any, labels: Tensor) -> Tensor:
-        """Sums over a batch in eval mode, float64 on the CPU, in the order of ``sums``."""
+    def measure(self, output: Any, labels: Any) -> Any:
+        """Sums over a batch in eval mode, float64 on the CPU, in the order of ``sums``.
+
+        A task that is judged by no sums gives other plain data, and has an ``add`` and a ``judge``.
+        """
         raise NotImplementedError
+
+    def add(self, before: Any, found: Any) -> Any:
+        """Both measures as one; where several processes share the data, theirs too."""
+        return before + found
+
+    def judge(self, found: Any, images: int, broken: int) -> Metrics:
+        """What the measures of all batches say together."""
+        return self.metrics(dict(zip(self.sums, found.tolist(), strict=True)), images, broken)
 
     def metrics(self, sums: dict[str, float], images: int, broken: int) -> Metrics:
         """What the sums over all batches say."""

@@ -31,6 +31,8 @@ class Classification(Task):
     def check_data(self, labels: Any) -> None:
         """Labels must be class numbers (N,)."""
         check_labels(labels)
+        if self.classes:
+            check_classes(labels, self.classes)
 
     def begin(self, output: Any) -> None:
         """Learn the number of classes."""

@@ -29,14 +29,19 @@ class Segmentation(Task):
     Args:
         options: the recipe.
         ignored: the number in a mask that stands for no class.
+
+    Attributes:
+        by_class: IoU of each class in the last evaluation; NaN for one that occurred nowhere.
     """
 
     name: ClassVar[str] = "segmentation"
+    metric_name: ClassVar[str] = "mean IoU"
 
     def __init__(self, options: FineTune, ignored: int = IGNORED) -> None:
         super().__init__(options)
         self.ignored = ignored
         self.classes = 0  # known after the first forward
+        self.by_class: tuple[float, ...] = ()
         for name in ("mixup", "cutmix"):
             if getattr(options, name):
                 raise TrainingError(
@@ -56,6 +61,8 @@ class Segmentation(Task):
                 need="one class number a pixel, (N, H, W)",
                 hint="masks of dtype torch.int64",
             )
+        if self.classes:
+            self._checked(labels)
 
     def begin(self, output: Any) -> None:
         """Learn the number of classes."""
@@ -104,7 +111,9 @@ class Segmentation(Task):
     def metrics(self, sums: dict[str, float], images: int, broken: int) -> Metrics:
         """Mean IoU as the metric."""
         *table, loss = sums.values()
-        iou = intersection_over_union(torch.tensor(table).reshape(self.classes, self.classes))
+        counts = torch.tensor(table, dtype=torch.float64).reshape(self.classes, self.classes)
+        iou = intersection_over_union(counts)
+        self.by_class = tuple(iou.tolist())
         mean = float(iou[iou.isfinite()].mean()) if iou.isfinite().any() else math.nan
         return Metrics(math.nan, math.nan, loss / images, images, broken, mean)
 
