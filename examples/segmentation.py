@@ -6,7 +6,7 @@
 
 Masks come from a generator: bright discs and bars on textured ground. The network starts from
 random weights, so that nothing is downloaded; give ``--weights`` a checkpoint of your own for more.
-``normswap.finetune`` trains classifiers; for other tasks one converts and keeps one's own loop.
+Here with a loop of one's own; ``normswap.finetune(..., task="segmentation")`` has one.
 """
 
 from __future__ import annotations

@@ -107,6 +107,7 @@ def compare(
     compiled: bool = False,
     onnx: bool = True,
     seconds: float = math.inf,
+    training_inputs: Any = None,
     progress: ProgressCallback | None = None,
 ) -> Comparison:
     """Measure converted copies of a model beside the model itself.
@@ -121,6 +122,8 @@ def compare(
         onnx: export every variant, with its proof, and measure onnxruntime on the CPU.
         seconds: after which no further round begins, of which each kind has two all the same;
             a quarter of them is for the inference.
+        training_inputs: what it is called with in training mode, where that differs: a detector's
+            images and targets.
         progress: called before each stage, with its name as the message.
 
     Returns:
@@ -133,6 +136,7 @@ def compare(
         if progress is not None:
             progress(Progress(next(begun), stages, line))
 
+    learning = example_inputs if training_inputs is None else training_inputs
     models = {_BASE: copied(model)}
     for label, target in targets.items():
         say(f"converting to {label}")
@@ -145,7 +149,7 @@ def compare(
     with safe_path(), compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
         say("training steps")
         pace = _Pace(warmup, rounds, 0.75 * seconds)
-        training, notes = _training(models, example_inputs, pace)
+        training, notes = _training(models, learning, pace)
         say("inference")
         inference = {v: _inference_step(v, m, example_inputs) for v, m in models.items()}
         infer = _interleave(inference, _Pace(min(warmup, 3), rounds, 0.25 * seconds))
@@ -162,9 +166,9 @@ def compare(
             training=_ratio(training, variant),
             inference=_ratio(infer, variant) or Ratio(1.0, 1.0, 1.0),
             onnx=_ratio(latencies, variant),
-            kept=kept_for_backward(contestant, example_inputs) if variant in measured else 0,
+            kept=kept_for_backward(contestant, learning) if variant in measured else 0,
             state=_history_bytes(contestant) if variant in eager else 0,
-            peak=_peak(contestant, example_inputs, device) if variant in measured else None,
+            peak=_peak(contestant, learning, device) if variant in measured else None,
             note=notes.get(variant, ""),
         )
         for variant, contestant in models.items()
@@ -176,6 +180,18 @@ def compare(
         len(infer[_BASE]),
         str(device),
     )
+
+
+def one_box_each(images: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Targets for a detector to learn from: a box of class 1 in the middle of each image."""
+    found = []
+    for image in images:
+        height, width = image.shape[-2:]
+        box = [[width / 4, height / 4, 3 * width / 4, 3 * height / 4]]
+        device = image.device
+        labels = torch.ones(1, dtype=torch.int64, device=device)
+        found.append({"boxes": torch.tensor(box, device=device), "labels": labels})
+    return found
 
 
 def _ratio(seconds: Mapping[Variant, list[float]], variant: Variant) -> Ratio | None:

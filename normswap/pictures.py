@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def accuracy_by_batch(
     sizes: Sequence[int],
     control: str,
     path: str | Path,
+    axis: str = "top-1",
 ) -> Path:
     """Accuracy against batch size: a line per target, from worst to best seed shaded.
 
@@ -150,6 +152,7 @@ def accuracy_by_batch(
         sizes: all batch sizes.
         control: the label that is drawn in black.
         path: of the PNG.
+        axis: what the accuracy is.
     """
     from matplotlib.ticker import NullLocator, PercentFormatter
 
@@ -164,7 +167,7 @@ def accuracy_by_batch(
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(xlabel="batch size", ylabel="top-1")
+    axes.set(xlabel="batch size", ylabel=axis)
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, path)
@@ -259,6 +262,66 @@ def accuracy_bars(
     axes.set_xlabel(axis)
     axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and what is on it.
+
+    Attributes:
+        image: (H, W, 3), 0 to 255 or 0 to 1.
+        title: above it.
+        boxes: (x0, y0, x1, y1) in pixels, what stands beside it, and the number of its class.
+        mask: (H, W) class numbers, or None.
+        classes: how many there are, for the colours.
+    """
+
+    image: Any
+    title: str = ""
+    boxes: Sequence[tuple[Sequence[float], str, int]] = ()
+    mask: Any = None
+    classes: int = 1
+
+
+def scenes(rows: Sequence[Sequence[Scene]], path: str | Path) -> Path:
+    """Images in rows, with their boxes and masks over them.
+
+    Args:
+        rows: as many scenes in each.
+        path: ``.png``, ``.svg`` or ``.pdf``.
+    """
+    height, width = rows[0][0].image.shape[:2]
+    edge = 4.0
+    figure = _figure(edge * len(rows[0]), edge * height / width * len(rows) + 0.4)
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for line, row in zip(grid, rows, strict=True):
+        for axes, scene in zip(line, row, strict=True):
+            _draw_scene(axes, scene)
+    return _save(figure, path)
+
+
+def _draw_scene(axes: Any, scene: Scene) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    colours = colormaps["tab20" if scene.classes <= 20 else "gist_ncar"]
+    axes.imshow(scene.image)
+    if scene.mask is not None:
+        import numpy as np
+
+        values = np.asarray(scene.mask)
+        shown = np.ma.masked_where((values == 0) | (values >= scene.classes), values)
+        top = 19 if scene.classes <= 20 else scene.classes
+        axes.imshow(shown, cmap=colours, vmin=0, vmax=top, alpha=0.55, interpolation="nearest")
+    for (x0, y0, x1, y1), text, number in scene.boxes:
+        colour = colours(number % 20 if scene.classes <= 20 else number / scene.classes)
+        frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2)
+        axes.add_patch(frame)
+        box = {"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.8}
+        text = text.replace("$", r"\$")
+        axes.text(x0, y0, text, fontsize=7, color="white", va="bottom", bbox=box, clip_on=True)
+    axes.set_title(scene.title.replace("$", r"\$"), fontsize=9)
+    axes.set_axis_off()
 
 
 def _figure(width: float, height: float) -> Any:

@@ -27,6 +27,7 @@ from normswap.factories import (
     Request,
     canonical,
     check_recorded,
+    detector_classes,
     from_python,
     from_timm,
     from_torchvision,
@@ -539,10 +540,16 @@ def fit_head(source: Source, classes: Sequence[str]) -> tuple[tuple[str, ...], b
 
 @torch.no_grad()
 def _outputs(source: Source) -> int | None:
-    """Number of logits, where the model gives a tensor (N, K)."""
+    """Number of classes: of logits (N, K) or (N, K, H, W), alone or as ``out``, or of boxes."""
+    numbers = detector_classes(source.model)
+    if source.task == "detection" or numbers is not None:
+        return None if numbers is None else numbers.stop
     with running.evaluating(source.model):
-        logits = source.model(source.example_inputs())
-    return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
+        logits = running.call(source.model, source.example_inputs())
+    logits = logits.get("out") if isinstance(logits, Mapping) else logits
+    if not isinstance(logits, torch.Tensor) or logits.ndim not in (2, 4):
+        return None
+    return logits.shape[1]
 
 
 def list_models(pattern: str | None = None) -> list[str]:

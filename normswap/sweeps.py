@@ -43,6 +43,7 @@ from normswap.training.identity import (
 from normswap.training.likeness import check_like
 from normswap.training.options import fingerprint
 from normswap.training.samples import rng_kept, seed_everything
+from normswap.training.tasks import TASKS, task_for
 
 log = logging.getLogger("normswap")
 
@@ -70,9 +71,11 @@ class Cell:
         start_top1: on the validation data after the conversion; None from scratch.
         top1: on the validation data after the last epoch; None if the cell failed.
         top5: likewise.
-        loss: likewise.
+        loss: likewise; NaN for detectors.
         seconds: of training.
         failure: why it could not be trained, or None.
+        metric: mean IoU or mAP, after the last epoch; None for classification.
+        start_metric: the same after the conversion.
     """
 
     target: str
@@ -86,6 +89,13 @@ class Cell:
     loss: float | None = None
     seconds: float = 0.0
     failure: str | None = None
+    metric: float | None = None
+    start_metric: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """What cells are compared by: the metric, else top-1; None if the cell failed."""
+        return self.top1 if self.metric is None else self.metric
 
     @classmethod
     def from_json(cls, data: Any, wanted: Cell) -> Cell:
@@ -104,7 +114,7 @@ class Cell:
             wanted.seed,
         ):
             raise Malformed(f"the cell {found.name}")
-        if found.failure is None and found.top1 is None:
+        if found.failure is None and found.score is None:
             raise Malformed("no top1")
         return found
 
@@ -122,7 +132,7 @@ class Point:
     Attributes:
         target: name of the normaliser.
         batch_size: samples per forward.
-        mean: of top-1 over the seeds that could be trained; None if none could.
+        mean: of top-1, mean IoU or mAP over the seeds that could be trained; None if none could.
         low: the worst of them.
         high: the best of them.
         deviation: sample standard deviation; 0 for a single seed.
@@ -165,7 +175,7 @@ class Sweep:
     def point(self, target: str, batch_size: int) -> Point:
         """One point of the picture."""
         chosen = [c for c in self.cells if (c.target, c.batch_size) == (target, batch_size)]
-        found = [cell.top1 for cell in chosen if cell.top1 is not None]
+        found = [cell.score for cell in chosen if cell.score is not None]
         return Point(
             target,
             batch_size,
@@ -225,6 +235,7 @@ def sweep(
     convert_options: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     progress: ProgressCallback | None = None,
+    task: str = "classification",
 ) -> Sweep:
     """Fine-tune every target at every batch size, from the same start.
 
@@ -247,6 +258,7 @@ def sweep(
         out: folder for the cells, ``sweep.json`` and ``sweep.png``. A cell that is there is not
             run again; one that was broken off goes on from its last checkpoint.
         progress: called after every update: cells done, the one under way by its share.
+        task: ``"classification"``, ``"segmentation"`` or ``"detection"``.
 
     Returns:
         All cells. A cell that could not be trained says why and does not end the sweep.
@@ -286,7 +298,9 @@ def sweep(
         _first_sample(train_data) if example_inputs is None else example_inputs,
         dict(convert_options or {}),
         None if out is None else Path(out),
+        task,
     )
+    task_for(options, task)  # refuses what no cell could take
     wanted = [
         Cell(target, size, seed, _scaled_rate(options, size))
         for seed in numbers  # seed by seed, so that a first picture is there early
@@ -310,6 +324,7 @@ class _Bench:
     example_inputs: Any
     convert_options: dict[str, Any]
     out: Path | None
+    task: str
 
     def sweep(self, wanted: list[Cell], progress: ProgressCallback | None) -> Sweep:
         """All cells, table and picture."""
@@ -337,6 +352,7 @@ class _Bench:
             "validation data": data_identity(self.val_data, contents=contents),
             "machine": machine_identity(self.options.device),
             "convert_options": {k: repr(v) for k, v in self.convert_options.items()},
+            **({} if self.task == "classification" else {"task": self.task}),
         }
 
     def check_settings(self, now: dict[str, Any]) -> None:
@@ -411,7 +427,7 @@ class _Bench:
                 options = replace(options, passage=None)
             start = None
             if not self.from_scratch:
-                start = self._score(model).top1
+                start = self._score(model)
             history = finetune(
                 model,
                 self.train_data,
@@ -420,6 +436,7 @@ class _Bench:
                 out=folder,
                 resume=folder is not None,
                 progress=progress,
+                task=self.task,
             )
             score = self._score(model)
         except TrainingInterrupted:
@@ -432,10 +449,12 @@ class _Bench:
             cell,
             learning_rate=history.learning_rate,
             samples=options.epochs * samples_per_epoch(size, cell.batch_size) if size else 0,
-            start_top1=start,
-            top1=score.top1,
-            top5=score.top5,
-            loss=score.loss,
+            start_top1=None if start is None else _known(start.top1),
+            top1=_known(score.top1),
+            top5=_known(score.top5),
+            loss=_known(score.loss) if self.task != "classification" else score.loss,
+            metric=score.metric,
+            start_metric=None if start is None else start.metric,
             seconds=sum(epoch.seconds for epoch in history.epochs),
         )
 
@@ -447,6 +466,7 @@ class _Bench:
             device=self.options.device,
             workers=self.options.workers,
             on_broken=self.options.on_broken,
+            task=self.task,
         )
 
     def _start(self, cell: Cell) -> nn.Module:
@@ -490,7 +510,13 @@ def draw_sweep(found: Sweep, path: str | Path) -> Path:
             for point in points
             if point.mean is not None and point.low is not None and point.high is not None
         ]
-    return pictures.accuracy_by_batch(lines, found.batch_sizes, "bn", path)
+    named = TASKS[found.settings.get("task", "classification")].metric_name
+    axis = named if "task" in found.settings else "top-1"
+    return pictures.accuracy_by_batch(lines, found.batch_sizes, "bn", path, axis)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 _FINISHED = Cell("bn", 1, 0, 0.1, samples=1, seconds=1.0)
@@ -513,12 +539,12 @@ def _scaled_rate(options: FineTune, batch_size: int) -> float:
     return options.learning_rate * (math.sqrt(share) if options.adaptive else share)
 
 
-def _first_sample(data: Any) -> Tensor:
+def _first_sample(data: Any) -> Any:
     if isinstance(data, (tuple, list)) and isinstance(data[0], Tensor):
         return data[0][:1]
     with rng_kept():
-        first: Tensor = data[0][0] if hasattr(data, "__getitem__") else next(iter(data))[0]
-    return first[None]
+        first, label = data[0] if hasattr(data, "__getitem__") else next(iter(data))
+    return [first] if isinstance(label, Mapping) else first[None]
 
 
 def _check_labels(targets: Mapping[str, Any]) -> None:

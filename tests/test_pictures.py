@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import normswap
@@ -21,6 +22,10 @@ def draw_all(folder):
     lines = {"bn": [(1, 0.5, 0.4, 0.6), (2, 0.6, 0.6, 0.6)], "gn": []}
     yield pictures.accuracy_by_batch(lines, [1, 2], "bn", folder / "c.png")
     yield pictures.accuracy_bars({"bn": 0.9, "gn": 0.8}, 0.1, "t", "%", folder / "d.png")
+    image, mask = np.zeros((20, 30, 3)), np.arange(600).reshape(20, 30) % 50
+    boxes = [((2, 3, 12, 18), "a $ 0.9", 4)]
+    rows = [[pictures.Scene(image, "$", boxes, classes=5), pictures.Scene(image, "", (), mask, 50)]]
+    yield pictures.scenes(rows, folder / "e.png")
 
 
 def test_every_picture_is_drawn_and_replaces_another(tmp_path):

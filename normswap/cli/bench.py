@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +18,7 @@ from normswap.cli.options import (
     known_targets,
     model_options,
 )
-from normswap.errors import NormSwapError
+from normswap.cli.tasks import TASKS
 from normswap.targets import split_targets
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ def _split(ctx: click.Context, parameter: click.Parameter, value: str) -> dict[s
 )  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Measure torch.compile of each too.")
 @click.option("--no-onnx", is_flag=True, help="Leave onnxruntime out.")
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    help="detection: MODEL takes a list of images, and learns from boxes. [default: what it says]",
+)
 @json_option
 @model_options
 def command(
@@ -63,6 +69,7 @@ def command(
     rounds: int,
     compiled: bool,
     no_onnx: bool,
+    task: str | None,
     as_json: bool,
 ) -> None:
     """Measure what each target costs on MODEL.
@@ -70,28 +77,26 @@ def command(
     Training step, inference, memory and onnxruntime latency, as quartiles of the ratio to BatchNorm
     over rounds in which all variants take turns.
     """
-    from normswap.benchmark import compare
+    from normswap.benchmark import compare, one_box_each
     from normswap.provenance import provenance_of
     from normswap.sources import architecture_of
 
     source = chosen.load()
     converted = provenance_of(source.model).plans
     model = architecture_of(source.model) if converted else source.model
-    if source.task == "detection":
-        raise NormSwapError(
-            chosen.spec,
-            got="a detector, whose training needs boxes",
-            need="a model that trains on tensors alone",
-            hint="its backbone, or another model",
-        )
+    source = replace(source, task="detection") if task == "detection" else source
     inputs = source.example_inputs(batch_size, chosen.image_size, chosen.seed)
+    detects = source.task == "detection"
+    if detects and not no_onnx:
+        logging.getLogger("normswap").info("a detector: onnxruntime is left out")
     found = compare(
         model,
         targets,
         inputs,
         rounds=rounds,
         compiled=compiled,
-        onnx=not no_onnx,
+        onnx=not (no_onnx or detects),
+        training_inputs=(inputs, one_box_each(inputs)) if detects else None,
         progress=lambda now: logging.getLogger("normswap").info(now.message),
     )
     if as_json:

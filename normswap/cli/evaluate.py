@@ -7,12 +7,12 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from normswap.cli.console import print_json, print_table, progress, say, say_next
-from normswap.cli.images import max_pixels_option
+from normswap.cli.images import ignore_index_option, max_pixels_option
 from normswap.cli.options import (
     ModelChoice,
     check_device,
@@ -21,19 +21,27 @@ from normswap.cli.options import (
     model_options,
     timeout_option,
 )
+from normswap.cli.tasks import chosen_task, task_option
 from normswap.errors import DataError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from normswap.data import Preprocessing
+    from normswap.sources import Source
     from normswap.training.tasks.confusion import Confusion
 
 _logger = logging.getLogger("normswap")
 
 
 @cli_command("evaluate")
-@click.option("--data", required=True, help="CLASS/ folders of images, or a timm data set's name.")
+@click.option(
+    "--data",
+    required=True,
+    help="CLASS/ folders of images, or a timm data set's name; images/ and masks/; COCO's JSON or "
+    "YOLO's labels/ with their images.",
+)
+@task_option
 @click.option("--split", default="val", show_default=True, help="Which part of it.")
 @click.option(
     "--batch-size",
@@ -57,6 +65,7 @@ _logger = logging.getLogger("normswap")
     help="Text file: the folder of each class, one a line, in the order of the model's outputs.",
 )
 @max_pixels_option
+@ignore_index_option
 @click.option("--per-class", is_flag=True, help="Every class by itself, the worst first.")
 @click.option(
     "--confusion",
@@ -71,32 +80,48 @@ def command(
     *,
     chosen: ModelChoice,
     data: str,
+    task: str | None,
     split: str,
     batch_size: int,
     workers: int,
     val_split: float | None,
     class_map: Path | None,
     max_pixels: int,
+    ignore_index: int,
     per_class: bool,
     confusion: Path | None,
     skip_broken: bool,
     timeout: float | None,
     as_json: bool,
 ) -> None:
-    """Measure top-1, top-5 and loss on labelled images.
+    """Measure top-1, top-5 and loss on labelled images; mean IoU or mAP on masks or boxes.
 
     MODEL may be an ONNX file too: it is run by onnxruntime.
     """
     import normswap
-    from normswap.data import labelled_dataset
+    from normswap.cli import dense
+    from normswap.data import has_splits, is_divided, is_named, labelled_dataset
     from normswap.regular import read_text
     from normswap.training.tasks.confusion import Confusion
 
-    model, preprocessing, names = open_model(chosen, timeout)
+    opened = open_model(chosen, timeout)
+    model, preprocessing, names, source = opened
     on_broken = "skip" if skip_broken else "error"
+    task = chosen_task(task, source)
+    if task != "classification":
+        share, seed = _division(model, data, val_split, chosen.seed, divided=is_divided(data))
+        dense.evaluate(
+            opened, chosen, task,
+            {"root": data, "split": split, "val_split": share, "seed": seed,
+             "max_pixels": max_pixels, "ignored": ignore_index},
+            {"batch_size": batch_size, "workers": workers, "on_broken": on_broken},
+            per_class=per_class, confusion=confusion, as_json=as_json,
+        )  # fmt: skip
+        return
     names = names if class_map is None else tuple(read_text(class_map).split("\n"))
     names = None if names is None else tuple(name.strip() for name in names if name.strip())
-    share, seed = _division(model, data, val_split, chosen.seed)
+    parts = is_named(data) or has_splits(data) or not Path(data).is_dir()
+    share, seed = _division(model, data, val_split, chosen.seed, divided=parts)
     usual = preprocessing.resized(chosen.image_size)
     seen = usual.tested()
     read = functools.partial(
@@ -196,13 +221,13 @@ def _draw(judge: Confusion, labels: Sequence[Any], path: Path) -> None:
 
 
 def _division(
-    model: nn.Module, data: str, val_split: float | None, seed: int
+    model: nn.Module, data: str, val_split: float | None, seed: int, *, divided: bool
 ) -> tuple[float | None, int]:
     """Which images of one folder to score: those that the model was not trained on."""
-    from normswap.data import has_splits, is_named, listing_digest
+    from normswap.data import listing_digest
     from normswap.provenance import provenance_of
 
-    if is_named(data) or has_splits(data) or not Path(data).is_dir():
+    if divided:
         if val_split is not None:
             raise click.UsageError("--val-split divides one folder; these data have parts already.")
         return None, seed
@@ -262,13 +287,20 @@ def _size_in_words(seen: Preprocessing, usual: Preprocessing) -> str:
     return f"{text}: the size for tests, as timm's own validation has it (trained at {edges[1]})"
 
 
-def open_model(
-    chosen: ModelChoice, timeout: float | None
-) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
-    """The model, what it wants of its input, and its class names."""
+class Opened(NamedTuple):
+    """A model, what it wants of its input, its class names; the source, unless it is a file."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    names: tuple[str, ...] | None
+    source: Source | None
+
+
+def open_model(chosen: ModelChoice, timeout: float | None) -> Opened:
+    """MODEL, which may be an ONNX file too."""
     if not chosen.spec.endswith(".onnx"):
         source = chosen.load()
-        return source.model, source.preprocessing, source.class_names
+        return Opened(source.model, source.preprocessing, source.class_names, source)
     from normswap.data import Preprocessing
     from normswap.onnx import load_onnx
 
@@ -286,4 +318,4 @@ def open_model(
             need="a file that `normswap export` wrote",
             hint="normswap evaluate with the model it was made from",
         )
-    return file, Preprocessing.from_json(file.preprocessing), file.class_names
+    return Opened(file, Preprocessing.from_json(file.preprocessing), file.class_names, None)

@@ -19,6 +19,7 @@ from normswap.cli.options import (
     json_option,
     model_options,
 )
+from normswap.cli.tasks import metric_name, percent
 from normswap.cli.training import RunChoice, run_options
 from normswap.errors import NormSwapError
 from normswap.files import contents, next_folder, put_in_place, remove
@@ -110,7 +111,9 @@ def command(
         early_stop=early_stop,
         checkpoint_every=checkpoint_every,
         device=check_device(chosen.device) if chosen.device else None,
-        teacher=_teacher(teacher, source, chosen.trust, new_head=images.new_head),
+        teacher=None
+        if images.task == "detection"
+        else _teacher(teacher, source, chosen.trust, new_head=images.new_head),
     )
     if first and not resume:  # not before everything that the new run needs is there
         remove(next_folder(output))
@@ -123,6 +126,7 @@ def command(
             out=work,
             resume=resume,
             progress=show,
+            task=images.task,
         )
     division = run.images.division(chosen.seed)
     if division is not None:
@@ -131,7 +135,7 @@ def command(
         normswap.save(model.cpu(), work, force=True)
         if work != output:
             put_in_place(work, output, RUN_FILES)
-        _print(history, output, as_json=as_json)
+        _print(history, output, images.task, as_json=as_json)
         if not as_json:
             say_next("evaluate", output, *chosen.consent(), "--data", run.images.data)
 
@@ -178,26 +182,39 @@ def _teacher(
     return teacher
 
 
-def _print(history: History, output: Path, *, as_json: bool) -> None:
+def _print(history: History, output: Path, task: str, *, as_json: bool) -> None:
     if as_json:
         facts = {"gain": history.gain, "verdict": history.verdict}
         print_json({"output": output, **history.to_json(), **facts})
         return
-    columns = ("epoch", "train loss", "train top-1", "val loss", "val top-1", "images/s")
+    shown = _columns(history, task)
+    columns = ("epoch", *shown, "images/s")
     print_table(
         columns,
         [
-            (
-                row.epoch,
-                f"{row.train_loss:.4f}",
-                None if row.train_top1 is None else f"{100 * row.train_top1:.2f} %",
-                None if row.val_loss is None else f"{row.val_loss:.4f}",
-                None if row.val_top1 is None else f"{100 * row.val_top1:.2f} %",
-                f"{row.images_per_second:.1f}",
-            )
-            for row in history.epochs
+            (row.epoch, *(values[at] for values in shown.values()), f"{row.images_per_second:.1f}")
+            for at, row in enumerate(history.epochs)
         ],
         numeric=columns,
     )
     say(history.verdict)
-    say(f"wrote {output}: the {history.kept} weights, checkpoints, metrics and learning curve")
+    drawn = "learning curve" if task == "classification" else "pictures"
+    say(f"wrote {output}: the {history.kept} weights, checkpoints, metrics and {drawn}")
+
+
+def _columns(history: History, task: str) -> dict[str, list[str | None]]:
+    """What was measured, epoch by epoch, in the words of the task."""
+    rows = history.epochs
+    losses: dict[str, list[str | None]] = {
+        "train loss": [f"{row.train_loss:.4f}" for row in rows],
+        "train top-1": [percent(row.train_top1) for row in rows],
+        "val loss": [None if row.val_loss is None else f"{row.val_loss:.4f}" for row in rows],
+        "val top-1": [percent(row.val_top1) for row in rows],
+    }
+    if task == "classification":
+        return losses
+    metric: list[str | None] = [
+        None if row.val_metric is None else f"{row.val_metric:.4f}" for row in rows
+    ]
+    found = {"train loss": losses["train loss"], f"val {metric_name(task)}": metric}
+    return found if task == "detection" else {**found, "val loss": losses["val loss"]}

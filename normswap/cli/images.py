@@ -29,6 +29,7 @@ class ImageChoice:
     augment: bool
     augmentation: dict[str, Any]
     wanted: dict[str, Any]
+    ignore_index: int = 255
 
     def preprocessing(self, known: Preprocessing) -> Preprocessing:
         """What the model wants of its input, with what was asked for in its place."""
@@ -45,15 +46,18 @@ class ImageChoice:
             given["test_crop_pct"] = None  # who names a crop means it
         return Preprocessing(**{**asdict(known), **given}) if given else known
 
-    def check_division(self) -> None:
+    def check_division(self, task: str = "classification") -> None:
         """A model must be validated on images that it is not trained on, or knowingly on none.
 
         Raises:
             DataError: there are none, or two ways to divide at once.
         """
-        from normswap.data import has_splits, is_named
+        from normswap.data import has_splits, is_divided, is_named
 
-        own = is_named(self.data) or has_splits(self.data)
+        if task == "classification":
+            own = is_named(self.data) or has_splits(self.data)
+        else:
+            own = is_divided(self.data)
         if own and self.val_split is not None:
             raise DataError(
                 self.data,
@@ -72,12 +76,15 @@ class ImageChoice:
                 hint="--val-split 0.2 to keep a fifth of them for that, or --no-validation",
             )
 
-    def reader(self, preprocessing: Preprocessing, seed: int) -> Callable[..., Any]:
-        """``labelled_dataset`` with all that has been chosen; ``train=True`` varies the images."""
-        from normswap.data import labelled_dataset
+    def reader(
+        self, preprocessing: Preprocessing, seed: int, task: str = "classification"
+    ) -> Callable[..., Any]:
+        """``read_folder`` with all that has been chosen; ``train=True`` varies the images."""
+        from normswap.data import read_folder
 
         def read(*, train: bool, class_names: Any = None) -> Any:
-            return labelled_dataset(
+            return read_folder(
+                task,
                 self.data,
                 preprocessing if train else preprocessing.tested(),
                 "train" if train else "val",
@@ -87,6 +94,7 @@ class ImageChoice:
                 seed=seed,
                 augmentation=self.augmentation,
                 max_pixels=self.max_pixels,
+                ignored=self.ignore_index,
             )
 
         return read
@@ -123,6 +131,14 @@ max_pixels_option = click.option(
     help="Larger images are refused as bombs.",
 )
 
+ignore_index_option = click.option(
+    "--ignore-index",
+    type=click.IntRange(0, 65535),
+    default=255,
+    show_default=True,
+    help="Number in a mask that stands for no class.",
+)
+
 
 def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
     if value is None:
@@ -135,12 +151,15 @@ def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str | None
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
-        "--data", required=True, help="train/CLASS/ and val/CLASS/ folders, or a timm data set."
+        "--data",
+        required=True,
+        help="train/CLASS/ and val/CLASS/ folders, or a timm data set; images/ and masks/; COCO's "
+        "JSON or YOLO's labels/ with their images.",
     ),
     click.option(
         "--val-split",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        help="Share kept for validation, where --data is one folder of CLASS/ folders.",
+        help="Share kept for validation, where --data is one folder without parts.",
     ),
     click.option(
         "--validation/--no-validation", default=True, help="Whether to keep images for validation."
@@ -152,17 +171,25 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Decode every image first: broken ones are named, and --resume notices other ones.",
     ),
     max_pixels_option,
+    ignore_index_option,
     click.option("--no-aug", is_flag=True, help="Train on the images as they are."),
     click.option(
         "--scale",
         nargs=2,
         type=_ABOVE,
-        help="Area that a random crop keeps. [default: 0.7 1]",
+        help="Area that a random crop keeps. [default: 0.7 1; with masks 0.25 1]",
     ),
     click.option(
-        "--ratio", nargs=2, type=_ABOVE, help="Shape of a random crop. [default: 0.9 1.1]"
+        "--ratio",
+        nargs=2,
+        type=_ABOVE,
+        help="Shape of a random crop. [default: 0.9 1.1; with masks 0.75 1.33]",
     ),
-    click.option("--hflip", type=_SHARE, help="Chance to mirror, for photographs. [default: 0]"),
+    click.option(
+        "--hflip",
+        type=_SHARE,
+        help="Chance to mirror, for photographs. [default: 0; with masks or boxes 0.5]",
+    ),
     click.option("--vflip", type=_SHARE, help="Chance to turn upside down. [default: 0]"),
     click.option(
         "--color-jitter", type=click.FloatRange(min=0), help="Of the colours. [default: none]"
@@ -198,6 +225,7 @@ def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
         skip_broken: bool,
         check_data: bool,
         max_pixels: int,
+        ignore_index: int,
         no_aug: bool,
         **rest: Any,
     ) -> Any:
@@ -215,6 +243,7 @@ def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
             augment=not no_aug,
             augmentation=varied,
             wanted={name: rest.pop(name) for name in _WANTED},
+            ignore_index=ignore_index,
         )
         return function(images=images, **rest)
 

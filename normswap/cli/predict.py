@@ -17,9 +17,25 @@ from normswap.cli.options import (
     model_options,
     timeout_option,
 )
+from normswap.cli.tasks import chosen_task, task_option
 
 
 @cli_command("predict")
+@task_option
+@click.option(
+    "-o",
+    "--output",
+    "pictures_in",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for pictures of masks or boxes over the images.",
+)
+@click.option(
+    "--min-score",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Boxes with less are left out.",
+)
 @click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="Classes.")
 @click.option(
     "--batch-size",
@@ -38,6 +54,9 @@ def command(
     *,
     chosen: ModelChoice,
     images: Path,
+    task: str | None,
+    pictures_in: Path | None,
+    min_score: float,
     top: int,
     batch_size: int,
     skip_broken: bool,
@@ -47,11 +66,23 @@ def command(
 ) -> None:
     """Say which class each of IMAGES (a folder or one file) is, and how sure MODEL is.
 
+    Of a segmentation network: which classes are on it, and how much of it; of a detector: boxes.
+
     MODEL may be an ONNX file too: it is run by onnxruntime.
     """
+    from normswap.cli import dense
     from normswap.predictions import predictions
 
-    model, preprocessing, names = open_model(chosen, timeout)
+    opened = open_model(chosen, timeout)
+    model, preprocessing, names, source = opened
+    task = chosen_task(task, source)
+    if task != "classification":
+        how = {"max_pixels": max_pixels, "on_broken": "skip" if skip_broken else "error"}
+        dense.predict(
+            opened, chosen, task, images, output=pictures_in, min_score=min_score, how=how,
+            as_json=as_json,
+        )  # fmt: skip
+        return
     with progress("predicting") as show:
         found = list(
             predictions(

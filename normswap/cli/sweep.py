@@ -19,6 +19,7 @@ from normswap.cli.options import (
     known_targets,
     model_options,
 )
+from normswap.cli.tasks import metric_name
 from normswap.cli.training import RunChoice, run_options
 from normswap.errors import NormSwapError
 
@@ -109,13 +110,15 @@ def command(
             example_inputs=chosen.inputs(source),
             out=output,
             progress=show,
+            task=images.task,
         )
     failed = [cell for cell in found.cells if cell.failure]
     if as_json:
         print_json({"output": output, **found.to_json()})
         click.get_current_context().exit(1 if len(failed) == len(found.cells) else 0)
     heading, *rows = found.rows()
-    print_table(heading, rows, title="top-1 in % by batch size", numeric=heading[1:])
+    measured = metric_name(images.task)
+    print_table(heading, rows, title=f"{measured} in % by batch size", numeric=heading[1:])
     for cell in failed:
         say(f"{cell.name} failed: {cell.failure}")
     if len(failed) == len(found.cells):

@@ -12,6 +12,7 @@ import click
 
 from normswap.cli.images import ImageChoice, image_options
 from normswap.cli.options import Function
+from normswap.cli.tasks import chosen_task, task_option
 
 if TYPE_CHECKING:
     from normswap.sources import Source
@@ -22,19 +23,21 @@ _logger = logging.getLogger("normswap")
 
 @dataclass(frozen=True)
 class Images:
-    """What to train on and to validate on; whether the model got a new head for it."""
+    """What to train on and to validate on, for which task; whether the model got a new head."""
 
     train: Any
     val: Any
     new_head: bool
+    task: Any
 
 
 @dataclass(frozen=True)
 class RunChoice:
-    """Where the images are, and how to train on them."""
+    """Where the images are, what they are for, and how to train on them."""
 
     images: ImageChoice
     recipe: dict[str, Any]
+    task: str | None = None
 
     def options(self, **more: Any) -> FineTune:
         """The library's own options."""
@@ -50,16 +53,17 @@ class RunChoice:
         from normswap.provenance import remember
         from normswap.sources import fit_head
 
-        self.images.check_division()
+        task = chosen_task(self.task, source)
+        self.images.check_division(task)
         preprocessing = self.images.preprocessing(source.preprocessing.resized(image_size))
         remember(source.model, preprocessing=preprocessing.to_json())
-        read = self.images.reader(preprocessing, seed)
+        read = self.images.reader(preprocessing, seed, task)
         found = read(train=True)
         names, new_head = fit_head(source, found.class_names)
         train = read(train=True, class_names=names)
         val = read(train=False, class_names=names) if self.images.validation else None
         self.images.check_files(train, *([] if val is None else [val]))
-        return Images(train, val, new_head)
+        return Images(train, val, new_head, task)
 
 
 def run_options(function: Function) -> Function:
@@ -67,9 +71,9 @@ def run_options(function: Function) -> Function:
 
     @image_options
     @functools.wraps(function)
-    def wrapper(*, images: ImageChoice, **rest: Any) -> Any:
+    def wrapper(*, images: ImageChoice, task: str | None, **rest: Any) -> Any:
         recipe = {name: rest.pop(name) for name in _RECIPE if name in rest}
-        return function(run=RunChoice(images, recipe), **rest)
+        return function(run=RunChoice(images, recipe, task), **rest)
 
     for option in reversed(_RUN_OPTIONS):
         wrapper = option(wrapper)
@@ -79,6 +83,7 @@ def run_options(function: Function) -> Function:
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _SHARE = click.FloatRange(0, 1)
 _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    task_option,
     click.option(
         "--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Passes over it."
     ),
@@ -110,7 +115,7 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--ema", type=_SHARE, help="Decay of the weights' moving average."),
     click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Mixed precision."),
-    click.option("--freeze-backbone", is_flag=True, help="Train the classifier only."),
+    click.option("--freeze-backbone", is_flag=True, help="Train the heads only."),
     click.option(
         "--passage",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),

@@ -22,11 +22,14 @@ from normswap.data.labelled import (
     labelled_dataset,
     listing_digest,
 )
+from normswap.data.pairing import is_divided
 from normswap.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from normswap.data.segmentation import SegmentationImages, segmentation_dataset
+from normswap.data.segmentation import IGNORED, SegmentationImages, segmentation_dataset
+from normswap.data.tasks import read_folder
 
 __all__ = [
     "AUGMENTATION",
+    "IGNORED",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MAX_PIXELS",
@@ -38,10 +41,12 @@ __all__ = [
     "has_splits",
     "image_files",
     "imagenet_names",
+    "is_divided",
     "is_named",
     "labelled_dataset",
     "listing_digest",
     "load_images",
+    "read_folder",
     "read_image",
     "segmentation_dataset",
     "to_channels",

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from normswap.data.images import images_below, read_image
-from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split
+from normswap.data.images import MAX_PIXELS, images_below, read_image
+from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split, readable
+from normswap.data.segmentation import variations
 from normswap.errors import DataError
 from normswap.regular import open_regular, read_text
 
@@ -54,6 +55,9 @@ class Annotated:
     source: Path
 
 
+_Found = tuple[list[Annotated], tuple[str, ...]]
+
+
 class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Images with boxes, as torchvision's detectors take them.
 
@@ -61,6 +65,8 @@ class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         items: what there is.
         class_names: by number; the first is the background.
         train: flip at random, and leave crowds out.
+        augmentation: other than that: ``hflip``, ``vflip``, ``color_jitter``.
+        max_pixels: larger images are refused.
 
     Shape:
         ((3, H, W) float32 from 0 to 1, ``{"boxes": (n, 4), "labels": (n,), "crowd": (n,)}``).
@@ -70,15 +76,34 @@ class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """
 
     def __init__(
-        self, items: Sequence[Annotated], class_names: Sequence[str], *, train: bool = False
+        self,
+        items: Sequence[Annotated],
+        class_names: Sequence[str],
+        *,
+        train: bool = False,
+        augmentation: Mapping[str, Any] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.items = list(items)
         self.class_names = tuple(class_names)
-        self.train = train
+        self.train, self.max_pixels = train, max_pixels
+        self.variations = variations(**(augmentation or {})) if train else []
 
     def listed(self) -> list[tuple[tuple[Path, ...], tuple[Any, ...]]]:
         """File and boxes of every sample, for who wants to know whether they are the same again."""
         return [((item.file,), (item.boxes, item.classes, item.crowd)) for item in self.items]
+
+    def check(self) -> None:
+        """Read every image once.
+
+        Raises:
+            DataError: some cannot be used; the text names them.
+        """
+        readable(self, skip=False)
+
+    def leave_out_broken(self) -> None:
+        """Go on without what cannot be used, and name it."""
+        self.items = [self.items[index] for index in readable(self, skip=True)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -88,7 +113,7 @@ class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         from torchvision.transforms import v2
 
         item = self.items[index]
-        image = read_image(item.file, 3)
+        image = read_image(item.file, 3, self.max_pixels)
         kept = [i for i, crowd in enumerate(item.crowd) if not (crowd and self.train)]
         boxes = torch.tensor([item.boxes[i] for i in kept], dtype=torch.float32).reshape(-1, 4)
         self._check_inside(boxes, item, image.width, image.height)
@@ -101,11 +126,10 @@ class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             "labels": torch.tensor([item.classes[i] for i in kept], dtype=torch.int64),
             "crowd": torch.tensor([item.crowd[i] for i in kept], dtype=torch.bool),
         }
-        flips = [v2.RandomHorizontalFlip()] if self.train else []
         steps = v2.Compose(
             [
                 v2.ToImage(),
-                *flips,
+                *self.variations,
                 v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             ]
         )
@@ -133,6 +157,8 @@ def detection_dataset(
     class_names: Sequence[str] | None = None,
     val_split: float | None = None,
     seed: int = 0,
+    augmentation: Mapping[str, Any] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionImages:
     """Images with boxes from a folder; see the module's docstring for the layouts.
 
@@ -144,6 +170,8 @@ def detection_dataset(
             those of the data.
         val_split: share that a folder without splits gives to ``"val"``.
         seed: of that division.
+        augmentation: as for ``DetectionImages``.
+        max_pixels: larger images are refused.
 
     Raises:
         DataError: no such folder or layout, a file that is no annotation, a missing image, a box
@@ -151,7 +179,10 @@ def detection_dataset(
     """
     folder = folder_of(root)
     items, names = _part(folder, split, val_split, seed)
-    return _renumbered(items, names, class_names, train)
+    items, names = _renumbered(items, names, class_names)
+    return DetectionImages(
+        items, names, train=train, augmentation=augmentation, max_pixels=max_pixels
+    )
 
 
 def _part(folder: Path, split: str, val_split: float | None, seed: int) -> _Found:
@@ -181,11 +212,10 @@ def _renumbered(
     items: list[Annotated],
     names: tuple[str, ...],
     wanted: Sequence[str] | None,
-    train: bool,
-) -> DetectionImages:
+) -> _Found:
     """The data's own classes, or the same under the numbers that a model gives them."""
     if wanted is None or tuple(wanted) == names:
-        return DetectionImages(items, names, train=train)
+        return items, names
     unknown = sorted(set(names) - set(wanted))
     if unknown:
         raise DataError(
@@ -199,10 +229,7 @@ def _renumbered(
         Annotated(i.file, i.boxes, tuple(numbers[c] for c in i.classes), i.crowd, i.source)
         for i in items
     ]
-    return DetectionImages(moved, wanted, train=train)
-
-
-_Found = tuple[list[Annotated], tuple[str, ...]]
+    return moved, tuple(wanted)
 
 
 # --------------------------------------------------------------------------------------- COCO

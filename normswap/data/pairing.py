@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from normswap.errors import DataError
+from normswap.errors import DataError, NormSwapError
+
+_log = logging.getLogger("normswap")
 
 SPLITS = {
     "train": ("train", "training"),
@@ -46,6 +49,47 @@ def names_of(split: str) -> tuple[str, ...]:
     if split not in SPLITS:
         raise DataError("split", got=repr(split), need="train or val", hint="split='val'")
     return SPLITS[split]
+
+
+def is_divided(root: str | Path, split: str = "val") -> bool:
+    """Whether a folder of images with masks or boxes has such a part."""
+    folder = Path(root)
+    return any(
+        (folder / name).is_dir()
+        or (folder / "images" / name).is_dir()
+        or next((folder / "annotations").glob(f"instances_{name}*.json"), None) is not None
+        for name in names_of(split)
+    )
+
+
+def readable(dataset: Any, *, skip: bool) -> list[int]:
+    """The samples that can be read, after reading each of them once.
+
+    Args:
+        dataset: with ``listed()``.
+        skip: go on without the others, and name them.
+
+    Raises:
+        DataError: some cannot be read, and none may be skipped, or none can.
+    """
+    good: list[int] = []
+    faults: list[NormSwapError] = []
+    for index in range(len(dataset)):
+        try:
+            dataset[index]
+            good.append(index)
+        except NormSwapError as error:
+            faults.append(error)
+    if not faults:
+        return good
+    if skip and good:
+        names = ", ".join(fault.where for fault in faults[:10])
+        _log.warning("skipped %d of %d images: broken: %s", len(faults), len(dataset), names)
+        return good
+    first = faults[0]
+    more = f", and {len(faults) - 1} more: " if len(faults) > 1 else ""
+    rest = ", ".join(fault.where for fault in faults[1:10])
+    raise DataError(first.where, got=first.got + more + rest, need=first.need, hint=first.hint)
 
 
 def divided(

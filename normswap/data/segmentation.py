@@ -10,7 +10,7 @@ A mask holds one class number a pixel, in 8 or 16 bits or as a palette; one numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from normswap.data.images import UNREADABLE, channels_of, images_below, read_image
-from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split
+from normswap.data.images import MAX_PIXELS, UNREADABLE, channels_of, images_below, read_image
+from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split, readable
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError
 from normswap.regular import open_regular, read_text
@@ -42,6 +42,9 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
         preprocessing: what the model wants; both are resized to its input size.
         train: augment: a random crop of a quarter to all of the area, and a flip.
         ignored: the number in a mask that stands for no class.
+        augmentation: other than that: ``scale`` and ``ratio`` of the crop, ``hflip``, ``vflip``,
+            ``color_jitter``.
+        max_pixels: larger images are refused.
 
     Shape:
         ((C, H, W) float32, (H, W) int64).
@@ -59,16 +62,30 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
         *,
         train: bool = False,
         ignored: int = IGNORED,
+        augmentation: Mapping[str, Any] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.pairs = list(pairs)
         self.class_names = tuple(class_names)
-        self.ignored = ignored
+        self.ignored, self.max_pixels = ignored, max_pixels
         self.channels = channels_of(preprocessing)
-        self.transform = joint_transform(preprocessing, train=train)
+        self.transform = joint_transform(preprocessing, train=train, **(augmentation or {}))
 
     def listed(self) -> list[tuple[tuple[Path, ...], None]]:
         """The files of every sample, for who wants to know whether they are the same again."""
         return [(pair, None) for pair in self.pairs]
+
+    def check(self) -> None:
+        """Read every image and mask once.
+
+        Raises:
+            DataError: some cannot be used; the text names them.
+        """
+        readable(self, skip=False)
+
+    def leave_out_broken(self) -> None:
+        """Go on without what cannot be used, and name it."""
+        self.pairs = [self.pairs[index] for index in readable(self, skip=True)]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -77,7 +94,7 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
         from torchvision import tv_tensors
 
         image_file, mask_file = self.pairs[index]
-        image = read_image(image_file, self.channels)
+        image = read_image(image_file, self.channels, self.max_pixels)
         mask = read_mask(mask_file)
         if mask.shape != (image.height, image.width):
             raise DataError(
@@ -131,7 +148,14 @@ def read_mask(file: Path) -> np.ndarray[Any, np.dtype[np.int32]]:
     return values.astype(np.int32)
 
 
-def joint_transform(preprocessing: Preprocessing, *, train: bool) -> Callable[..., Any]:
+def joint_transform(
+    preprocessing: Preprocessing,
+    *,
+    train: bool,
+    scale: tuple[float, float] = (0.25, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    **variation: Any,
+) -> Callable[..., Any]:
     """Resize, crop and flip an image together with its mask."""
     from torchvision import tv_tensors
     from torchvision.transforms import InterpolationMode, v2
@@ -142,9 +166,9 @@ def joint_transform(preprocessing: Preprocessing, *, train: bool) -> Callable[..
     if train:
         geometry = [
             v2.RandomResizedCrop(
-                size, scale=(0.25, 1.0), interpolation=interpolation, antialias=True
+                size, scale=scale, ratio=ratio, interpolation=interpolation, antialias=True
             ),
-            v2.RandomHorizontalFlip(),
+            *variations(**variation),
         ]
     else:
         geometry = [v2.Resize(size, interpolation=interpolation, antialias=True)]
@@ -159,6 +183,22 @@ def joint_transform(preprocessing: Preprocessing, *, train: bool) -> Callable[..
     return made
 
 
+def variations(
+    *, hflip: float = 0.5, vflip: float = 0.0, color_jitter: float | None = None
+) -> list[Any]:
+    """What varies an image together with its mask or its boxes, besides a crop."""
+    from torchvision.transforms import v2
+
+    found: list[Any] = []
+    if hflip:
+        found.append(v2.RandomHorizontalFlip(hflip))
+    if vflip:
+        found.append(v2.RandomVerticalFlip(vflip))
+    if color_jitter:
+        found.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return found
+
+
 def segmentation_dataset(
     root: str | Path,
     preprocessing: Preprocessing,
@@ -169,6 +209,8 @@ def segmentation_dataset(
     val_split: float | None = None,
     seed: int = 0,
     ignored: int = IGNORED,
+    augmentation: Mapping[str, Any] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> SegmentationImages:
     """Images with masks from a folder; see the module's docstring for the layouts.
 
@@ -182,6 +224,8 @@ def segmentation_dataset(
         val_split: share that a folder without splits gives to ``"val"``.
         seed: of that division.
         ignored: the number in a mask that stands for no class.
+        augmentation: as for ``SegmentationImages``.
+        max_pixels: larger images are refused.
 
     Raises:
         DataError: no such folder or layout, an image without a mask or a mask without an image.
@@ -189,7 +233,15 @@ def segmentation_dataset(
     folder = folder_of(root)
     pairs = _pairs(folder, split, val_split, seed)
     names = tuple(class_names or _named(folder) or _counted(pairs, ignored))
-    return SegmentationImages(pairs, names, preprocessing, train=train, ignored=ignored)
+    return SegmentationImages(
+        pairs,
+        names,
+        preprocessing,
+        train=train,
+        ignored=ignored,
+        augmentation=augmentation,
+        max_pixels=max_pixels,
+    )
 
 
 def _pairs(root: Path, split: str, val_split: float | None, seed: int) -> list[tuple[Path, Path]]:

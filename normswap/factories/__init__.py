@@ -5,7 +5,7 @@ code; a request without weights never touches the network.
 """
 
 from normswap.factories.budget import no_larger_than
-from normswap.factories.heads import graft_head
+from normswap.factories.heads import detector_classes, graft_head
 from normswap.factories.python_models import canonical, from_python
 from normswap.factories.recorded import check_recorded
 from normswap.factories.request import Built, Request
@@ -17,6 +17,7 @@ __all__ = [
     "Request",
     "canonical",
     "check_recorded",
+    "detector_classes",
     "from_python",
     "from_timm",
     "from_torchvision",

@@ -45,6 +45,7 @@ from normswap.training.checkpoints import (
     remove_parts,
     write_checkpoint,
 )
+from normswap.training.examples import AFTER, BEFORE, draw_examples
 from normswap.training.execution import (
     StopRequest,
     TrainingInterrupted,
@@ -119,7 +120,8 @@ def finetune(
         val_data: likewise; scored after each epoch.
         options: the recipe; None takes the defaults of ``FineTune``.
         out: folder for ``last.pt`` and ``best.pt``, ``metrics.jsonl`` and
-            ``learning_curve.png``; with several machines it must be one that all of them see.
+            ``learning_curve.png``, for segmentation and detection ``before.png`` and ``after.png``;
+            with several machines it must be one that all of them see.
             None writes nothing, and the run cannot be resumed.
         resume: continue the run in ``out`` exactly where its last checkpoint is; start afresh if
             there is none; do nothing but load the result if it had finished.
@@ -321,7 +323,7 @@ class Run:
             on_broken=self.options.on_broken,
         )
         self.model.to(self.device)
-        self.task.meet(self.model)
+        self.task.meet(self.model, job.train_data)
         self.record = self._looked_before() if fresh else Record()
         seed_everything(self.options.seed + self.share.rank)
         self.passage = self._make_passage()
@@ -703,7 +705,14 @@ class Run:
                 self.job.folder / CURVE,
                 original=self.record.original,
                 start=self.record.start,
+                metric=self.task.metric_name,
             )
+            self._draw_examples(AFTER)
+
+    def _draw_examples(self, name: str) -> None:
+        """What is true and what the model says of some validation images, as a picture."""
+        if self._writes() and self.job.folder is not None and self.job.val_data is not None:
+            draw_examples(self.task, self.model, self.job.val_data, self.job.folder / name)
 
     def _writes(self) -> bool:
         return self.job.folder is not None and bool(self.accelerator.is_main_process)
@@ -728,6 +737,7 @@ class Run:
         start, original = self.record.start, self.record.original
         if start is None:
             return
+        self._draw_examples(BEFORE)
         known = (("start", start), ("original", original))
         scores = {f"{name}_{k}": v for name, m in known if m for k, v in m.to_json().items()}
         self.recorder.write("start", {"step": 0, **plain(scores)})

@@ -73,12 +73,12 @@ class Epoch:
         train_loss: mean over the epoch, as optimised (smoothing and teacher included); None for
             epoch 0, the start.
         train_top1: over the epoch, in training mode; None where labels are no classes.
-        val_loss: after the epoch; None without validation data.
+        val_loss: after the epoch; None without validation data, and for detectors.
         val_top1: likewise.
         val_top5: likewise.
         seconds: of training, without validation.
         images_per_second: of training, all processes together.
-        val_metric: the mean of the caller's own metric; None without one.
+        val_metric: mean IoU, mAP, or the mean of the caller's own metric; None without one.
         passage: how much of the passage was behind the model; None without one.
     """
 
@@ -313,6 +313,7 @@ def draw_learning_curve(
     *,
     original: Metrics | None = None,
     start: Metrics | None = None,
+    metric: str = "metric",
 ) -> Path:
     """Draw loss and accuracy over the epochs, training and validation.
 
@@ -321,13 +322,14 @@ def draw_learning_curve(
         path: of the PNG; it is replaced whole.
         original: drawn as a horizontal line: the BatchNorm original on the validation data.
         start: likewise: the model before the first step.
+        metric: the name of the epochs' ``val_metric``.
     """
     panels: dict[str, tuple[pictures.Values, pictures.Values]] = {
         "loss": ([e.train_loss for e in epochs], [e.val_loss for e in epochs])
     }
     own_metric = any(e.val_metric is not None for e in epochs)
     if own_metric:
-        panels["metric"] = ([], [e.val_metric for e in epochs])
+        panels[metric] = ([], [e.val_metric for e in epochs])
     else:
         panels["top-1"] = ([e.train_top1 for e in epochs], [e.val_top1 for e in epochs])
     numbers = [item.epoch for item in epochs]

@@ -65,7 +65,7 @@ def evaluate(
     )
     with placed(where, model) as there:
         judge, left_out = task_for(FineTune(), task), set[int]()
-        judge.meet(model)
+        judge.meet(model, data)
         seen = _noted(batches, left_out)
         tell = None
         if progress is not None:

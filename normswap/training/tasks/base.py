@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from normswap.errors import TrainingError
+from normswap.pictures import Scene
 from normswap.training.options import FineTune
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -95,8 +96,8 @@ class Task:
     def __init__(self, options: FineTune) -> None:
         self.options = options
 
-    def meet(self, model: nn.Module) -> None:
-        """Look at the model before anything runs."""
+    def meet(self, model: nn.Module, data: Any) -> None:
+        """Look at the model and the data set before anything runs."""
 
     def check_data(self, labels: Any) -> None:
         """Refuse labels that the task cannot use, before anything runs."""
@@ -122,6 +123,16 @@ class Task:
     def judge(self, found: Any, images: int, broken: int) -> Metrics:
         """What the measures of all batches say together."""
         return self.metrics(dict(zip(self.sums, found.tolist(), strict=True)), images, broken)
+
+    def scenes(
+        self,
+        image: Tensor,  # noqa: ARG002  (for the tasks that draw)
+        label: Any,  # noqa: ARG002
+        output: Any,  # noqa: ARG002
+        names: Sequence[str] | None,  # noqa: ARG002
+    ) -> tuple[Scene, Scene] | None:
+        """What is true of an image and what the model says, to be drawn; None: nothing is."""
+        return None
 
     def metrics(self, sums: dict[str, float], images: int, broken: int) -> Metrics:
         """What the sums over all batches say."""

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from normswap.errors import DataError, InstallationError, TrainingError
 from normswap.factories.heads import detector_classes
 from normswap.libraries import library
+from normswap.pictures import Scene
 from normswap.training.options import FineTune
 from normswap.training.tasks.base import Metrics, Step, Task
+from normswap.training.tasks.scenes import box_scene
 
 _SAID = ("boxes", "labels", "scores")
 _BACKENDS = {"pycocotools": "pycocotools", "faster_coco_eval": "faster_coco_eval"}
@@ -58,7 +60,7 @@ class Detection(Task):
         if self.options.teacher is not None:
             raise _unused("teacher", "one", "None: boxes have no logits to keep")
 
-    def meet(self, model: nn.Module) -> None:
+    def meet(self, model: nn.Module, data: Any) -> None:  # noqa: ARG002
         """Learn which class numbers the model knows, where it can be told."""
         self.classes = detector_classes(model)
 
@@ -117,6 +119,15 @@ class Detection(Task):
         numbers, each = (results[key].reshape(-1).tolist() for key in ("classes", "map_per_class"))
         self.by_class = {n: v for n, v in zip(numbers, each, strict=True) if v >= 0}
         return Metrics(math.nan, math.nan, math.nan, images, broken, _score(results["map"]))
+
+    def scenes(
+        self, image: Tensor, label: Any, output: Any, names: Sequence[str] | None
+    ) -> tuple[Scene, Scene]:
+        """The boxes as they are and as they were said, over the image."""
+        return (
+            box_scene(image, label, names, "true"),
+            box_scene(image, _predictions(output)[0], names, "said"),
+        )
 
     def _check_classes(self, labels: Tensor) -> None:
         known = self.classes

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from normswap.data.segmentation import IGNORED
 from normswap.errors import DataError, TrainingError
+from normswap.pictures import Scene
 from normswap.training.options import FineTune
 from normswap.training.tasks.base import Metrics, Step, Task, logits_in
 from normswap.training.tasks.distillation import with_teacher
+from normswap.training.tasks.scenes import mask_scene
 
 AUXILIARY = 0.5
 """Weight of side heads, as in torchvision's reference training."""
@@ -28,9 +30,11 @@ class Segmentation(Task):
 
     Args:
         options: the recipe.
-        ignored: the number in a mask that stands for no class.
+        ignored: the number in a mask that stands for no class; what the data set says of it
+            (``ignored``) goes before.
 
     Attributes:
+        counts: pixels of each class (row) that were taken for each class (column), likewise.
         by_class: IoU of each class in the last evaluation; NaN for one that occurred nowhere.
     """
 
@@ -42,6 +46,7 @@ class Segmentation(Task):
         self.ignored = ignored
         self.classes = 0  # known after the first forward
         self.by_class: tuple[float, ...] = ()
+        self.counts: Tensor | None = None
         for name in ("mixup", "cutmix"):
             if getattr(options, name):
                 raise TrainingError(
@@ -50,6 +55,10 @@ class Segmentation(Task):
                     need="0: masks cannot be mixed so",
                     hint="leaving it out",
                 )
+
+    def meet(self, model: nn.Module, data: Any) -> None:  # noqa: ARG002
+        """Learn which number stands for no class, where the data set says so."""
+        self.ignored = int(getattr(data, "ignored", self.ignored))
 
     def check_data(self, labels: Any) -> None:
         """Labels must be class numbers (N, H, W)."""
@@ -113,9 +122,20 @@ class Segmentation(Task):
         *table, loss = sums.values()
         counts = torch.tensor(table, dtype=torch.float64).reshape(self.classes, self.classes)
         iou = intersection_over_union(counts)
-        self.by_class = tuple(iou.tolist())
+        self.counts, self.by_class = counts.long(), tuple(iou.tolist())
         mean = float(iou[iou.isfinite()].mean()) if iou.isfinite().any() else math.nan
         return Metrics(math.nan, math.nan, loss / images, images, broken, mean)
+
+    def scenes(
+        self, image: Tensor, label: Any, output: Any, names: Sequence[str] | None
+    ) -> tuple[Scene, Scene]:
+        """The mask as it is and as it was said, over the image."""
+        scores = _at_size(pixel_scores(output).float(), label)[0]
+        count = max(len(scores), len(names or ()))
+        return (
+            mask_scene(image, label, count, "true"),
+            mask_scene(image, scores.argmax(0), count, "said"),
+        )
 
     def _checked(self, labels: Tensor) -> Tensor:
         known = labels[labels != self.ignored]
