@@ -364,3 +364,16 @@ def test_torchvisions_families_are_told_by_their_name(name, task):
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, **more)
     assert guess_task(model, None).task == task
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_convert_calibrates_on_images_alone(task, tmp_path):
+    data = folder(tmp_path / "data", task, count=8)
+    result = run(
+        "convert", MODELS[task], "--no-pretrained", "--to", "gn", "--image-size", SIZE,
+        "--calibrate", data / "images", "--calibrate-seconds", "1", "-o", tmp_path / "gn",
+    )  # fmt: skip
+    assert "calibrated" in result.output
+    model = normswap.load_model(tmp_path / "gn", trust=[MODELS[task]])
+    if task == "detection":  # which normalises its images by itself
+        assert model.preprocessing.mean == (0.0,) * 3

@@ -32,7 +32,8 @@ def from_python(request: Request) -> Built:
     factory; the channels of the first layer that fixes them (unless a full ``input_size`` says
     otherwise and the model runs on that); the edges of ``image_size``, of an attribute
     ``input_size`` of the model or the factory, of a ``pretrained_cfg`` or ``default_cfg`` of either
-    (which also gives mean, deviation and interpolation), or 224.
+    (which also gives mean, deviation and interpolation), or 224. A model whose ``task`` is
+    ``"detection"`` is given lists of images from 0 to 1, which it normalises itself.
 
     Raises:
         SpecError: no such module or attribute, or it gives no ``nn.Module``.
@@ -229,6 +230,8 @@ def _python_preprocessing(model: nn.Module, factory: Callable[..., Any]) -> Prep
     full = _full_size(size, model)
     if full[0] != channels and len(full) == rank + 1 and not _takes(model, full):
         full = (channels, *full[1:])
+    if getattr(model, "task", None) == "detection" and config is None:
+        return Preprocessing(full, (0.0,) * full[0], (1.0,) * full[0], "bilinear", 1.0)
     if config is None or len(full) != len(config.input_size):
         return _plain_preprocessing(full)
     return replace(config.with_channels(full[0]), input_size=full)
