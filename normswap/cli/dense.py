@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normswap.cli.console import print_json, print_table, progress, say
+from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.options import ModelChoice, check_device
 from normswap.cli.tasks import percent
 
@@ -78,6 +78,8 @@ def evaluate(
             [(row["class"], percent(row["score"])) for row in classes],
             numeric=(measured,),
         )
+    if task == "segmentation" and not chosen.spec.endswith(".onnx"):
+        say_next("export", *chosen.words(), "-o", f"{chosen.short_name}.onnx")
 
 
 def _classes(by_class: Any, names: list[str]) -> list[dict[str, Any]]:
