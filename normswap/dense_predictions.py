@@ -138,7 +138,7 @@ def _segmented(
     shares = torch.bincount(mask.flatten(), minlength=len(scores)) / mask.numel()
     order = shares.argsort(descending=True, stable=True).tolist()
     things = [Thing(name_of(n, names), float(shares[n])) for n in order if shares[n] > 0]
-    return things, mask_scene(plain, mask, max(len(scores), len(names or ())), "")
+    return things, mask_scene(plain, mask, len(scores), names, "")
 
 
 def _detected(

@@ -7,7 +7,7 @@ is whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,6 +274,7 @@ class Scene:
         boxes: (x0, y0, x1, y1) in pixels, what stands beside it, and the number of its class.
         mask: (H, W) class numbers, or None.
         classes: how many there are, for the colours.
+        names: of the classes of the mask, for its legend.
     """
 
     image: Any
@@ -281,6 +282,7 @@ class Scene:
     boxes: Sequence[tuple[Sequence[float], str, int]] = ()
     mask: Any = None
     classes: int = 1
+    names: Sequence[str] = ()
 
 
 def scenes(rows: Sequence[Sequence[Scene]], path: str | Path) -> Path:
@@ -304,24 +306,46 @@ def _draw_scene(axes: Any, scene: Scene) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    colours = colormaps["tab20" if scene.classes <= 20 else "gist_ncar"]
+    many = scene.classes > 20
+    colours = colormaps["gist_ncar" if many else "tab20"]
+
+    def colour_of(number: int) -> Any:
+        return colours(number / scene.classes if many else number % 20)
+
     axes.imshow(scene.image)
     if scene.mask is not None:
-        import numpy as np
-
-        values = np.asarray(scene.mask)
-        shown = np.ma.masked_where((values == 0) | (values >= scene.classes), values)
-        top = 19 if scene.classes <= 20 else scene.classes
-        axes.imshow(shown, cmap=colours, vmin=0, vmax=top, alpha=0.55, interpolation="nearest")
+        _draw_mask(axes, scene, colour_of)
     for (x0, y0, x1, y1), text, number in scene.boxes:
-        colour = colours(number % 20 if scene.classes <= 20 else number / scene.classes)
+        colour = colour_of(number)
         frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2)
         axes.add_patch(frame)
         box = {"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.8}
-        text = text.replace("$", r"\$")
-        axes.text(x0, y0, text, fontsize=7, color="white", va="bottom", bbox=box, clip_on=True)
-    axes.set_title(scene.title.replace("$", r"\$"), fontsize=9)
+        style = {"fontsize": 7, "color": "white", "va": "bottom", "bbox": box, "clip_on": True}
+        axes.text(x0, y0, _literal(text), **style)
+    axes.set_title(_literal(scene.title), fontsize=9)
     axes.set_axis_off()
+
+
+def _draw_mask(axes: Any, scene: Scene, colour_of: Callable[[int], Any]) -> None:
+    """The classes but the first, each in its colour; those that are there are named."""
+    import numpy as np
+    from matplotlib.patches import Patch
+
+    values = np.asarray(scene.mask)
+    over = np.zeros((*values.shape, 4))
+    handles = []
+    for number in (int(n) for n in np.unique(values) if 0 < n < scene.classes):
+        colour = (*colour_of(number)[:3], 0.55)
+        over[values == number] = colour
+        name = scene.names[number] if number < len(scene.names) else str(number)
+        handles.append(Patch(color=colour, label=_literal(name)))
+    axes.imshow(over, interpolation="nearest")
+    if handles:
+        axes.legend(handles=handles[:12], fontsize=6, loc="lower right")
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", r"\$")  # no formula
 
 
 def _figure(width: float, height: float) -> Any:

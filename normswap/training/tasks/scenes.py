@@ -24,9 +24,13 @@ def image_of(image: Tensor) -> Any:
     return channels.movedim(0, -1).numpy()
 
 
-def mask_scene(image: Tensor, mask: Tensor, classes: int, title: str) -> Scene:
+def mask_scene(
+    image: Tensor, mask: Tensor, classes: int, names: Sequence[str] | None, title: str
+) -> Scene:
     """Class numbers (H, W) over an image (C, H, W)."""
-    return Scene(image_of(image), title, mask=mask.cpu().numpy(), classes=classes)
+    named = tuple(map(str, names or ()))
+    count = max(classes, len(named))
+    return Scene(image_of(image), title, mask=mask.cpu().numpy(), classes=count, names=named)
 
 
 def box_scene(

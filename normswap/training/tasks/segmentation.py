@@ -131,10 +131,9 @@ class Segmentation(Task):
     ) -> tuple[Scene, Scene]:
         """The mask as it is and as it was said, over the image."""
         scores = _at_size(pixel_scores(output).float(), label)[0]
-        count = max(len(scores), len(names or ()))
         return (
-            mask_scene(image, label, count, "true"),
-            mask_scene(image, scores.argmax(0), count, "said"),
+            mask_scene(image, label, len(scores), names, "true"),
+            mask_scene(image, scores.argmax(0), len(scores), names, "said"),
         )
 
     def _checked(self, labels: Tensor) -> Tensor:
