@@ -104,6 +104,22 @@ def test_ignored_pixels_stay_and_class_names_are_read(tmp_path):
     assert data[0][1][0, 0] == 255
 
 
+def test_the_models_own_numbers_are_kept_in_masks(tmp_path):
+    picture(tmp_path / "val/images/a.png")
+    values = drawn()
+    values[0, 0] = 255
+    mask(tmp_path / "val/masks/a.png", values)
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
+    data = segmentation_dataset(tmp_path, SMALL, class_names=("sky", "car", "dog", "road"))
+    assert data.class_names == ("sky", "car", "dog", "road")
+    assert sorted(data[0][1].unique().tolist()) == [0, 1, 255]  # a car is 1 there, not 2
+    with pytest.raises(DataError, match=r"classes\.txt: got classes .* not know: car"):
+        segmentation_dataset(tmp_path, SMALL, class_names=("sky", "road"))
+    mask(tmp_path / "val/masks/a.png", drawn(high=3))  # a class of the model that is not theirs
+    with pytest.raises(DataError, match=r"a\.png: got class 3; need 0 to 2"):
+        segmentation_dataset(tmp_path, SMALL, class_names=("sky", "car", "dog", "road"))[0]
+
+
 BAD_MASKS = {
     "another size": (lambda p: mask(p, np.zeros((8, 8), np.uint8)), r"a\.png: got a mask of 8x8"),
     "a class too many": (lambda p: mask(p, drawn(high=9)), r"a\.png: got class 9; need 0 to 2"),

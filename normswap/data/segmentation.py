@@ -45,6 +45,7 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
         augmentation: other than that: ``scale`` and ``ratio`` of the crop, ``hflip``, ``vflip``,
             ``color_jitter``.
         max_pixels: larger images are refused.
+        numbers: what stands in the files → the class that it means; None: the same.
 
     Shape:
         ((C, H, W) float32, (H, W) int64).
@@ -64,9 +65,11 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
         ignored: int = IGNORED,
         augmentation: Mapping[str, Any] | None = None,
         max_pixels: int = MAX_PIXELS,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self.pairs = list(pairs)
         self.class_names = tuple(class_names)
+        self.numbers = np.asarray(range(len(class_names)) if numbers is None else numbers)
         self.ignored, self.max_pixels = ignored, max_pixels
         self.channels = channels_of(preprocessing)
         self.transform = joint_transform(preprocessing, train=train, **(augmentation or {}))
@@ -104,11 +107,13 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
                 hint="drawing it at the size of its image",
             )
         self._check_classes(mask, mask_file)
+        known = mask != self.ignored
+        mask[known] = self.numbers[mask[known]]
         picture, labels = self.transform(image, tv_tensors.Mask(torch.from_numpy(mask)))
         return picture.as_subclass(Tensor), labels.as_subclass(Tensor).to(torch.int64)
 
     def _check_classes(self, mask: np.ndarray[Any, Any], file: Path) -> None:
-        known = len(self.class_names)
+        known = len(self.numbers)
         wrong = (mask >= known) & (mask != self.ignored)
         if wrong.any():
             raise DataError(
@@ -145,7 +150,7 @@ def read_mask(file: Path) -> np.ndarray[Any, np.dtype[np.int32]]:
             need="one class number a pixel: 8 or 16 bits of grey, or a palette",
             hint="saving class numbers and not colours",
         )
-    return values.astype(np.int32)
+    return values.astype(np.int32)  # a copy, which may be changed
 
 
 def joint_transform(
@@ -219,8 +224,9 @@ def segmentation_dataset(
         preprocessing: what the model wants.
         split: ``"train"``, ``"val"``, or ``"all"`` for a folder without parts.
         train: augment image and mask together.
-        class_names: the classes in the order of the model's outputs; None takes ``classes.txt``,
-            else as many as the masks of this split hold, by number.
+        class_names: the classes in the order of the model's outputs, to whose numbers those of
+            ``classes.txt`` are brought; None takes ``classes.txt``, else as many as the masks of
+            this split hold, by number.
         val_split: share that a folder without splits gives to ``"val"``.
         seed: of that division.
         ignored: the number in a mask that stands for no class.
@@ -232,7 +238,8 @@ def segmentation_dataset(
     """
     folder = folder_of(root)
     pairs = _pairs(folder, split, val_split, seed)
-    names = tuple(class_names or _named(folder) or _counted(pairs, ignored))
+    own = _named(folder)
+    names = tuple(class_names or own or _counted(pairs, ignored))
     return SegmentationImages(
         pairs,
         names,
@@ -241,7 +248,21 @@ def segmentation_dataset(
         ignored=ignored,
         augmentation=augmentation,
         max_pixels=max_pixels,
+        numbers=None if own is None else _numbers(own, names, folder / CLASSES),
     )
+
+
+def _numbers(own: tuple[str, ...], wanted: tuple[str, ...], file: Path) -> list[int]:
+    """What a folder's own class numbers are called in the order of the model."""
+    unknown = [name for name in own if name not in wanted]
+    if unknown:
+        raise DataError(
+            str(file),
+            got=f"classes that the model does not know: {', '.join(unknown[:5])}",
+            need=f"classes among its {len(wanted)}",
+            hint="renaming them, or fine-tuning the model on these data first",
+        )
+    return [wanted.index(name) for name in own]
 
 
 def _pairs(root: Path, split: str, val_split: float | None, seed: int) -> list[tuple[Path, Path]]:
