@@ -2,10 +2,12 @@
 
     python examples/benchmarks/onnx_zoo.py     # goes on where onnx_zoo.jsonl beside it ends
     python examples/benchmarks/onnx_zoo.py --report examples/benchmarks/onnx_zoo.jsonl
+    python examples/benchmarks/onnx_zoo.py --dense    # all detection and segmentation models
 
 Weights are random, running statistics are not fresh. Architectures that torch itself cannot export
-with BatchNorm are listed with torch's own error, once. Runs resume: what is in the file is not
-repeated.
+with BatchNorm are listed with torch's own error, once. With ``--dense`` every model takes one
+training step between conversion and export, at the smallest size that suits it, and rows go to
+onnx_zoo_dense.jsonl. Runs resume: what is in the file is not repeated.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ LARGER = {
     "timm/lcnetv2_small": 224,
     "torchvision/shufflenet_v2_x0_5": 224,
 }
+DETECTION_SIZE = 96
 Build = Callable[[], nn.Module]
 
 
@@ -171,6 +174,99 @@ def facts(parity: Any) -> dict[str, Any]:
     }
 
 
+def dense_models() -> Iterator[tuple[str, Build]]:
+    """Every detection and segmentation model of torchvision, the smallest first."""
+    import torchvision
+
+    sized = []
+    for task in ("detection", "segmentation"):
+        for name in torchvision.models.list_models(getattr(torchvision.models, task)):
+            with torch.device("meta"):
+                sized.append((sum(p.numel() for p in _small(name).parameters()), name))
+    for _, name in sorted(sized):
+        yield f"torchvision/{name}", lambda name=name: _small(name)
+
+
+def _small(name: str) -> nn.Module:
+    """A model of torchvision that does not enlarge its images; SSD has one size."""
+    import torchvision
+
+    plain: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    if "rcnn" in name or name.startswith(("fcos", "retinanet")):
+        plain |= {"min_size": DETECTION_SIZE, "max_size": DETECTION_SIZE}
+    return torchvision.models.get_model(name, **plain)
+
+
+def prove_dense(name: str, build: Build, target: str) -> dict[str, Any]:
+    """One row: convert, one training step, export, proof."""
+    row: dict[str, Any] = {"model": name, "target": target}
+    started = time.perf_counter()
+    try:
+        model = trained(build)
+        detects = "detection" in type(model).__module__
+        size = DETECTION_SIZE if detects and "ssd" not in name else 320 if detects else 64
+        if "ssd300" in name:
+            size = 300
+        row["size"] = size
+        images = torch.rand(2, 3, size, size)
+        inputs: Any = list(images) if detects else images
+        result = normswap.convert(model, target, example_inputs=inputs)
+        row["replaced"] = len(result.replaced)
+        row["loss"] = round(training_step(result.model, images, detects=detects), 4)
+        with tempfile.TemporaryDirectory() as folder:
+            parity = normswap.export_onnx(
+                result.model.eval(),
+                Path(folder) / "m.onnx",
+                example_inputs=inputs,
+                dynamic_size=not detects,
+            )
+        row |= {"passed": True, **facts(parity), "notes": list(parity.notes)}
+    except ParityError as error:
+        row |= {"passed": False, "problem": str(error)[:400], **facts(error.parity)}
+    except (Exception, _TooLong) as error:  # noqa: BLE001  a table of everything that can happen
+        row |= {"passed": False, "problem": f"{type(error).__name__}: {str(error)[:400]}"}
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    return row
+
+
+def training_step(model: nn.Module, images: torch.Tensor, *, detects: bool) -> float:
+    """One step of plain SGD on two images; the loss, which must be finite."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    if detects:
+        loss = sum(model(list(images), [_target(image) for image in images]).values())
+    else:
+        labels = torch.randint(0, 21, (len(images), *images.shape[-2:]))
+        outputs = model(images).values()
+        loss = sum(nn.functional.cross_entropy(output, labels) for output in outputs)
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    optimizer.step()
+    if not loss.isfinite():
+        raise RuntimeError(f"a loss of {float(loss)} in the training step")
+    return float(loss)
+
+
+def _target(image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One box in the middle of an image, with a mask and keypoints."""
+    height, width = image.shape[-2:]
+    box = torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]])
+    mask = torch.zeros(1, height, width, dtype=torch.uint8)
+    mask[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+    keypoints = torch.tensor([width / 2, height / 2, 1.0]).repeat(1, 17, 1)
+    return {"boxes": box, "labels": torch.ones(1).long(), "masks": mask, "keypoints": keypoints}
+
+
+def survey_dense(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
+    """Append one line per detection or segmentation model and target to ``out``."""
+    done = {(r["model"], r["target"]) for r in _rows(out)} if out.exists() else set()
+    signal.signal(signal.SIGALRM, _too_long)
+    for name, build in dense_models():
+        for target in targets:
+            if pattern in name and (name, target) not in done:
+                _append(out, _within(seconds, prove_dense, name, build, target))
+
+
 def survey(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
     """Append one line per architecture and target to ``out``."""
     done = {(r["model"], r["target"]) for r in _rows(out)} if out.exists() else set()
@@ -183,11 +279,11 @@ def survey(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
                 continue
             if _hopeless(out, name):
                 break
-            row = _within(seconds, name, build, target)
+            row = _within(seconds, prove, name, build, target)
             _append(out, row)
             if not row["passed"] and (name, "bn") not in done:
                 done.add((name, "bn"))  # is it torch's exporter that cannot, or the swap?
-                _append(out, _within(seconds, name, build, "bn"))
+                _append(out, _within(seconds, prove, name, build, "bn"))
 
 
 def _hopeless(out: Path, name: str) -> bool:
@@ -196,10 +292,12 @@ def _hopeless(out: Path, name: str) -> bool:
     return any((r["model"], r["target"], r["passed"]) == (name, "bn", False) for r in rows)
 
 
-def _within(seconds: int, name: str, build: Build, target: str) -> dict[str, Any]:
+def _within(
+    seconds: int, proven: Callable[..., dict[str, Any]], name: str, build: Build, target: str
+) -> dict[str, Any]:
     signal.alarm(seconds)
     try:
-        return prove(name, build, target)
+        return proven(name, build, target)
     finally:
         signal.alarm(0)
 
@@ -248,7 +346,8 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", nargs="+", default=["gn", "frn", "brn", "cbn"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--out", type=Path, help="default: onnx_zoo.jsonl beside this file")
+    parser.add_argument("--dense", action="store_true", help="detection and segmentation models")
     parser.add_argument("--only", default="", help="part of a model's name")
     parser.add_argument("--seconds", type=int, default=900, help="limit of one export")
     parser.add_argument("--report", type=Path, help="print the table of a finished run")
@@ -257,7 +356,9 @@ def main() -> None:
         report(options.report)
         return
     warnings.simplefilter("ignore")
-    survey(options.to, options.out, options.only, options.seconds)
+    name = "onnx_zoo_dense.jsonl" if options.dense else "onnx_zoo.jsonl"
+    run = survey_dense if options.dense else survey
+    run(options.to, options.out or Path(__file__).with_name(name), options.only, options.seconds)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ from normswap.files import put_files_in_place, scratch_folder
 from normswap.onnx.file.metadata import sign
 from normswap.onnx.file.parity import Parity, check_tolerance
 from normswap.onnx.file.parsing import OnnxFile, external, is_external, read_onnx, tensors
-from normswap.onnx.proving.expectation import Expectation, expect
-from normswap.onnx.proving.proof import prove_draft
+from normswap.onnx.proving.expectation import Expectation
+from normswap.onnx.proving.proof import asked_of, prove_draft
 from normswap.onnx.proving.recording import recorded_test
 from normswap.onnx.subject import subject_of
-from normswap.onnx.writing.program import MAX_OPSET, MIN_OPSET, Draft, Options, write_program
+from normswap.onnx.writing.draft import MAX_OPSET, MIN_OPSET, Draft, Options
+from normswap.onnx.writing.program import write_program
 from normswap.onnx.writing.record import record_of
 from normswap.passage import refuse_crossing
 from normswap.room import room_for
@@ -43,6 +44,8 @@ def export_onnx(
     tolerance: float | None = None,
     allow_mismatch: bool = False,
     images: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> Parity:
     """Export a model to ONNX and prove the file equal to it before it gets its name.
 
@@ -66,6 +69,11 @@ def export_onnx(
             too, up to 5e-2.
         allow_mismatch: write the file even if the proof fails, marked so in its metadata.
         images: preprocessed images for the proof, beside random inputs.
+        input_names: names of the file's inputs; by default ``image`` where images are all that the
+            model takes, else the names of its arguments.
+        output_names: names of the file's outputs; by default ``logits`` where the model gives one
+            row per image, the keys of a dict, ``boxes``, ``labels``, ``scores`` and what else a
+            detector gives, and ``output`` otherwise.
 
     Returns:
         The proof.
@@ -79,15 +87,15 @@ def export_onnx(
     refuse_crossing(model, str(path))
     target = _destination(Path(path), opset)
     options = Options(opset, static_batch, dynamic_size, half)
-    subject = subject_of(model, example_inputs)
+    subject = subject_of(model, example_inputs).named(input_names, output_names)
     if opset >= 21:
         _LOG.warning("opset %d: GroupNormalization has no CPU kernel in onnxruntime", opset)
     with _staging(target) as folder:
-        asked = expect(subject, options, images=images, tolerance=tolerance)
+        asked = asked_of(subject, options, images=images, tolerance=tolerance)
         draft, parity = _proven(asked, folder / target.name, options)
         if not parity.passed and not allow_mismatch:
             raise _failure(target, parity)
-        test = recorded_test(asked, parity)
+        test = recorded_test(draft.file, asked, parity)
         record = record_of(model, draft.options, subject.signature, parity, test)
         sign(_named_anew(draft.file, target), record)
         put_files_in_place(folder, target, gone=_external_data(target))

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from normswap.copying import copied
 from normswap.errors import ExportError, in_short
 from normswap.layers import fold_weights
+from normswap.onnx.file.detections import detects
 from normswap.onnx.file.parity import Array
 
 _AXES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -47,6 +48,10 @@ class Signature:
     def has_rows(self, tensor: torch.Tensor) -> bool:
         """Whether the first axis of an input is the batch."""
         return self.batch is not None and tensor.ndim > 0 and tensor.shape[0] == self.batch
+
+    def is_image(self, tensor: torch.Tensor) -> bool:
+        """Whether an input is a batch of images."""
+        return tensor.ndim == 4 and self.has_rows(tensor) and tensor.is_floating_point()
 
     def spatial(self, tensor: torch.Tensor) -> tuple[str, ...]:
         """Names of the axes after batch and channels, for images alone."""
@@ -135,11 +140,35 @@ class Subject:
         model: a copy in eval mode on the CPU; the caller's model stays as it is.
         signature: how it is called.
         outputs: names of its output tensors.
+        inputs: names of its input tensors.
+        detector: it takes one image, and its outputs are one row per detection.
+        spare: further example images of a detector.
     """
 
     model: nn.Module
     signature: Signature
     outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    detector: bool = False
+    spare: tuple[Array, ...] = ()
+
+    def named(self, inputs: Sequence[str] | None, outputs: Sequence[str] | None) -> Subject:
+        """The same with other names in the file; None keeps those that it has.
+
+        Raises:
+            ExportError: not as many as there are tensors, or one that is no name or stands twice.
+        """
+        mine = _names("input_names", inputs, len(self.signature.tensors)) or self.inputs
+        theirs = _names("output_names", outputs, len(self.outputs)) or self.outputs
+        both = set(mine) & set(theirs)
+        if both:
+            raise ExportError(
+                "input_names, output_names",
+                got=f"{min(both)!r} for an input and an output",
+                need="other names",
+                hint="image and logits",
+            )
+        return replace(self, inputs=mine, outputs=theirs)
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """The outputs in the model's own precision."""
@@ -209,6 +238,8 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
             need="a model that runs on them",
             hint="other example_inputs",
         ) from error
+    if _gives_detections(output):
+        return _detector(ready, signature, output)
     names = output_names(output)
     if not names:
         raise ExportError(
@@ -217,8 +248,77 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
             need="a tensor, or a list, tuple or dict of tensors",
             hint="a wrapper that returns tensors",
         )
-    taken = set(inspect.signature(ready.forward).parameters)
-    return Subject(ready, signature, tuple(f"{n}_out" if n in taken else n for n in names))
+    inputs = _input_names(signature)
+    if inputs and _are_logits(output, signature):
+        names = ["logits"]
+    taken = {*inspect.signature(ready.forward).parameters, *inputs}
+    outputs = tuple(f"{n}_out" if n in taken else n for n in names)
+    return Subject(ready, signature, outputs, inputs)
+
+
+def _gives_detections(output: Any) -> bool:
+    """Whether an output is torchvision's form of detections: a list of dicts, one per image."""
+    return (
+        isinstance(output, list | tuple)
+        and len(output) > 0
+        and all(isinstance(item, dict) and detects(tuple(item)) for item in output)
+    )
+
+
+def _detector(ready: nn.Module, signature: Signature, output: Any) -> Subject:
+    """A detector with the first of its example images; a traced graph has one image."""
+    tensors = signature.tensors
+    listed = len(tensors) > 0 and all(t.ndim == 3 for t in tensors)
+    stacked = len(tensors) == 1 and tensors[0].ndim == 4
+    _, kwargs = signature.bind_leaves(tensors)
+    if not (listed or stacked) or kwargs or len(tensors) != len(signature.leaves):
+        raise ExportError(
+            type(ready).__name__,
+            got="a detector that is called with more than images",
+            need="example_inputs that are a list of images",
+            hint="[torch.rand(3, 320, 320)]",
+        )
+    images = list(tensors) if listed else [part[None] for part in tensors[0]]
+    first = signature_of([images[0]] if listed else images[0])
+    return Subject(
+        ready,
+        replace(first, batch=None),
+        tuple(str(key) for key in output[0]),
+        ("image",),
+        detector=True,
+        spare=tuple(as_array(image) for image in images[1:]),
+    )
+
+
+def _input_names(signature: Signature) -> tuple[str, ...]:
+    """``image`` where that is all a model takes."""
+    tensors = signature.tensors
+    return ("image",) if len(tensors) == 1 and signature.is_image(tensors[0]) else ()
+
+
+def _are_logits(output: Any, signature: Signature) -> bool:
+    """Whether an output is one row of numbers per image."""
+    return isinstance(output, torch.Tensor) and output.ndim == 2 and signature.has_rows(output)
+
+
+def _names(argument: str, given: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
+    """Names that somebody gave, checked.
+
+    Raises:
+        ExportError: not as many as there are tensors, or one that is no name.
+    """
+    if given is None:
+        return None
+    names = (given,) if isinstance(given, str) else tuple(given)
+    bad = [name for name in names if not str(name).isidentifier() or names.count(name) > 1]
+    if len(names) != count or bad:
+        raise ExportError(
+            argument,
+            got=repr(bad[0]) if bad else f"{len(names)} for {count}",
+            need="one name for each tensor, each another, of letters, digits and underscores",
+            hint=", ".join(("image", "mask", "scale")[:count]) or "none",
+        )
+    return names
 
 
 def output_names(output: Any) -> list[str]:

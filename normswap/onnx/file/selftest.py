@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from normswap.onnx.file.detections import detects
 from normswap.onnx.file.parity import HALF_CEILING, Array
 
 MAX_INPUT_ELEMENTS = 1 << 28
@@ -27,6 +28,9 @@ ROUNDING = 1e-6
 """The scale is kept in float64, the values in float32."""
 CHUNK = 1 << 20
 """Numbers that are made at once, so that a large input takes little more memory than itself."""
+
+SQUARE = 16
+"""Edge of the squares of a generated image, in pixels."""
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -58,6 +62,19 @@ def uniform(seed: int, shape: Sequence[int], dtype: str = "float64") -> Array:
     )
 
 
+def pictured(seed: int, shape: Sequence[int], dtype: str = "float32") -> Array:
+    """An image of values in [0, 1): squares of one colour each, and noise over them.
+
+    White noise alone looks the same everywhere to a network; a detector finds nothing in it.
+    """
+    *front, height, width = shape
+    rows, columns = -(-height // SQUARE), -(-width // SQUARE)
+    coarse = uniform(seed, (*front, rows, columns)) / 4 + 0.5
+    large = coarse.repeat(SQUARE, -2).repeat(SQUARE, -1)[..., :height, :width]
+    fine = uniform(seed + 1_000_003, shape) / 4 + 0.5
+    return np.asarray(0.75 * large + 0.25 * fine).astype(dtype)
+
+
 def _grid(bits: Array) -> Array:
     return bits.astype(np.float64) * 2.0**-22 - 2.0
 
@@ -83,6 +100,7 @@ class TestInput:
         high: largest integer value.
         values: the input itself, flattened, in place of the generator's numbers; for inputs
             without rows, whose values may have to be these.
+        picture: it is an image of ``pictured``.
     """
 
     __test__ = False  # pytest collects classes of this name
@@ -93,9 +111,12 @@ class TestInput:
     low: int = 0
     high: int = 0
     values: tuple[float, ...] | None = None
+    picture: bool = False
 
     def make(self) -> Array:
         """The input itself."""
+        if self.picture:
+            return pictured(self.seed, self.shape, self.dtype)
         if self.values is not None:
             return np.array(self.values).astype(self.dtype).reshape(self.shape)
         if np.dtype(self.dtype).kind == "f":
@@ -203,28 +224,55 @@ def sample(array: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """Another score threshold, at which a detector finds something in the image of its self-test.
+
+    Attributes:
+        own: the thresholds that the file has.
+        other: the one that it is tested with.
+    """
+
+    own: tuple[float, ...]
+    other: float
+
+
+@dataclass(frozen=True)
 class SelfTest:
     """Inputs to make and outputs to expect.
 
     Attributes:
         inputs: one per input of the graph, in order.
-        outputs: one per output of the graph, in order.
+        outputs: one per output of the graph, in order; of a detector those that rounding leaves as
+            they are, found by name.
+        layers: inner values of a detector, before any decision; they are found by name.
+        shift: how a detector's threshold is moved for the test.
     """
 
     inputs: tuple[TestInput, ...]
     outputs: tuple[Expected, ...]
+    layers: tuple[Expected, ...] = ()
+    shift: Shift | None = None
+
+    @property
+    def detector(self) -> bool:
+        """Whether the outputs are detections, which have no order."""
+        return bool(self.layers) or detects([output.name for output in self.outputs])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         inputs = [
             {"shape": list(i.shape), "dtype": i.dtype, "seed": i.seed, "low": i.low, "high": i.high}
             | ({} if i.values is None else {"values": list(i.values)})
+            | ({"picture": True} if i.picture else {})
             for i in self.inputs
         ]
+        shift = self.shift and {"own": list(self.shift.own), "other": self.shift.other}
         return {
             "generator": "splitmix64; floats: (z >> 40) * 2**-22 - 2; integers: low + z % span",
             "inputs": inputs,
             "outputs": [output.to_json() for output in self.outputs],
+            **({"layers": [layer.to_json() for layer in self.layers]} if self.layers else {}),
+            **({"shift": shift} if shift else {}),
         }
 
     @classmethod
@@ -236,14 +284,47 @@ class SelfTest:
         """
         try:
             inputs = tuple(_input_from_json(item) for item in data["inputs"])
-            outputs = tuple(Expected.from_json(item, most=most) for item in data["outputs"])
-        except (KeyError, TypeError, OverflowError) as error:
+            outputs, layers = (
+                tuple(Expected.from_json(item, most=most) for item in items)
+                for items in (data["outputs"], data.get("layers", ()))
+            )
+            shift = _shift_from_json(data.get("shift"))
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"self-test: {error}") from error
         if sum(math.prod(item.shape) for item in inputs) > MAX_INPUT_ELEMENTS:
             raise ValueError("self-test: inputs too large")
-        if not any(output.values.size for output in outputs):
+        if not any(output.values.size for output in (*outputs, *layers)):
             raise ValueError("self-test: no output to compare")
-        return cls(inputs, outputs)
+        found = cls(inputs, outputs, layers, shift)
+        _check_detections(found)
+        return found
+
+
+def _shift_from_json(data: Any) -> Shift | None:
+    if data is None:
+        return None
+    shift = Shift(tuple(float(value) for value in data["own"]), float(data["other"]))
+    if not shift.own or not all(map(math.isfinite, (*shift.own, shift.other))):
+        raise ValueError("self-test: a threshold that is no number")
+    return shift
+
+
+def _check_detections(test: SelfTest) -> None:
+    """What is compared as a set must be there as a whole."""
+    if any(x.shape[:1] != (1,) and x.values.size != math.prod(x.shape) for x in test.layers):
+        raise ValueError("self-test: rows that are not there as a whole")
+    if not test.detector or not test.outputs:
+        return
+    known = {output.name: output for output in test.outputs}
+    if len(known) < len(test.outputs) or not detects(tuple(known)):
+        raise ValueError("self-test: detections without boxes, labels or scores")
+    count = known["scores"].shape[:1]
+    shapes = {"scores": count, "labels": count, "boxes": (*count, 4)}
+    for name, shape in shapes.items():
+        if known[name].shape != shape or known[name].values.size != math.prod(shape):
+            raise ValueError(f"self-test: {name} that are no detections")
+    if any(output.shape[:1] != count for output in test.outputs) or not count or not count[0]:
+        raise ValueError("self-test: not one row per detection")
 
 
 def _input_from_json(item: dict[str, Any]) -> TestInput:
@@ -254,9 +335,12 @@ def _input_from_json(item: dict[str, Any]) -> TestInput:
         int(item["low"]),
         int(item["high"]),
         None if item.get("values") is None else tuple(float(v) for v in item["values"]),
+        item.get("picture") is True,
     )
     if np.dtype(found.dtype).kind not in "fiub" or any(size < 0 for size in found.shape):
         raise ValueError("self-test: an input that cannot be made")
+    if found.picture and (len(found.shape) < 3 or np.dtype(found.dtype).kind != "f"):
+        raise ValueError("self-test: an image that cannot be made")
     if found.values is not None and len(found.values) != math.prod(found.shape):
         raise ValueError("self-test: an input whose values do not fill its shape")
     if not (0 <= found.seed < 2**64 and -(2**62) < found.low <= found.high < 2**62):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from normswap import children
 from normswap.errors import ExportError
+from normswap.onnx.file.detections import KEYS, describe, detects, ill_formed, match, rows_apart
 from normswap.onnx.file.metadata import Metadata
 from normswap.onnx.file.parity import CEILING, Array, Case, Parity, compare, passes, summarise
-from normswap.onnx.file.parsing import OnnxFile
+from normswap.onnx.file.parsing import OnnxFile, read_onnx
 from normswap.onnx.file.selftest import Expected, SelfTest, sample
 from normswap.onnx.file.session import LEVELS, Failed, Here, Outputs, start_worker
+from normswap.onnx.file.variants import with_outputs, with_threshold, written
 
 
 def verify_alone(
@@ -59,6 +62,10 @@ def _notes(metadata: Metadata, test: SelfTest | None) -> tuple[str, ...]:
     proof = metadata.fields.get("proof")
     if isinstance(proof, dict) and proof.get("passed") is False:
         notes.append("this file was written although its proof failed (allow_mismatch)")
+    if test and test.detector and not test.outputs:
+        notes.append(
+            "the self-test compares what the detector decides by and no detection: none was firm"
+        )
     loosest = max((output.tolerance for output in test.outputs), default=0.0) if test else 0.0
     if loosest > CEILING:
         notes.append(
@@ -87,9 +94,77 @@ def _self_test(path: Path, test: SelfTest, provider: str, timeout: float | None)
 def run_self_test(path: Path, test: SelfTest, provider: str) -> list[Case]:
     """Make the inputs, run the file at every optimisation level, compare with what is recorded."""
     inputs = [item.make() for item in test.inputs]
+    if test.detector:
+        return _run_detector(path, test, inputs, provider)
     cases: list[Case] = []
     for level, found in zip(LEVELS, Here(provider).run(path, LEVELS, [inputs]), strict=True):
         cases += _self_test_cases(found[0], test.outputs, f"self-test, onnxruntime {level}")
+    return cases
+
+
+def _run_detector(path: Path, test: SelfTest, inputs: list[Array], provider: str) -> list[Case]:
+    """Run a copy that gives its last layers too, with the threshold of the test."""
+    file = read_onnx(path)
+    names = [value.name for value in file.proto.graph.output]
+    proto: onnx.ModelProto | None = file.proto
+    if test.shift is not None:
+        proto = with_threshold(file.proto, test.shift.own, test.shift.other)
+    if proto is None:
+        return [_failed("self-test", "its score threshold is not the recorded one")]
+    inner = [layer.name for layer in test.layers if layer.name not in names]
+    cases: list[Case] = []
+    with written(file, with_outputs(proto, inner)) as variant:
+        runs = Here(provider).run(variant, LEVELS, [inputs])
+    for level, found in zip(LEVELS, runs, strict=True):
+        stage = f"self-test, onnxruntime {level}"
+        if isinstance(found[0], Failed):
+            cases.append(_failed(stage, found[0].message))
+            continue
+        values = dict(zip([*names, *inner], found[0], strict=True))
+        cases += [_layer_case(values, layer, stage) for layer in test.layers]
+        if test.outputs:
+            cases += _detection_cases(values, names, test.outputs, stage)
+    return cases
+
+
+def _layer_case(values: Mapping[str, Array], layer: Expected, stage: str) -> Case:
+    value = values.get(layer.name)
+    if value is None:
+        return _failed(stage, f"no value {layer.name!r}")
+    if layer.shape[:1] == (1,):
+        plain = _self_test_case(value, layer, stage)
+    else:
+        right = layer.values.reshape(layer.shape)
+        error = float(np.max(rows_apart(value, right), initial=0.0))
+        facts = (layer.shape[0], error, layer.torch_error, layer.tolerance)
+        plain = Case("recorded inputs", stage, layer.name, *facts)
+    plain = replace(plain, decided=0, agreed=0, ties=0)  # no axis of it holds classes
+    return replace(plain, passed=passes(plain))
+
+
+def _detection_cases(
+    values: Mapping[str, Array], names: Sequence[str], expected: Sequence[Expected], stage: str
+) -> list[Case]:
+    """The recorded detections, each looked up among those that were found."""
+    if not detects(names) or not {item.name for item in expected} <= set(names):
+        return [_failed(stage, "outputs that are no detections")]
+    found = {name: values[name] for name in names}
+    problem = ill_formed(found)
+    if problem is not None:
+        return [_failed(stage, problem)]
+    right = {item.name: item.values.reshape(item.shape) for item in expected if item.name in KEYS}
+    right["labels"] = right["labels"].round()
+    limits = {item.name: item.tolerance for item in expected}
+    matching = match(found, right, limits)
+    if not matching.whole:
+        return [_failed(stage, describe(matching, found, right))]
+    order = [i for i, _ in matching.pairs]
+    cases = []
+    for item in expected:
+        case = _self_test_case(found[item.name][order], item, stage)
+        count = len(order) if item.name == "labels" else 0
+        case = replace(case, decided=count, agreed=count, ties=0)
+        cases.append(replace(case, passed=passes(case)))
     return cases
 
 

@@ -18,7 +18,7 @@ from normswap.onnx.file.parity import Array, Divergence, relative_error
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.session import Failed, Here, Runner
 from normswap.onnx.subject import Subject, as_array, flat_tensors
-from normswap.onnx.writing.program import Draft, modules_of
+from normswap.onnx.writing.draft import Draft, modules_of
 
 SAME_KERNELS = 5e-6
 """Two files run by the same kernels on the same inputs: any difference beyond this is an edit."""
@@ -42,6 +42,8 @@ def against_program(
     draft: Draft, inputs: Sequence[Array], subject: Subject, tolerance: float
 ) -> Divergence | None:
     """The first node of a fresh file whose output is not the one of the exported program."""
+    if draft.program is None:
+        return None
     try:
         right = program_values(draft, inputs, subject)
     except (RuntimeError, AssertionError, TypeError, ValueError):
@@ -202,6 +204,7 @@ class _Recorder(torch.fx.Interpreter):
 
 def program_values(draft: Draft, inputs: Sequence[Array], subject: Subject) -> dict[str, Array]:
     """Every value of the exported program, under the names that the ONNX graph uses for them."""
+    assert draft.program is not None
     module = draft.program.module()
     recorder = _Recorder(module)
     args, kwargs = subject.signature.bind(inputs)

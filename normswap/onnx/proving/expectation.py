@@ -17,7 +17,7 @@ from normswap.onnx.proving.trials import (
     trials_for,
 )
 from normswap.onnx.subject import Subject
-from normswap.onnx.writing.program import Options
+from normswap.onnx.writing.draft import Options
 
 
 @dataclass(frozen=True)

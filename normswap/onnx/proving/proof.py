@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,34 @@ from normswap.onnx.file.parity import (
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.session import LEVELS, Failed, Here, Outputs, Runner
 from normswap.onnx.proving import blame
+from normswap.onnx.proving.detections import (
+    DetectorExpectation,
+    examine_detector,
+    expect_detections,
+    expect_of_randomised_detector,
+)
+from normswap.onnx.proving.evidence import Evidence
 from normswap.onnx.proving.expectation import Expectation, expect, expect_of_randomised
 from normswap.onnx.proving.overflow import wide_inputs
 from normswap.onnx.proving.trials import Reference, Trial
 from normswap.onnx.subject import Subject, subject_of
-from normswap.onnx.writing.program import Draft, Options, write_program
+from normswap.onnx.writing.draft import Draft, Options
+from normswap.onnx.writing.program import write_program
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Cases, and the trial that failed first, so that it can be looked into."""
-
-    cases: list[Case]
-    failing: Trial | None = None
-    notes: tuple[str, ...] = ()
+def asked_of(
+    subject: Subject, options: Options, *, images: Any = None, tolerance: float | None = None
+) -> Expectation:
+    """Everything that a file of a model must give; of a detector, what it must find."""
+    ask = expect_detections if subject.detector else expect
+    return ask(subject, options, images=images, tolerance=tolerance)
 
 
 def prove_draft(draft: Draft, asked: Expectation) -> Parity:
     """The whole proof of a freshly exported file, and of an export of a randomised copy."""
     if asked.nonsense is not None:
         return _no_proof(asked.nonsense)
-    evidence = _examine(draft.file.path, asked, Here())
+    evidence = _examine(draft.file, asked, Here())
     cases = _program_cases(draft, asked) + evidence.cases
     if all(case.passed for case in cases):
         cases += _randomised_cases(asked, draft.options)
@@ -117,10 +124,10 @@ def prove_file(
         example_inputs = _recorded_inputs(file, metadata)
     subject = subject_of(model, example_inputs)
     options = _options(file, metadata, subject)
-    asked = expect(subject, options, images=images, tolerance=tolerance)
+    asked = asked_of(subject, options, images=images, tolerance=tolerance)
     if asked.nonsense is not None:
         return _no_proof(asked.nonsense)
-    evidence = _examine(file.path, asked, runner)
+    evidence = _examine(file, asked, runner)
     cases, notes = evidence.cases, evidence.notes
     if all(case.passed for case in cases):
         try:
@@ -185,12 +192,14 @@ def _failed(
     )
 
 
-def _examine(path: Path, asked: Expectation, runner: Runner, *, copy: bool = False) -> Evidence:
+def _examine(file: OnnxFile, asked: Expectation, runner: Runner, *, copy: bool = False) -> Evidence:
     """Every trial at every optimisation level, and each sample alone against in a batch."""
+    if isinstance(asked, DetectorExpectation):
+        return examine_detector(file, asked, runner, copy=copy)
     trials, references = asked.trials, asked.references
     cases: list[Case] = []
     failing: Trial | None = None
-    runs = runner.run(path, LEVELS, [trial.inputs for trial in trials])
+    runs = runner.run(file.path, LEVELS, [trial.inputs for trial in trials])
     for level, found in zip(LEVELS, runs, strict=True):
         for trial, reference, outputs in zip(trials, references, found, strict=True):
             fresh = _cases(asked, trial, reference, outputs, f"onnxruntime {level}", copy=copy)
@@ -288,6 +297,8 @@ def _row_cases(
 
 def _program_cases(draft: Draft, asked: Expectation) -> list[Case]:
     """The stage between torch and ONNX: what torch.export made of the model."""
+    if draft.program is None:
+        return []
     pairs = list(zip(asked.trials, asked.references, strict=True))
     trial, reference = next((pair for pair in pairs if pair[0].batch == 2), pairs[0])
     run: Callable[[nn.Module], list[Array]] = asked.subject.call(trial.inputs)
@@ -301,10 +312,13 @@ def _program_cases(draft: Draft, asked: Expectation) -> list[Case]:
 
 def _randomised_cases(asked: Expectation, options: Options) -> list[Case]:
     """The same proof on a copy with other statistics and affine values."""
-    other = expect_of_randomised(asked, options)
+    detector = asked.subject.detector
+    other = (
+        expect_of_randomised_detector(asked) if detector else expect_of_randomised(asked, options)
+    )
     with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
         draft = write_program(other.subject, Path(folder) / "randomised.onnx", options)
-        return _examine(draft.file.path, other, Here(), copy=True).cases
+        return _examine(draft.file, other, Here(), copy=True).cases
 
 
 def _blame(
@@ -357,4 +371,6 @@ def _recorded_inputs(file: OnnxFile, metadata: Metadata | None) -> Any:
             need="inputs to run it on",
             hint="example_inputs=torch.randn(2, 3, 224, 224)",
         )
-    return tuple(torch.from_numpy(item.make()) for item in test.inputs)
+    found = tuple(torch.from_numpy(item.make()) for item in test.inputs)
+    listed = test.detector and all(tensor.ndim == 3 for tensor in found)
+    return [*found] if listed else found

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import inspect
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,59 +16,28 @@ from torch.utils import _pytree as pytree
 from normswap.errors import ExportError, in_short
 from normswap.onnx.file.parsing import OnnxFile, is_external, read_onnx, save, tensors
 from normswap.onnx.subject import Subject
+from normswap.onnx.writing.draft import MODULES_KEY, modules_of, quiet
+from normswap.onnx.writing.draft import Draft as Draft
+from normswap.onnx.writing.draft import Options as Options
 from normswap.onnx.writing.forms import fastest
 from normswap.onnx.writing.half import norm_names, to_half
 from normswap.onnx.writing.staged import stage
+from normswap.onnx.writing.traced import write_traced
 
 ONE_FILE_BYTES = (1 << 31) - (1 << 24)
 """Weights up to here stay inside the file; protobuf ends at 2 GB."""
-
-MODULES_KEY = "normswap.modules"
-MIN_OPSET, MAX_OPSET = 18, 23
-
-
-@dataclass(frozen=True)
-class Options:
-    """What shapes the graph.
-
-    Attributes:
-        opset: version of the default operator set.
-        static_batch: the batch axis has the size of the example inputs.
-        dynamic_size: height and width may vary as well.
-        half: weights and activations in float16, norms in float32.
-        staged: the means of norms are taken in stages, which is slower and more exact.
-    """
-
-    opset: int = 20
-    static_batch: bool = False
-    dynamic_size: bool = False
-    half: bool = False
-    staged: bool = False
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A file that has not been proven.
-
-    Attributes:
-        file: the file.
-        program: what torch.export made of the model on the way; it can be run.
-        options: how it was written.
-        staged: norms whose means are taken in stages.
-    """
-
-    file: OnnxFile
-    program: torch.export.ExportedProgram
-    options: Options
-    staged: int = 0
 
 
 def write_program(subject: Subject, path: Path, options: Options) -> Draft:
     """Export with torch's dynamo exporter, one file below 2 GB and external data above.
 
+    Detectors go to torch's older exporter, which traces: this one refuses them.
+
     Raises:
         ExportError: torch cannot export the model; its own first line is quoted.
     """
+    if subject.detector:
+        return write_traced(subject, path, options)
     signature = subject.signature
     if not options.static_batch and signature.batch is not None and signature.batch < 2:
         signature = signature.with_rows(2)  # torch.export takes a batch of 1 for a constant
@@ -86,6 +50,7 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
                 kwargs=kwargs,
                 dynamo=True,
                 opset_version=options.opset,
+                input_names=list(subject.inputs) or None,
                 output_names=list(subject.outputs),
                 dynamic_shapes=_dynamic_shapes(subject, options),
                 verbose=False,
@@ -122,28 +87,6 @@ def _narrow(file: OnnxFile, model: nn.Module) -> None:
         for name in node.output
     }
     to_half(file.proto, frozenset(wide))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence torch's exporter: it prints to stdout, logs, and warns of its own internals."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-    ]
-    levels = [logger.level for logger in loggers]
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _dynamic_shapes(subject: Subject, options: Options) -> dict[str, Any] | None:
@@ -227,11 +170,3 @@ def _scope(facts: dict[str, str], modules: dict[str, nn.Module], previous: str) 
         if name in modules:
             return name
     return previous
-
-
-def modules_of(node: onnx.NodeProto) -> tuple[str, ...]:
-    """The modules that a node computes, the convolution before the BN folded into it."""
-    for entry in node.metadata_props:
-        if entry.key == MODULES_KEY:
-            return tuple(entry.value.split(","))
-    return ()

@@ -11,7 +11,7 @@ from torch import nn
 from normswap.onnx.file.parity import Parity
 from normswap.onnx.file.selftest import SelfTest
 from normswap.onnx.subject import Signature
-from normswap.onnx.writing.program import Options
+from normswap.onnx.writing.draft import Options
 from normswap.provenance import portable, provenance_of
 
 

@@ -1,0 +1,222 @@
+"""Detectors, by torch's older exporter: it traces, where the newer one refuses to branch on data.
+
+A trace keeps what the one image of the export made the model do. So the graph is put in order
+where a trace is known to go wrong, and proven on images of other content and number of detections.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from normswap.errors import ExportError, in_short
+from normswap.onnx.file.parsing import OnnxFile, is_external, read_onnx, save, tensors
+from normswap.onnx.subject import Subject
+from normswap.onnx.writing.draft import MODULES_KEY, Draft, Options, quiet
+from normswap.onnx.writing.forms import fastest
+from normswap.onnx.writing.staged import stage
+
+LAST_OPSET = 20
+"""The newest that the older exporter knows."""
+
+
+def write_traced(subject: Subject, path: Path, options: Options) -> Draft:
+    """Export a detector for one image.
+
+    Raises:
+        ExportError: torch no longer has that exporter, or cannot trace the model.
+    """
+    _check(subject, options)
+    args, _ = subject.signature.bind_leaves(subject.signature.tensors)
+    try:
+        with quiet(), torch.no_grad():
+            torch.onnx.export(
+                subject.model,
+                args,
+                str(path),
+                dynamo=False,
+                opset_version=options.opset,
+                input_names=list(subject.inputs),
+                output_names=list(subject.outputs),
+                dynamic_axes=_axes(subject, options),
+            )
+    except Exception as error:
+        raise _cannot_trace(subject.model, error) from error
+    file = read_onnx(path)
+    if any(is_external(tensor) for tensor in tensors(file.proto)):
+        raise ExportError(
+            type(subject.model).__name__,
+            got="a detector of more than 2 GB",
+            need="one that fits into one file",
+            hint="a smaller backbone",
+        )
+    tidy(file.proto)
+    _label_nodes(file.proto, subject.model)
+    fastest(file.proto)
+    staged = stage(file.proto) if options.staged else 0
+    save(file)
+    return Draft(OnnxFile(path, file.proto), None, options, staged)
+
+
+def _check(subject: Subject, options: Options) -> None:
+    name = type(subject.model).__name__
+    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
+        raise _gone(name)
+    if options.opset > LAST_OPSET:
+        raise ExportError(
+            f"{name}, opset",
+            got=str(options.opset),
+            need=f"at most {LAST_OPSET} for a detector: torch's older exporter writes it",
+            hint=f"opset={LAST_OPSET}",
+        )
+    if options.half:
+        raise ExportError(
+            f"{name}, half",
+            got="True for a detector",
+            need="float32: what float16 rounds decides which boxes overlap",
+            hint="half=False",
+        )
+
+
+def _gone(name: str) -> ExportError:
+    return ExportError(
+        name,
+        got=f"torch {torch.__version__}, which has no TorchScript-based ONNX exporter any more",
+        need="one that has it, for detectors alone: the newer exporter refuses them",
+        hint="torch 2.14 for the export; the file runs anywhere",
+    )
+
+
+def _cannot_trace(model: nn.Module, error: Exception) -> ExportError:
+    name = type(model).__name__
+    gone = isinstance(error, TypeError | ImportError | NotImplementedError | ValueError)
+    if gone and "dynamo" in str(error):
+        return _gone(name)
+    return ExportError(
+        name,
+        got=f"{type(error).__name__} from torch's older exporter: {in_short(error)}",
+        need="a detector that can be traced",
+        hint="torchvision's own parts",
+    )
+
+
+def _axes(subject: Subject, options: Options) -> dict[str, dict[int, str]]:
+    """The number of detections is open, and height and width where that is asked for."""
+    rank = subject.signature.tensors[0].ndim
+    axes: dict[str, dict[int, str]] = {name: {0: "detections"} for name in subject.outputs}
+    if options.dynamic_size:
+        axes[subject.inputs[0]] = {rank - 2: "height", rank - 1: "width"}
+    return axes
+
+
+def tidy(proto: onnx.ModelProto) -> None:
+    """Bring a traced graph into the form of the newer exporter's; the function stays the same.
+
+    - a ``Constant`` node becomes an initializer, and so does every other name of one;
+    - a ``Reshape`` to a shape that is computed keeps a size of 0 that was computed: where no box
+      passes the threshold, the file would otherwise stop with an error;
+    - the values get their shapes recorded, as far as they can be inferred.
+    """
+    graph = proto.graph
+    outputs = {value.name for value in graph.output}
+    names = {tensor.name for tensor in graph.initializer}
+    alias: dict[str, str] = {}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        output = node.output[0] if node.output else ""
+        if node.op_type == "Constant" and value is not None and output not in outputs:
+            graph.initializer.add().CopyFrom(value)
+            graph.initializer[-1].name = output
+            names.add(output)
+        elif (
+            node.op_type == "Identity"
+            and output not in outputs
+            and alias.get(node.input[0], node.input[0]) in names
+        ):
+            alias[output] = alias.get(node.input[0], node.input[0])
+        else:
+            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    del graph.node[:]
+    graph.node.extend(kept)
+    _rename(graph, alias)
+    _keep_zeros(graph)
+    inferred = onnx.shape_inference.infer_shapes(proto)
+    del graph.value_info[:]
+    graph.value_info.extend(inferred.graph.value_info)
+
+
+def _rename(graph: onnx.GraphProto, alias: Mapping[str, str]) -> None:
+    """Other names for what nodes read, also in the graphs inside them."""
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = alias.get(name, name)
+        for inner in _inner(node):
+            _rename(inner, alias)
+            for value in inner.output:
+                value.name = alias.get(value.name, value.name)
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _keep_zeros(graph: onnx.GraphProto) -> None:
+    """Computed shapes mean the zeros that they hold, unless a −1 stands beside them."""
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_shape(t)}
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.input[1] in constants:
+            continue
+        maker = makers.get(node.input[1])
+        while maker is not None and maker.op_type == "Cast":
+            maker = makers.get(maker.input[0])
+        if maker is None or maker.op_type not in ("Concat", "Shape"):
+            continue
+        parts = [constants.get(name) for name in maker.input]
+        if any(part is not None and (part < 0).any() for part in parts):
+            continue
+        del node.attribute[:]
+        node.attribute.append(onnx.helper.make_attribute("allowzero", 1))
+
+
+def _is_shape(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_type == onnx.TensorProto.INT64
+
+
+def _label_nodes(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """Say which module a node computes, as the newer exporter's files do."""
+    modules = dict(model.named_modules())
+    for node in proto.graph.node:
+        scope = _scope(node.output[0], modules) if node.output else ""
+        owners = [name.rpartition(".")[0] for name in node.input if "." in name]
+        names = dict.fromkeys([o for o in owners if o in modules and o] + [scope])
+        del node.metadata_props[:]
+        entry = node.metadata_props.add()
+        entry.key, entry.value = MODULES_KEY, ",".join(names)
+        node.doc_string = ""
+        if not node.name:
+            node.name = f"node_{node.output[0]}"
+
+
+def _scope(value: str, modules: Mapping[str, Any]) -> str:
+    """The module of ``/backbone/body/body.0/body.0.1/Mul_output_0``: ``backbone.body.0.1``."""
+    found, before = "", ""
+    for part in value.split("/")[1:-1]:
+        inner = part.removeprefix(f"{before}.")
+        names = (part, inner, part.rpartition("_")[0], inner.rpartition("_")[0])
+        joined = [f"{found}.{name}".strip(".") for name in names if name]
+        step = next((name for name in joined if name in modules and name != found), None)
+        if step is None:
+            break
+        found, before = step, part
+    return found
