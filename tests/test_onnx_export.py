@@ -115,11 +115,48 @@ def test_the_proof_covers_batches_levels_stages_and_a_randomised_copy(exported):
 def test_the_file_has_a_named_batch_axis_and_runs_at_any_batch(exported):
     session = onnxruntime.InferenceSession(str(exported[1]))
     assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
-    assert session.get_outputs()[0].name == "output"
+    assert [value.name for value in session.get_inputs()] == ["image"]
+    assert [value.name for value in session.get_outputs()] == ["logits"]
     x = inputs(7, 16)
     with torch.no_grad():
         right = copy.deepcopy(exported[0]).eval()(x).numpy()
-    assert relative_error(session.run(None, {"x": x.numpy()})[0], right) < 1e-5
+    assert relative_error(session.run(None, {"image": x.numpy()})[0], right) < 1e-5
+
+
+def names_of(path):
+    session = onnxruntime.InferenceSession(str(path))
+    return tuple(
+        [v.name for v in values] for values in (session.get_inputs(), session.get_outputs())
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "found"),
+    [
+        (Tiny, {}, (["image"], ["output"])),  # one row per image alone is logits
+        (Segmenter, {}, (["image"], ["out", "aux"])),
+        (Tiny, {"input_names": ["photo"], "output_names": "scores"}, (["photo"], ["scores"])),
+        (Segmenter, {"output_names": ["mask", "side"]}, (["image"], ["mask", "side"])),
+    ],
+)
+def test_inputs_and_outputs_have_names(build, given, found, tmp_path):
+    model, path = build(), tmp_path / "m.onnx"
+    assert export_onnx(model, path, example_inputs=inputs(), **given).passed
+    assert names_of(path) == found
+    assert verify_onnx(path, model, timeout=None).passed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"output_names": ["a", "b"]}, "output_names: got 2 for 1"),
+        ({"input_names": ["an image"]}, "input_names: got 'an image'"),
+        ({"input_names": ["y"], "output_names": ["y"]}, "got 'y' for an input and an output"),
+    ],
+)
+def test_names_that_are_none_are_refused(given, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_onnx(Tiny(), tmp_path / "m.onnx", example_inputs=inputs(), **given)
 
 
 def test_metadata_say_where_it_came_from_and_hold_no_path_of_this_machine(exported):

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 @click.option("--half", is_flag=True, help="float16, with the normalisers in float32.")
 @click.option("--tolerance", type=float, help="Largest error that passes, of the output's scale.")
 @click.option("--images", type=click.Path(path_type=Path), help="Prove it on these images too.")
+@click.option("--input-name", multiple=True, metavar="NAME", help="Input's name. [default: image]")
+@click.option(
+    "--output-name",
+    multiple=True,
+    metavar="NAME",
+    help="Output's name, once per output. [default: logits, or the model's own keys]",
+)
 @click.option("--allow-mismatch", is_flag=True, help="Write the file even if the proof fails.")
 @force_option
 @json_option
@@ -40,14 +47,16 @@ def command(
     chosen: ModelChoice,
     output: Path,
     images: Path | None,
+    input_name: tuple[str, ...],
+    output_name: tuple[str, ...],
     force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Write MODEL as a proven ONNX file.
 
-    The proof runs onnxruntime beside torch at several batch sizes. If it fails, no file is written
-    and the exit code is 3.
+    The proof runs onnxruntime beside torch at several batch sizes; of a detector, on several images
+    one by one. If it fails, no file is written and the exit code is 3.
     """
     check_file(output, force=force)
     source = chosen.load()
@@ -56,7 +65,13 @@ def command(
 
     try:
         parity = normswap.export_onnx(
-            source.model, output, example_inputs=chosen.inputs(source), images=batch, **options
+            source.model,
+            output,
+            example_inputs=chosen.inputs(source),
+            images=batch,
+            input_names=input_name or None,
+            output_names=output_name or None,
+            **options,
         )
     except ParityError as error:
         _report(getattr(error, "parity", None), None, as_json=as_json)

@@ -122,7 +122,7 @@ def prove_file(
     """
     if example_inputs is None:
         example_inputs = _recorded_inputs(file, metadata)
-    subject = subject_of(model, example_inputs)
+    subject = _named_as(file, subject_of(model, example_inputs))
     options = _options(file, metadata, subject)
     asked = asked_of(subject, options, images=images, tolerance=tolerance)
     if asked.nonsense is not None:
@@ -331,6 +331,15 @@ def _blame(
         except ExportError:
             return None
         return blame.against_file(file, good, trial.inputs, runner)
+
+
+def _named_as(file: OnnxFile, subject: Subject) -> Subject:
+    """The model with the names of the file, so that a value is the same value in both."""
+    initial = {tensor.name for tensor in file.proto.graph.initializer}
+    inputs = tuple(v.name for v in file.proto.graph.input if v.name not in initial)
+    outputs = tuple(value.name for value in file.proto.graph.output)
+    fits = (len(inputs), len(outputs)) == (len(subject.signature.tensors), len(subject.outputs))
+    return replace(subject, inputs=inputs, outputs=outputs) if fits else subject
 
 
 def _options(file: OnnxFile, metadata: Metadata | None, subject: Subject) -> Options:
