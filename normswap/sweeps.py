@@ -41,7 +41,7 @@ from normswap.training.identity import (
     machine_identity,
 )
 from normswap.training.likeness import check_like
-from normswap.training.options import fingerprint
+from normswap.training.options import fingerprint, with_usual
 from normswap.training.samples import rng_kept, seed_everything
 from normswap.training.tasks import TASKS, task_for
 
@@ -595,6 +595,8 @@ def _reset(model: nn.Module) -> None:
 
 def _changes(now: dict[str, Any], then: dict[str, Any]) -> Iterator[str]:
     """What makes another sweep of it."""
+    before = with_usual(then["options"])
+    then = {**then, "options": {name: before[name] for name in now["options"]}}
     for key in now:
         if key.endswith("data"):
             yield from data_changes(key, now[key], then.get(key))

@@ -1,5 +1,6 @@
 """`normswap finetune` and `normswap sweep` on a few random pictures."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import normswap
 from normswap.cli.app import app
+from normswap.cli.training import _RECIPE
 from normswap.tour import digits_net
 
 SPEC = "python:normswap.tour:digits_net"
@@ -67,6 +69,25 @@ def test_finetune_writes_an_artefact_and_resumes(model, digits, tmp_path):
     assert "--resume" in run(*arguments, code=1).stderr
     again = json.loads(run(*arguments, "--resume", "--json").stdout)
     assert again["resumed_from"] == 3
+
+
+def test_the_loss_is_chosen_by_name(model, digits, tmp_path):
+    arguments = ("finetune", model, "--data", digits, *FAST, "-o", tmp_path / "tuned")
+    run(*arguments, "--loss", "bce")
+    written = normswap.training.read_checkpoint(tmp_path / "tuned" / "last.pt")
+    assert written["options"]["loss"] == "bce"
+    assert "loss='cross-entropy' (was 'bce')" in run(*arguments, "--resume", code=1).stderr
+    refused = run(*arguments, "--loss", "focal", code=2).stderr
+    assert "'focal' is not one of 'cross-entropy', 'bce'" in refused
+
+
+def test_every_option_of_a_run_is_one_of_finetune_with_its_default(digits, tmp_path):
+    fields = {field.name: field.default for field in dataclasses.fields(normswap.FineTune)}
+    arguments = [SPEC, "--data", str(digits), "-o", str(tmp_path / "out")]
+    for name in ("finetune", "sweep"):
+        chosen = app.get_command(None, name).make_context(name, list(arguments)).params
+        usual = {option: chosen[option] for option in _RECIPE}
+        assert usual == {option: fields[option] for option in _RECIPE}
 
 
 def test_finetune_gives_other_classes_a_head_and_no_teacher(model, tmp_path):

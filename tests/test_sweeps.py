@@ -161,6 +161,17 @@ def test_a_folder_belongs_to_its_data_and_tells_of_another_machine(tmp_path, cap
 
 def test_folder_with_other_settings_is_refused(tmp_path):
     small(out=tmp_path, seeds=1)
+    path = tmp_path / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["options"]["loss"]  # as a release wrote it that did not have the option
+    path.write_text(json.dumps(settings))
+    assert small(out=tmp_path, seeds=1).cells
+    del settings["options"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(TrainingError, match=r"settings\.json: got .*need the settings of a sweep"):
+        small(out=tmp_path, seeds=1)
+    path.unlink()
+    small(out=tmp_path, seeds=1)
     with pytest.raises(TrainingError, match=r"from_scratch: True \(was False\)"):
         small(out=tmp_path, from_scratch=True)
 

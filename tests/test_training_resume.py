@@ -178,6 +178,17 @@ def test_resume_with_other_options_names_them(tmp_path):
         finetune(Net("bn"), Augmented(23), samples(9, seed=1), HARD, out=tmp_path, resume=True)
 
 
+def test_a_run_of_a_release_without_an_option_goes_on_as_that_release_did():
+    written = HARD.to_json()
+    del written["loss"], written["passage"]
+    assert HARD.differences(written) == []
+    changed = dataclasses.replace(HARD, loss="bce", passage=0.5)
+    assert changed.differences(written) == [
+        "loss='bce' (was 'cross-entropy')",
+        "passage=0.5 (was None)",
+    ]
+
+
 def test_fresh_start_does_not_overwrite_an_earlier_run(tmp_path):
     with pytest.raises(Stop):
         hard_run("gn", tmp_path, progress=stop_at(3))

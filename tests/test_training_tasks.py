@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from training_runs import CLASSES, Net, samples, weights
 
 from normswap.errors import DataError, TrainingError
+from normswap.losses import LOSSES, binary_cross_entropy
 from normswap.training import FineTune, evaluate, finetune
 from normswap.training.tasks import Step, Task, task_for
 from normswap.training.tasks.base import Metrics
@@ -84,6 +87,67 @@ def test_a_metric_is_the_mean_over_images_whatever_the_batches():
 def test_options_that_a_loss_of_ones_own_would_silently_drop_are_refused(option):
     with pytest.raises(TrainingError, match=next(iter(option))):
         finetune(Net("gn"), samples(), options=FineTune(**option), loss=F.cross_entropy)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms_and_its_definition(smoothing):
+    torch.manual_seed(0)
+    scores, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+    options = FineTune(label_smoothing=smoothing)
+    ours = binary_cross_entropy(scores, labels, options)
+    torch.testing.assert_close(ours, BinaryCrossEntropy(smoothing=smoothing)(scores, labels))
+    total = 0.0
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        for k, score in enumerate(row):
+            wanted = (k == label) * (1 - smoothing) + smoothing / 4
+            yes = 1 / (1 + math.exp(-score))
+            total -= (wanted * math.log(yes) + (1 - wanted) * math.log(1 - yes)) / 20
+    assert ours.item() == pytest.approx(total)
+    mixed = torch.rand(5, 4)  # mixup's shares are smoothed already
+    expected = F.binary_cross_entropy_with_logits(scores, mixed.double())
+    assert torch.equal(binary_cross_entropy(scores, mixed, options), expected)
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.4, "label_smoothing": 0.1}])
+def test_a_loss_is_one_entry_and_known_by_its_name(mixing, monkeypatch):
+    def squared(scores, targets, options):
+        assert (targets.ndim > 1) == bool(options.mixup)
+        shares = targets if targets.ndim > 1 else F.one_hot(targets, CLASSES)
+        return (scores.softmax(1) - shares).square().sum(1).mean()
+
+    monkeypatch.setitem(LOSSES, "squared", squared)
+    options = dataclasses.replace(OPTIONS, loss="squared", **mixing)
+    net, usual = Net("gn"), Net("gn")
+    history = finetune(net, samples(), samples(8, seed=1), options)
+    finetune(usual, samples(), samples(8, seed=1), dataclasses.replace(OPTIONS, **mixing))
+    assert not torch.equal(net.fc.weight, usual.fc.weight)
+    assert history.epochs[-1].val_loss == pytest.approx(evaluate(net, samples(8, seed=1)).loss)
+    if not mixing:
+        twin = Net("gn")
+        finetune(twin, samples(), options=OPTIONS, loss=lambda s, y: squared(s, y, OPTIONS))
+        last = Net("gn")
+        finetune(last, samples(), options=options)
+        assert all(torch.equal(v, weights(twin)[k]) for k, v in weights(last).items())
+
+
+def test_what_is_no_loss_is_refused_before_anything_runs():
+    for loss in ("focal", F.cross_entropy, ["bce"], None):
+        with pytest.raises(TrainingError, match=r"FineTune.loss: got .*; need one of 'cross-entro"):
+            FineTune(loss=loss)
+    with pytest.raises(TrainingError, match=r"loss: got 'bce'; need a function.*name in FineTune"):
+        finetune(Net("gn"), samples(), options=OPTIONS, loss="bce")
+    with pytest.raises(TrainingError, match=r"metric: got 'top1'; need a function"):
+        finetune(Net("gn"), samples(), options=OPTIONS, metric="top1")
+
+
+def test_a_loss_by_name_is_never_dropped_in_silence():
+    named = dataclasses.replace(OPTIONS, loss="bce")
+    with pytest.raises(TrainingError, match=r"FineTune.loss: got 'bce' together with a loss of"):
+        finetune(Net("gn"), samples(), options=named, loss=F.cross_entropy)
+    for task in ("segmentation", "detection"):
+        with pytest.raises(TrainingError, match=f"FineTune.loss: got 'bce' for {task}"):
+            task_for(named, task)
+    assert task_for(named, metric=lambda _o, _y: 0.0).options.loss == "bce"
 
 
 def test_a_loss_must_be_one_number():

@@ -24,9 +24,9 @@ task_option = click.option(
 _LABELS = ("mixup", "cutmix", "aa", "reprob", "class_map", "crop_pct")
 _WITHOUT_EFFECT = {
     "classification": ("ignore_index", "min_score", "pictures_in"),
-    "segmentation": (*_LABELS, "top", "min_score"),
+    "segmentation": (*_LABELS, "loss", "top", "min_score"),
     "detection": (
-        *_LABELS, "label_smoothing", "scale", "ratio", "mean", "std", "interpolation",
+        *_LABELS, "loss", "label_smoothing", "scale", "ratio", "mean", "std", "interpolation",
         "image_size", "ignore_index", "confusion", "top",
     ),
 }  # fmt: skip

@@ -13,6 +13,7 @@ import click
 from normswap.cli.images import ImageChoice, image_options
 from normswap.cli.options import Function
 from normswap.cli.tasks import chosen_task, task_option
+from normswap.losses import LOSSES
 
 if TYPE_CHECKING:
     from normswap.sources import Source
@@ -75,7 +76,7 @@ def run_options(function: Function) -> Function:
         recipe = {name: rest.pop(name) for name in _RECIPE if name in rest}
         return function(run=RunChoice(images, recipe, task), **rest)
 
-    for option in reversed(_RUN_OPTIONS):
+    for option in (*reversed(_RUN_OPTIONS), task_option):
         wrapper = option(wrapper)
     return wrapper  # type: ignore[return-value]
 
@@ -83,7 +84,6 @@ def run_options(function: Function) -> Function:
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _SHARE = click.FloatRange(0, 1)
 _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    task_option,
     click.option(
         "--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Passes over it."
     ),
@@ -108,7 +108,14 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Forwards per update; does not enlarge BN's batch.",
     ),
     click.option("--clip-grad", type=_POSITIVE, help="Largest norm of the gradient."),
-    click.option("--label-smoothing", type=_SHARE, default=0.0, help="Of the cross-entropy."),
+    click.option(
+        "--loss",
+        type=click.Choice(list(LOSSES)),
+        default="cross-entropy",
+        show_default=True,
+        help="bce: a question for each class, as timm's a1_in1k weights were trained.",
+    ),
+    click.option("--label-smoothing", type=_SHARE, default=0.0, help="Of the classes in --loss."),
     click.option("--mixup", type=click.FloatRange(min=0), default=0.0, help="timm's mixup alpha."),
     click.option(
         "--cutmix", type=click.FloatRange(min=0), default=0.0, help="timm's cutmix alpha."
@@ -129,8 +136,14 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--norms-only", is_flag=True, help="Train the normalisers only."),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
 )
-_RECIPE = (
-    "epochs", "learning_rate", "optimizer", "weight_decay", "warmup_epochs",
-    "gradient_accumulation", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "amp",
-    "freeze_backbone", "grad_checkpointing", "channels_last", "passage", "norms_only", "workers",
-)  # fmt: skip
+
+
+def _name(option: Callable[[Any], Any]) -> str:
+    """Under which name the callback gets an option; click says so once a function has it."""
+
+    def function() -> None: ...
+
+    return str(option(function).__click_params__[0].name)
+
+
+_RECIPE = tuple(_name(option) for option in _RUN_OPTIONS)

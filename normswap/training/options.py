@@ -12,6 +12,7 @@ from torch import nn
 from normswap.checks import above, number, whole
 from normswap.errors import TrainingError
 from normswap.files import weights_digest
+from normswap.losses import LOSSES
 
 _FREE_ON_RESUME = frozenset(
     {
@@ -48,7 +49,9 @@ class FineTune:
             tenth of the run.
         gradient_accumulation: forwards per update. It does not enlarge a BN's batch.
         clip_grad: largest norm of the gradient, or None.
-        label_smoothing: of the cross-entropy.
+        loss: of a classifier, ``"cross-entropy"`` or ``"bce"`` (binary, a question for each class,
+            as timm's ``a1_in1k`` weights were trained); validated is cross-entropy in any case.
+        label_smoothing: of the classes that the loss asks for.
         mixup: timm's mixup α; 0 is off.
         cutmix: timm's cutmix α; 0 is off.
         ema: decay of timm's ``ModelEmaV3`` (with its warm-up), or None. With it the average is
@@ -100,6 +103,7 @@ class FineTune:
     warmup_epochs: float | None = None
     gradient_accumulation: int = 1
     clip_grad: float | None = None
+    loss: str = "cross-entropy"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -177,6 +181,9 @@ class FineTune:
             "'constant', which warms up",
         )
         _require("amp", self.amp, self.amp in (None, "bf16", "fp16"), "'bf16', 'fp16' or None")
+        known = ", ".join(map(repr, LOSSES))
+        fine = isinstance(self.loss, str) and self.loss in LOSSES
+        _require("loss", self.loss, fine, f"one of {known}; a function goes to finetune(loss=…)")
         _require("keep", self.keep, self.keep in (None, "last", "best"), "'last', 'best' or None")
         _require(
             "on_broken", self.on_broken, self.on_broken in ("error", "skip"), "'error' or 'skip'"
@@ -228,12 +235,17 @@ class FineTune:
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """What changed since ``earlier`` (a ``to_json()``) and would make another run of it."""
-        now = self.to_json()
+        now, then = self.to_json(), with_usual(earlier)
         return [
-            f"{name}={now[name]!r} (was {earlier.get(name)!r})"
+            f"{name}={now[name]!r} (was {then[name]!r})"
             for name in now
-            if name not in _FREE_ON_RESUME and now[name] != earlier.get(name)
+            if name not in _FREE_ON_RESUME and now[name] != then[name]
         ]
+
+
+def with_usual(earlier: dict[str, Any]) -> dict[str, Any]:
+    """``FineTune.to_json()`` of an earlier release; an option it lacked does nothing by default."""
+    return {**FineTune().to_json(), **earlier}
 
 
 def _require(name: str, got: Any, fine: bool, need: str) -> None:

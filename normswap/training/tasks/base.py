@@ -139,6 +139,25 @@ class Task:
         raise NotImplementedError
 
 
+def refuse_loss_by_name(options: FineTune, where: str) -> None:
+    """Refuse a loss that a task would silently drop.
+
+    Args:
+        options: the recipe.
+        where: why the task has no use for it, for the error text.
+
+    Raises:
+        TrainingError: the loss is not the usual one.
+    """
+    if options.loss != FineTune.loss:
+        raise TrainingError(
+            "FineTune.loss",
+            got=f"{options.loss!r} {where}",
+            need="a loss by name for classification alone",
+            hint="leaving it out",
+        )
+
+
 def logits_in(output: Any, axes: int, *, keys: tuple[str, str], need: str, hint: str) -> Tensor:
     """The logits in a model's output: itself, the first of a tuple, or one of a mapping's keys.
 

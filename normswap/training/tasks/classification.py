@@ -1,4 +1,4 @@
-"""Classification: cross-entropy, smoothed or mixed labels, side heads, a teacher; top-1, top-5."""
+"""Classification: a loss by name, smoothed or mixed labels, side heads, a teacher; top-1, top-5."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normswap.errors import DataError
+from normswap.losses import LOSSES
 from normswap.training.options import FineTune
 from normswap.training.tasks.base import Metrics, Step, Task, logits_in
 from normswap.training.tasks.distillation import with_teacher
@@ -93,14 +94,11 @@ class Classification(Task):
         return found
 
     def _own_loss(self, output: Any, scores: Tensor, targets: Tensor) -> Tensor:
-        loss = self._cross_entropy(scores, targets)
+        chosen = LOSSES[self.options.loss]
+        loss = chosen(scores, targets, self.options)
         for side in _side_heads(output, scores):
-            loss = loss + _AUXILIARY * self._cross_entropy(side.float(), targets)
+            loss = loss + _AUXILIARY * chosen(side.float(), targets, self.options)
         return loss
-
-    def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
-        smoothing = 0.0 if targets.ndim > 1 else self.options.label_smoothing
-        return F.cross_entropy(scores, targets, label_smoothing=smoothing)
 
     def with_teacher(self, loss: Tensor, scores: Tensor, images: Tensor) -> Tensor:
         """The loss with the teacher's share in it, if there is a teacher."""

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from normswap.errors import TrainingError
 from normswap.training.options import FineTune
-from normswap.training.tasks.base import LossFunction, MetricFunction, Metrics, Step
+from normswap.training.tasks.base import (
+    LossFunction,
+    MetricFunction,
+    Metrics,
+    Step,
+    refuse_loss_by_name,
+)
 from normswap.training.tasks.classification import Classification, class_scores
 
 
@@ -35,6 +41,10 @@ class Custom(Classification):
         self, options: FineTune, loss: LossFunction | None, metric: MetricFunction | None
     ) -> None:
         super().__init__(options)
+        _check_function("loss", loss, "torch.nn.functional.cross_entropy, or a name in FineTune")
+        _check_function("metric", metric, "lambda output, labels: …")
+        if loss is not None:
+            refuse_loss_by_name(options, "together with a loss of your own")
         self.loss, self.metric = loss, metric
         for name in ("label_smoothing", "mixup", "cutmix"):
             if loss is not None and getattr(options, name):
@@ -86,6 +96,12 @@ class Custom(Classification):
         if sums["classified"] != images:
             found = replace(found, top1=math.nan, top5=math.nan)
         return found if self.metric is None else replace(found, metric=sums["metric"] / images)
+
+
+def _check_function(name: str, given: Any, hint: str) -> None:
+    if given is not None and not callable(given):
+        need = "a function of the output and the labels"
+        raise TrainingError(name, got=repr(given), need=need, hint=hint)
 
 
 def _classes(output: Any, labels: Tensor) -> bool:

@@ -16,7 +16,7 @@ from normswap.factories.heads import detector_classes
 from normswap.libraries import library
 from normswap.pictures import Scene
 from normswap.training.options import FineTune
-from normswap.training.tasks.base import Metrics, Step, Task
+from normswap.training.tasks.base import Metrics, Step, Task, refuse_loss_by_name
 from normswap.training.tasks.scenes import box_scene
 
 _SAID = ("boxes", "labels", "scores")
@@ -50,6 +50,7 @@ class Detection(Task):
         self.classes: range | None = None
         self.summary: dict[str, float] = {}
         self.by_class: dict[int, float] = {}
+        refuse_loss_by_name(self.options, "for detection")
         for name, why in (
             ("mixup", "boxes cannot be mixed so"),
             ("cutmix", "boxes cannot be mixed so"),

@@ -14,7 +14,7 @@ from normswap.data.segmentation import IGNORED
 from normswap.errors import DataError, TrainingError
 from normswap.pictures import Scene
 from normswap.training.options import FineTune
-from normswap.training.tasks.base import Metrics, Step, Task, logits_in
+from normswap.training.tasks.base import Metrics, Step, Task, logits_in, refuse_loss_by_name
 from normswap.training.tasks.distillation import with_teacher
 from normswap.training.tasks.scenes import mask_scene
 
@@ -47,6 +47,7 @@ class Segmentation(Task):
         self.classes = 0  # known after the first forward
         self.by_class: tuple[float, ...] = ()
         self.counts: Tensor | None = None
+        refuse_loss_by_name(options, "for segmentation")
         for name in ("mixup", "cutmix"):
             if getattr(options, name):
                 raise TrainingError(
