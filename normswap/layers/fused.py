@@ -6,13 +6,12 @@ timm's ``BatchNormAct2d`` is three layers in one module, ``act(drop(norm(x)))``,
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from normswap.errors import LayerError
-from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in, renamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,15 +58,7 @@ class Fused(nn.Module):
         if cls.__bases__[0] is Fused:
             norm: Any = cls.__bases__[1]
             fused_classes[norm] = cls
-            cls._unfused_forward = _renamed(
-                norm.forward, "_unfused_forward"
-            )  # TorchScript has no super()
-
-
-def _renamed(function: Any, name: str) -> Any:
-    """The same function under another name, which TorchScript goes by."""
-    code, names = function.__code__, function.__globals__
-    return FunctionType(code, names, name, function.__defaults__, function.__closure__)
+            cls._unfused_forward = renamed(norm.forward, "_unfused_forward")
 
 
 class GroupNormAct(Fused, nn.GroupNorm):

@@ -8,6 +8,7 @@ these are as well. TorchScript reads the source instead: there a layer has its e
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,3 +27,11 @@ def as_one_node(layer: nn.Module, x: Any) -> Tensor:
     """The call of ``layer`` with the stand-in ``x``, as one node of the graph."""
     node: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
     return node  # type: ignore[no-any-return]
+
+
+def renamed(function: Any, name: str) -> Any:
+    """The same function under another name, by which TorchScript can call it: it has no super()."""
+    code, names = function.__code__, function.__globals__
+    found = FunctionType(code, names, name, function.__defaults__, function.__closure__)
+    found.__annotations__ = dict(function.__annotations__)
+    return found

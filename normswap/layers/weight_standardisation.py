@@ -11,24 +11,34 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normswap.layers.batch_statistics import statistics_dtype
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in, renamed
 
 EPS = 1e-6
 """Added to the variance of a filter."""
 
 
-def standardised_weight(weight: Tensor) -> Tensor:
+def standardised_weight(weight: Tensor, eps: float = EPS) -> Tensor:
     """``(w − mean(w))/√(var(w) + ε)`` over each output channel's filter, in float32 at least."""
     rows = weight.to(statistics_dtype(weight.dtype)).flatten(1)
     variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
-    whole: Tensor = ((rows - mean) * torch.rsqrt(variance + EPS)).reshape(weight.shape)
+    whole: Tensor = ((rows - mean) * torch.rsqrt(variance + eps)).reshape(weight.shape)
     return whole.to(weight.dtype)
 
 
 class WeightStandardisedConv1d(nn.Conv1d):
     """``nn.Conv1d`` with standardised filters; see :class:`WeightStandardisedConv2d`."""
 
+    _plain_forward = renamed(nn.Conv1d._conv_forward, "_plain_forward")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
+        """Convolve with the standardised weight."""
+        if not is_scripting():  # noqa: SIM102 - what is in it is no TorchScript
+            if is_stand_in(input):
+                return as_one_node(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = super()._conv_forward(x, standardised_weight(weight), bias)
+        y: Tensor = self._plain_forward(x, standardised_weight(weight), bias)
         return y
 
 
@@ -48,16 +58,34 @@ class WeightStandardisedConv2d(nn.Conv2d):
         Standardization, arXiv 1903.10520, equations 6-8.
     """
 
+    _plain_forward = renamed(nn.Conv2d._conv_forward, "_plain_forward")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
+        """Convolve with the standardised weight."""
+        if not is_scripting():  # noqa: SIM102 - what is in it is no TorchScript
+            if is_stand_in(input):
+                return as_one_node(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = super()._conv_forward(x, standardised_weight(weight), bias)
+        y: Tensor = self._plain_forward(x, standardised_weight(weight), bias)
         return y
 
 
 class WeightStandardisedConv3d(nn.Conv3d):
     """``nn.Conv3d`` with standardised filters; see :class:`WeightStandardisedConv2d`."""
 
+    _plain_forward = renamed(nn.Conv3d._conv_forward, "_plain_forward")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
+        """Convolve with the standardised weight."""
+        if not is_scripting():  # noqa: SIM102 - what is in it is no TorchScript
+            if is_stand_in(input):
+                return as_one_node(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = super()._conv_forward(x, standardised_weight(weight), bias)
+        y: Tensor = self._plain_forward(x, standardised_weight(weight), bias)
         return y
 
 
