@@ -16,8 +16,10 @@ import normswap
 import normswap.passage
 from normswap import FineTune, Passage, finetune
 from normswap.errors import NormSwapError, TrainingError
+from normswap.recipes import RECIPES
+from normswap.targets import TARGETS
 
-PER_SAMPLE = ("gn", "ln", "in", "frn", "evonorm")
+PER_SAMPLE = [t for t in TARGETS if RECIPES[t].per_sample and not RECIPES[t].wired]
 
 
 def seasoned(model):

@@ -103,6 +103,20 @@ def test_it_goes_every_way_that_the_others_go(toy, tmp_path):
     assert normswap.export_onnx(model, tmp_path / "m.onnx", example_inputs=x).passed
 
 
+def test_a_per_sample_recipe_that_foretells_nothing_is_not_called_exact(toy):
+    class Silent(toy):
+        target: ClassVar[str] = "silent"
+        drift = base.Recipe.drift
+
+    try:
+        model = net()
+        normswap.convert(model, "silent", example_inputs=torch.randn(2, 3, 12, 12))
+        assert recipe_of(model[1]).target == "silent"
+        assert predicted_drift(model[1], net()[1]) is None
+    finally:
+        del RECIPES["silent"]
+
+
 def test_what_the_recipes_say_of_themselves_agrees_with_what_they_build():
     x = torch.randn(2, 3, 12, 12)
     body = nn.Sequential(nn.Conv2d(3, 8, 3), randomise(nn.BatchNorm2d(8)), nn.ReLU()).eval()
@@ -119,6 +133,14 @@ def test_what_the_recipes_say_of_themselves_agrees_with_what_they_build():
         if not recipe.per_sample:  # eval mode is the BatchNorm that was replaced
             assert torch.equal(model(x), body(x))
             assert recipe_of(made).drift(state_of(body[1])) == 0
+        else:
+            inner = torch.randn(2, 8, 5, 5)
+            standard = recipe_of(made).standardise(made, inner)
+            assert standard is not None, f"{name} needs a standardise of its own"
+            affine = standard * made.weight.view(8, 1, 1) + made.bias.view(8, 1, 1)
+            floor = getattr(made, "tau", torch.full((8,), -torch.inf)).view(8, 1, 1)
+            torch.testing.assert_close(torch.maximum(affine, floor), made(inner))
+            assert recipe_of(made).drift(state_of(body[1])) != 0, f"{name} is not exact"
         for _ in range(2):
             model.train()(x)
         model.eval()

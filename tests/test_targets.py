@@ -35,6 +35,7 @@ def test_what_a_recipe_prints_is_read_again(name):
 def test_every_setting_of_every_target_can_be_written():
     other = {
         "gn": "groups=2, max_groups=4, eps=0.001",
+        "gn-ws": "groups=2, max_groups=4, eps=0.001",
         "ln": "eps=0.5",
         "in": "eps=0.5",
         "frn": "eps=1e-3, tlu=False, learnable_eps=True, eps_share=0.25",

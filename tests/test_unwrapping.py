@@ -13,6 +13,8 @@ import normswap
 from normswap import layers, standalone
 from normswap.cli.app import app
 from normswap.errors import ArtifactError
+from normswap.recipes import RECIPES
+from normswap.targets import TARGETS
 
 CASES = [
     ("timm/test_resnet", "gn"),
@@ -28,6 +30,8 @@ CASES = [
     ("timm/test_resnet", "frozen"),
     ("timm/test_resnet", "in"),
 ]
+_HERE = {target for _, target in CASES}
+CASES += [("timm/test_resnet", t) for t in TARGETS if RECIPES[t].per_sample and t not in _HERE]
 
 WITHOUT = """
 import runpy, sys, torch

@@ -146,10 +146,13 @@ class Recipe(ABC):
     def drift(self, state: BatchNormState) -> float | None:
         """Relative output error to expect of a matched layer; None if it cannot be known."""
         del state
-        return 0.0
+        return None if self.per_sample else 0.0
 
     def standardise(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """What ``layer`` multiplies by γ and adds β to; None if it needs statistics it lacks."""
+        """What ``layer`` multiplies by γ and adds β to; None if it needs statistics it lacks.
+
+        A ``per_sample`` recipe says it itself: calibration and passage ask for it.
+        """
         state = state_of(layer)
         if state.mean is None:
             return None
