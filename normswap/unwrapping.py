@@ -154,7 +154,7 @@ def _note(found: _Found, name: str, old: nn.Module, new: nn.Module) -> None:
         found.layers[name] = "nn.Identity()"
     elif isinstance(new, type(old)) and edited_methods(type(new)):
         found.blocks[name] = type(new)
-    elif not is_batchnorm(old):
+    elif recipe is not None or not is_batchnorm(old):
         raise ArtifactError(
             name or "the model",
             got=f"a {type(new).__name__} in the place of a {type(old).__name__}",

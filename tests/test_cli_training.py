@@ -74,7 +74,7 @@ def test_finetune_writes_an_artefact_and_resumes(model, digits, tmp_path):
 def test_the_loss_is_chosen_by_name(model, digits, tmp_path):
     arguments = ("finetune", model, "--data", digits, *FAST, "-o", tmp_path / "tuned")
     run(*arguments, "--loss", "bce")
-    written = normswap.training.read_checkpoint(tmp_path / "tuned" / "last.pt")
+    written = normswap.training.read_checkpoint(str(tmp_path / "tuned" / "last.pt"))
     assert written["options"]["loss"] == "bce"
     assert "loss='cross-entropy' (was 'bce')" in run(*arguments, "--resume", code=1).stderr
     refused = run(*arguments, "--loss", "focal", code=2).stderr

@@ -102,6 +102,16 @@ def test_a_file_that_gives_something_else_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_per_sample_layer_without_a_plain_form_is_named(tmp_path, monkeypatch):
+    model, x = converted("timm/test_resnet", "gn")
+    from normswap.recipes import GroupNorm
+
+    monkeypatch.setattr(GroupNorm, "standalone", lambda _recipe, _layer: None)
+    with pytest.raises(ArtifactError, match=r"got a GroupNorm\w* in the place of a BatchNorm"):
+        normswap.unwrap(model, tmp_path / "plain", example_inputs=x)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_of_unknown_source_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="source is not known"):
         normswap.unwrap(nn.Sequential(nn.BatchNorm2d(3)), tmp_path / "plain")

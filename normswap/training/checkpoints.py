@@ -24,7 +24,7 @@ RUN_FILES = (LAST, BEST, METRICS, CURVE, EVENTS, *OWN_FILES)
 """What a run and its artefact leave in their folder."""
 
 
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def write_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write a checkpoint under its name only when all of it is on the disk.
 
     Args:
@@ -35,6 +35,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         TrainingError: it cannot be written, for example because the disk is full. The earlier
             checkpoint under that name is untouched then.
     """
+    path = Path(path)
     sealed = {**state, "sha256": content_digest(state)}
     try:
         write_whole(path, lambda part: save_checkpoint(sealed, part))
@@ -48,12 +49,13 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint without unpickling code.
 
     Raises:
         TrainingError: the file is damaged, has been changed or is no checkpoint of a fine-tune.
     """
+    path = Path(path)
     with reading_checkpoint(path):
         place = current(path.parent, path.name)
         check_archive(place)
