@@ -54,6 +54,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 _OF_ONE_CALL = (
     "seed", "device", "workers", "checkpoint_every", "check_data", "log_every", "tensorboard",
+    "track",
 )  # fmt: skip
 """Options that a sweep may be gone on with otherwise."""
 
@@ -187,6 +188,30 @@ class Sweep:
             failures=tuple(cell.failure for cell in chosen if cell.failure is not None),
         )
 
+    @property
+    def recommendation(self) -> str | None:
+        """Which target to take at the smallest batch size, and why; None if none could be trained.
+
+        The most accurate one. Those that are within half a point of it, or within its deviation
+        over the seeds, are as good; of them the one that costs least where it runs is taken.
+        """
+        size = self.batch_sizes[0]
+        points = [self.point(target, size) for target in self.targets]
+        scores = {p.target: p.mean for p in points if p.mean is not None}
+        if not scores:
+            return None
+        best = max(scores, key=lambda target: scores[target])
+        room = max(_AS_GOOD, self.point(best, size).deviation)
+        good = [name for name, score in scores.items() if score >= scores[best] - room]
+        chosen = min(good, key=_cost)
+        text = f"at batch {size}: {chosen}, {100 * scores[chosen]:.1f} %"
+        if len(scores) == 1:
+            return text
+        if chosen == best:
+            return f"{text}, the most accurate of {len(scores)}"
+        reason = _WHY[_cost(chosen)]
+        return f"{text}, as good as {best} ({100 * scores[best]:.1f} %), and {reason}"
+
     def rows(self) -> list[list[str]]:
         """The table: a heading, then one row per target with mean ± deviation in percent."""
         heading = ["target", *(str(size) for size in self.batch_sizes)]
@@ -210,8 +235,24 @@ class Sweep:
         return {
             "settings": self.settings,
             "points": points,
+            "recommendation": self.recommendation,
             "cells": [asdict(cell) for cell in self.cells],
         }
+
+
+_AS_GOOD = 0.005
+_WHY = (
+    "nothing has to be converted",
+    "nothing depends on the batch, and it runs as fast as BatchNorm",
+    "it runs as fast as BatchNorm",
+    "nothing depends on the batch",
+    "it does as well",
+)
+_COSTS = {"bn": 0, "frozen": 1, "brn": 2, "cbn": 2, "gn": 3, "ln": 3, "frn": 3}
+
+
+def _cost(target: str) -> int:
+    return _COSTS.get(target.partition("(")[0], len(_WHY) - 1)
 
 
 def _entry(point: Point) -> str:

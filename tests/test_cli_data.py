@@ -233,3 +233,50 @@ def test_what_the_model_wants_of_its_input_can_be_changed_and_is_remembered(divi
     assert (found.interpolation, found.crop_pct) == ("bilinear", 1.0)
     result = tune("--data", divided, "--mean", "0.5", "-o", tmp_path / "o", code=2)
     assert "need 3, one for each channel" in result.stderr
+
+
+@pytest.mark.parametrize("words", [("32", "48"), ("32x48",)])
+def test_height_and_width_may_differ(words, divided, tmp_path):
+    tuned = tmp_path / "tuned"
+    spec = (SPEC, "--no-pretrained", "--num-classes", "2")
+    short = ("--epochs", "1", "--batch-size", "4", "--teacher", "none", "-o", tuned)
+    run("finetune", *spec, "--data", divided, "--image-size", *words, *short)
+    kept = json.loads((tuned / "normswap.json").read_text())["preprocessing"]
+    assert kept["input_size"] == [3, 32, 48]
+    run("evaluate", "--image-size", *words, tuned, "--data", divided)
+
+
+@pytest.mark.parametrize("words", ["0", "32x", "axb", "1x2x3", "-4"])
+def test_a_size_is_one_or_two_numbers(words, divided, tmp_path):
+    result = tune("--data", divided, "-o", tmp_path / "out", f"--image-size={words}", code=2)
+    assert "need one edge, or height and width: 224 320" in result.output
+
+
+def test_workers_and_batch_size_say_what_auto_means(divided, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    result = tune("--data", divided, "-o", tmp_path / "out", "--workers", "auto")
+    assert "--workers auto: 2 for 6 cores and 2 processes" in result.output
+    for option, need in (
+        ("--workers", "from 0 on, or auto"),
+        ("--batch-size", "from 1 on, or auto"),
+    ):
+        result = tune("--data", divided, "-o", tmp_path / "more", option, "some", code=2)
+        assert f"got 'some'; need a number {need}" in result.output
+    result = tune(
+        "--data",
+        divided,
+        "-o",
+        tmp_path / "more",
+        "--batch-size",
+        "auto",
+        "--device",
+        "cpu",
+        code=2,
+    )
+    assert "got the CPU; need one GPU" in " ".join(result.output.split())
+
+
+def test_a_tracker_that_is_not_installed_is_named(divided, tmp_path):
+    result = tune("--data", divided, "-o", tmp_path / "out", "--track", "nobody", code=1)
+    assert "'nobody', which is no tracker; need one of" in result.output

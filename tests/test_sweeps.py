@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -278,3 +279,38 @@ def test_options_that_one_batch_size_refuses_fail_that_cell_alone():
 def test_the_validation_data_must_not_choose_a_cell():
     with pytest.raises(TrainingError, match="must not choose"):
         small(options=FineTune(keep="best"))
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ({"bn": 0.6, "gn": 0.9, "brn": 0.8}, r"at batch 2: gn, 90.0 %, the most accurate of 3"),
+        (
+            {"bn": 0.6, "gn": 0.9, "brn": 0.896},
+            r"brn, 89.6 %, as good as gn \(90.0 %\), and it runs",
+        ),
+        (
+            {"bn": 0.9, "gn": 0.904},
+            r"bn, 90.0 %, as good as gn .*, and nothing has to be converted",
+        ),
+        ({"cbn": 0.7, "frozen": 0.7, "frn": 0.7}, r"frozen, 70.0 %"),
+        ({"gn": 0.7, "mine": 0.7}, r"gn, 70.0 %"),
+        ({"gn": 0.7, "brn": None}, r"gn, 70.0 %$"),
+        ({"gn(groups=4)": 0.7, "frn": 0.6}, r"gn\(groups=4\), 70.0 %, the most"),
+    ],
+)
+def test_it_recommends_the_most_accurate_or_the_cheapest_that_is_as_good(scores, said):
+    cells = [Cell(name, size, 0, 0.1, top1=top1) for name, top1 in scores.items() for size in (2,)]
+    cells += [Cell(name, 8, 0, 0.1, top1=0.99) for name in scores]
+    assert re.search(said, Sweep(tuple(cells), {}).recommendation)
+
+
+def test_seeds_that_differ_widen_what_is_as_good():
+    scores = {"gn": (0.8, 1.0), "bn": (0.79, 0.81)}
+    cells = [
+        Cell(name, 2, seed, 0.1, top1=top1)
+        for name, pair in scores.items()
+        for seed, top1 in enumerate(pair)
+    ]
+    assert "bn, 80.0 %, as good as gn (90.0 %)" in Sweep(tuple(cells), {}).recommendation
+    assert Sweep((Cell("gn", 2, 0, 0.1, failure="no"),), {}).recommendation is None

@@ -31,6 +31,7 @@ from normswap.training.identity import data_identity
 
 KILLS = int(os.environ.get("NORMSWAP_KILLS", "1"))  # 20 shows more and takes minutes
 NORMS = ("gn", "frn", "brn", "cbn")
+PASSAGES = ("gn passage", "frn passage")  # over 13 of 18 updates
 QUIET = {"tensorboard": False}
 
 
@@ -65,7 +66,7 @@ def unbroken(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("norm", ["bn", *NORMS])
+@pytest.mark.parametrize("norm", ["bn", *NORMS, *PASSAGES])
 @pytest.mark.parametrize("step", [4, 7])
 def test_resumed_run_is_bit_equal_to_the_unbroken_one(norm, step, unbroken, tmp_path):
     expected, history, _ = unbroken(norm)
@@ -84,7 +85,7 @@ def lines(path):
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [*NORMS, *PASSAGES])
 def test_killed_runs_end_with_the_weights_of_the_unbroken_one(norm, unbroken, tmp_path):
     expected = unbroken(norm)[0]
     processes = multiprocessing.get_context("forkserver")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import Dataset
 
+import normswap
 from normswap import layers
 from normswap.cli.app import app
 from normswap.sweeps import sweep
@@ -110,14 +112,25 @@ HARD = FineTune(
 )
 
 
+def crossing(target):
+    """A BatchNorm network that knows its data, converted, for a passage."""
+    images, _ = samples()
+    net = Net("bn", dropout=0.2)
+    with torch.no_grad():
+        for _ in range(20):
+            net(images)
+    return normswap.convert(net.eval(), target, example_inputs=images[:2]).model
+
+
 def hard_run(norm, out, resume=True, progress=None):
-    """A run in which everything that has a state is at work."""
-    model = Net(norm, dropout=0.2)
+    """A run in which everything that has a state is at work; ``"gn passage"``: that too."""
+    target, _, way = norm.partition(" ")
+    model = crossing(target) if way else Net(norm, dropout=0.2)
     history = finetune(
         model,
         Augmented(23),
         samples(9, seed=1),
-        HARD,
+        replace(HARD, passage=0.7 if way else None),
         out=out,
         resume=resume,
         progress=progress,

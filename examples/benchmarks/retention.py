@@ -55,7 +55,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     return pictures[chosen], labels[chosen]
 
 
-def _texture(count: int, draw: torch.Generator) -> Tensor:
+def texture(count: int, draw: torch.Generator) -> Tensor:
     """Smooth noise at three random scales plus one wave: (count, 3, SIZE, SIZE), about N(0, 1)."""
     total = torch.zeros(count, 3, SIZE, SIZE)
     for cells in (3, 8, 24):
@@ -99,7 +99,7 @@ def render(split: str, count: int, seed: int, *, plain: float = 0.0) -> tuple[Te
     direction = torch.where(
         (direction * (0.5 - ground)).sum(1, keepdim=True) < 0, -direction, direction
     )
-    image = ground + strength * _texture(count, draw)
+    image = ground + strength * texture(count, draw)
     image = image * (1 - ink) + (ground + contrast * direction) * ink
     image = (1 - plain) * image.clamp(0, 1) + plain * ink
     return (image - 0.5) / 0.25, labels[chosen]

@@ -20,6 +20,7 @@ from normswap.cli.options import (
     json_option,
     model_options,
     timeout_option,
+    workers_option,
 )
 from normswap.cli.tasks import chosen_task, task_option
 from normswap.errors import DataError
@@ -50,9 +51,7 @@ _logger = logging.getLogger("normswap")
     show_default=True,
     help="Images in one forward.",
 )
-@click.option(
-    "--workers", type=click.IntRange(min=0), default=0, help="Processes that read images."
-)
+@workers_option
 @click.option(
     "--val-split",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

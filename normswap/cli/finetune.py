@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,7 +20,7 @@ from normswap.cli.options import (
     model_options,
 )
 from normswap.cli.tasks import metric_name, percent
-from normswap.cli.training import RunChoice, run_options
+from normswap.cli.training import Images, RunChoice, run_options
 from normswap.errors import NormSwapError
 from normswap.files import contents, next_folder, put_in_place, remove
 
@@ -33,12 +33,27 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("normswap")
 
 
+def _batch_size(
+    _ctx: click.Context, _parameter: click.Parameter, value: str
+) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if not value.isdecimal() or int(value) == 0:
+        raise click.BadParameter(f"got {value!r}; need a number from 1 on, or auto.")
+    return int(value)
+
+
 @cli_command("finetune")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to write."
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=2, show_default=True, help="Per process."
+    "--batch-size",
+    metavar="N|auto",
+    default="2",
+    show_default=True,
+    callback=_batch_size,
+    help="Per process; auto: the largest power of two that a GPU has memory for.",
 )
 @run_options
 @click.option(
@@ -75,7 +90,7 @@ def command(
     chosen: ModelChoice,
     run: RunChoice,
     output: Path,
-    batch_size: int,
+    batch_size: int | Literal["auto"],
     teacher: str,
     keep: str | None,
     early_stop: int | None,
@@ -104,13 +119,14 @@ def command(
     source = chosen.load()
     model = source.model
     images = run.open(source, chosen.image_size, chosen.seed)
+    device = check_device(chosen.device) if chosen.device else None
     options = run.options(
-        batch_size=batch_size,
+        batch_size=_fitting(run, model, images, device) if batch_size == "auto" else batch_size,
         seed=chosen.seed,
         keep=keep,
         early_stop=early_stop,
         checkpoint_every=checkpoint_every,
-        device=check_device(chosen.device) if chosen.device else None,
+        device=device,
         teacher=None
         if images.task == "detection"
         else _teacher(teacher, source, chosen.trust, new_head=images.new_head),
@@ -151,6 +167,34 @@ def _workplace(output: Path, *, first: bool, force: bool, resume: bool) -> Path:
     beside = next_folder(output)
     replaces = beside.is_dir() if resume else force and bool(contents(output))
     return beside if replaces else output
+
+
+def _fitting(run: RunChoice, model: nn.Module, images: Images, device: str | None) -> int:
+    """What ``--batch-size auto`` means on the device that will train.
+
+    Raises:
+        UsageError: that is the CPU, whose memory says nothing, there are several processes, or a
+            detector, which cannot be tried without boxes.
+    """
+    import torch
+
+    from normswap.training.batch_size import MOST, largest_batch_size
+
+    found = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
+    reasons = {
+        "the CPU": found.type == "cpu",
+        "several processes": os.environ.get("WORLD_SIZE", "1") != "1",
+        "a detector": images.task == "detection",
+    }
+    for where in (name for name, given in reasons.items() if given):
+        raise click.UsageError(
+            f"--batch-size auto: got {where}; need one GPU, whose memory it measures, and a "
+            "classifier or a segmenter. Give a number, like --batch-size 2."
+        )
+    sample, most = images.train[0][0], min(MOST, len(images.train))
+    size = largest_batch_size(model.to(found), sample, run.options(device=device), most=most)
+    _logger.info("--batch-size auto: %d", size)
+    return size
 
 
 def _teacher(

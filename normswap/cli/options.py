@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Command(click.Command):
     """A command whose results alone reach stdout, whatever the libraries below it print."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """``--image-size H W`` beside ``--image-size EDGE``: two numbers become one value."""
+        return super().parse_args(ctx, _joined_sizes(args))
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the callback; third parties' chatter is shown with ``--debug`` only."""
         _say_at_once(self.name)
@@ -46,6 +51,44 @@ def _say_at_once(command: str | None) -> None:
     if command != "verify" and "torch" not in sys.modules and sys.stderr.isatty():
         sys.stderr.write(f"normswap {command}: loading torch …\n")
         sys.stderr.flush()
+
+
+def _joined_sizes(words: list[str]) -> list[str]:
+    """One word where a height and a width stand behind ``--image-size``.
+
+    Example:
+        >>> _joined_sizes(["--image-size", "224", "320", "DIR"])
+        ['--image-size', '224x320', 'DIR']
+    """
+    if "--image-size" not in words:
+        return words
+    at = words.index("--image-size")
+    edges = words[at + 1 : at + 3]
+    if len(edges) == 2 and all(edge.isdecimal() for edge in edges):
+        words = [*words[: at + 1], "x".join(edges), *words[at + 3 :]]
+    return words
+
+
+class ImageSize(click.ParamType):  # type: ignore[type-arg]
+    """One edge, or a height and a width."""
+
+    name = "size"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How the help names it."""
+        del param, ctx
+        return "EDGE | H W"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | tuple[int, int]:
+        """``224``, ``224x320``, or what was converted already."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        edges = value.split("x")
+        if len(edges) > 2 or not all(edge.isdecimal() and int(edge) > 0 for edge in edges):
+            self.fail(f"got {value!r}; need one edge, or height and width: 224 320.", param, ctx)
+        return int(edges[0]) if len(edges) == 1 else (int(edges[0]), int(edges[1]))
 
 
 def _note_debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -80,6 +123,31 @@ timeout_option = click.option(
 )
 
 
+def _processes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> int:
+    """A number, or for ``auto`` what suits this machine, which is said."""
+    if value != "auto":
+        if not value.isdecimal():
+            raise click.BadParameter(f"got {value!r}; need a number from 0 on, or auto.")
+        return int(value)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # one core for the training itself; beyond eight they only wait for it
+    found = min(8, max(0, (cores or 1) // beside - 1))
+    text = f"--workers auto: {found} for {cores or 1} cores and {beside} processes"
+    click.echo(text, err=True)  # the log opens later
+    return found
+
+
+workers_option = click.option(
+    "--workers",
+    metavar="N|auto",
+    default="0",
+    show_default=True,
+    callback=_processes,
+    help="Processes that read images; auto: as many as there are cores to spare, at most 8.",
+)
+
+
 def cli_command(
     name: str, *, epilog: str | None = None
 ) -> Callable[[Callable[..., None]], click.Command]:
@@ -106,7 +174,7 @@ class ModelChoice:
     num_classes: int | None
     device: str | None
     seed: int
-    image_size: int | None
+    image_size: int | tuple[int, int] | None
     in_chans: int | None = None
     checkpoint_prefix: str | None = None
     ignore_head: bool = False
@@ -126,7 +194,8 @@ class ModelChoice:
         for option in _WITH_VALUE:
             value = getattr(self, option)
             if value is not None:
-                yield from (f"--{option.replace('_', '-')}", str(value))
+                parts = value if isinstance(value, tuple) else (value,)
+                yield from (f"--{option.replace('_', '-')}", *map(str, parts))
         for text in self.batchnorms:
             yield from ("--batchnorm", text)
         for spec in self.trust:
@@ -224,7 +293,7 @@ _MODEL_OPTIONS = (
         "--device", help="cpu, cuda, cuda:1, mps … [default: cpu; to train, what there is]"
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="For all random numbers."),
-    click.option("--image-size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
+    click.option("--image-size", type=ImageSize(), help="Of the input, in pixels."),
     click.option(
         "--checkpoint-prefix",
         metavar="PREFIX",
@@ -392,8 +461,6 @@ def check_parent(path: Path) -> None:
     Raises:
         NormSwapError: the nearest existing folder is none or may not be written to.
     """
-    import os
-
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise NormSwapError(str(parent), got="a file", need="a directory", hint="another -o")

@@ -123,6 +123,8 @@ def command(
         say(f"{cell.name} failed: {cell.failure}")
     if len(failed) == len(found.cells):
         click.get_current_context().exit(1)
+    if found.recommendation is not None:
+        say(f"recommended {found.recommendation}")
     say(f"the picture is {output / PICTURE}")
     best = max(found.targets, key=lambda target: found.point(target, batch_sizes[0]).mean or 0.0)
     say(f"best at batch {batch_sizes[0]}: {best}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normswap.cli.images import ImageChoice, image_options
-from normswap.cli.options import Function
+from normswap.cli.options import Function, workers_option
 from normswap.cli.tasks import chosen_task, task_option
 from normswap.losses import LOSSES
 
@@ -49,7 +49,7 @@ class RunChoice:
             on_broken=on_broken, check_data=self.images.check_data, **self.recipe, **more
         )
 
-    def open(self, source: Source, image_size: int | None, seed: int) -> Images:
+    def open(self, source: Source, image_size: int | tuple[int, int] | None, seed: int) -> Images:
         """Training and validation images; the model's head is made to fit their classes."""
         from normswap.provenance import remember
         from normswap.sources import fit_head
@@ -134,7 +134,14 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--channels-last", is_flag=True, help="Memory format while training."),
     click.option("--norms-only", is_flag=True, help="Train the normalisers only."),
-    click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for images."),
+    workers_option,
+    click.option(
+        "--track",
+        multiple=True,
+        metavar="NAME",
+        help="Report to a tracker that accelerate knows: tensorboard, wandb, mlflow, … May be"
+        " repeated.",
+    ),
 )
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def borrowed_accelerator(options: FineTune) -> Iterator[Any]:
-    """An ``accelerate.Accelerator`` for one run.
+def borrowed_accelerator(options: FineTune, folder: Path | None = None) -> Iterator[Any]:
+    """An ``accelerate.Accelerator`` for one run, with the trackers that it asks for.
 
     Accelerate keeps its settings once per process. What was set before, the caller's own
     accelerator included, comes back afterwards.
@@ -41,14 +42,47 @@ def borrowed_accelerator(options: FineTune) -> Iterator[Any]:
     try:
         on_cpu = _wants_cpu(options.device)
         _check_precision(options, on_cpu)
+        check_trackers(options.track)
         with _gpu(options.device):
-            yield Accelerator(cpu=on_cpu, mixed_precision=_precision(options))
+            accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision=_precision(options),
+                log_with=list(options.track) or None,
+                project_dir=folder,
+            )
+            yield accelerator
+            for tracker in accelerator.trackers:  # end_training() would end the process group too
+                tracker.finish()
     finally:
         for item, state in before:
             if not state and item is PartialState and _several(item):
                 continue  # the process group that this run has opened outlives it
             item._shared_state.clear()
             item._shared_state.update(state)
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that accelerate would leave out without a word.
+
+    Raises:
+        TrainingError: one that it does not know, or that is not installed.
+    """
+    from accelerate import tracking
+
+    ready = [str(item.value) for item in tracking.get_available_trackers()]
+    for name in names:
+        if name in ready:
+            continue
+        known = sorted(str(item) for item in tracking.LOGGER_TYPE_TO_CLASS)
+        there = name in known
+        raise TrainingError(
+            "FineTune.track",
+            got=f"{name!r}, which is {'not installed' if there else 'no tracker'}",
+            need="one of " + ", ".join(ready if there and ready else known),
+            hint=f"installing {name} (pip install {name.replace('_', '-')})"
+            if there
+            else "one of those, or leaving it out",
+        )
 
 
 def _several(state: Any) -> bool:
@@ -269,11 +303,17 @@ def explained(batch_size: int, device: torch.device) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError, ValueError) as error:
         text = str(error).lower()
-        if isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             raise _out_of_memory(batch_size, device) from error
         if _ONE_VALUE in text:
             raise _one_value(batch_size, str(error)) from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error of torch's says."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY)
 
 
 def _out_of_memory(batch_size: int, device: torch.device) -> TrainingError:

@@ -166,7 +166,7 @@ def finetune(
         raise TrainingError("out", got=f"{folder}, a file", need="a folder", hint="another name")
     with contextlib.ExitStack() as stack:
         stack.enter_context(rng_kept())
-        accelerator = stack.enter_context(borrowed_accelerator(options))
+        accelerator = stack.enter_context(borrowed_accelerator(options, folder))
         if folder is not None and accelerator.is_main_process:
             stack.enter_context(sole_writer(folder))
         found = earlier_run(folder, resume, options)
@@ -718,12 +718,19 @@ class Run:
         return self.job.folder is not None and bool(self.accelerator.is_main_process)
 
     def _open_records(self) -> None:
-        if self._writes() and self.job.folder is not None:
-            self.job.folder.mkdir(parents=True, exist_ok=True)
-            remove_parts(self.job.folder)
-            self.recorder = Recorder(
-                self.job.folder, step=self.place.step, tensorboard=self.options.tensorboard
-            )
+        options, folder = self.options, self.job.folder if self._writes() else None
+        if options.track:
+            facts = {k: v for k, v in options.to_json().items() if _simple(v)}
+            self.accelerator.init_trackers("normswap", config=facts)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_parts(folder)
+        self.recorder = Recorder(
+            folder,
+            step=self.place.step,
+            tensorboard=options.tensorboard and "tensorboard" not in options.track,
+            also=self.accelerator.log if options.track else None,
+        )
 
     def close(self) -> None:
         """Close what is open, whatever has happened."""
@@ -909,6 +916,11 @@ class Run:
                 need="the same one in all of them",
                 hint="a folder that all machines see",
             )
+
+
+def _simple(value: Any) -> bool:
+    """Whether every tracker can take a value."""
+    return isinstance(value, (int, float, str, bool))
 
 
 def _numbers(loss: Tensor, right: Tensor | None) -> tuple[float, float | None]:

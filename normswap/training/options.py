@@ -22,6 +22,7 @@ _FREE_ON_RESUME = frozenset(
         "eval_batch_size",
         "log_every",
         "tensorboard",
+        "track",
         "workers",
     }
 )
@@ -87,6 +88,8 @@ class FineTune:
         check_data: read all of the data before the run, so that one that is resumed notices other
             contents too. Names, sizes and labels, and tensors in memory, are compared anyhow.
         tensorboard: write TensorBoard's event files into ``out`` when it is installed.
+        track: names of trackers that accelerate knows (``"tensorboard"``, ``"wandb"``,
+            ``"mlflow"`` …), which get every line of ``metrics.jsonl``; they must be installed.
 
     Example:
         >>> FineTune(batch_size=4, epochs=5).learning_rate_for(samples_per_update=4)
@@ -128,6 +131,7 @@ class FineTune:
     eval_batch_size: int = 32
     check_data: bool = False
     tensorboard: bool = True
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for item in fields(self):  # numpy's numbers would make the checkpoints unreadable
@@ -148,6 +152,10 @@ class FineTune:
             _require(name, value, fine, "a number > 0, or None")
         patient = self.early_stop is None or whole(self.early_stop, 1)
         _require("early_stop", self.early_stop, patient, "an integer ≥ 1, or None")
+        names = isinstance(self.track, (tuple, list))
+        fine = names and all(isinstance(name, str) for name in self.track)
+        _require("track", self.track, fine, "a tuple of names")
+        object.__setattr__(self, "track", tuple(self.track))
         self._check_shares()
         self._check_choices()
 

@@ -217,13 +217,21 @@ class Recorder:
     """Writes ``metrics.jsonl`` and TensorBoard's events below a folder.
 
     Args:
-        folder: where; None records nothing.
+        folder: where; None writes no files.
         step: lines beyond it come from a run that was killed after its last checkpoint, and go.
         tensorboard: write events too, where TensorBoard is installed.
+        also: gets the numbers of each line too, and its step.
     """
 
-    def __init__(self, folder: Path | None, *, step: int, tensorboard: bool) -> None:
-        self._file = None
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        step: int,
+        tensorboard: bool,
+        also: Callable[..., Any] | None = None,
+    ) -> None:
+        self._file, self._also = None, also
         self._board: Any = None
         if folder is None:
             return
@@ -236,15 +244,20 @@ class Recorder:
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append one line; ``values`` holds the ``step`` it belongs to."""
-        if self._file is None:
-            return
-        with room_for(self._file.name, TrainingError):
-            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-            self._file.flush()
+        if self._file is not None:
+            with room_for(self._file.name, TrainingError):
+                self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+                self._file.flush()
+        numbers = {
+            f"{kind}/{name}": value
+            for name, value in values.items()
+            if name != "step" and isinstance(value, (int, float))
+        }
         if self._board is not None:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, values["step"])
+        if self._also is not None:
+            self._also(numbers, step=values["step"])
 
     def close(self) -> None:
         """Close the files."""
