@@ -411,8 +411,7 @@ def _check_weights_stood_still(model: nn.Module) -> None:
                 got=f"a model whose calibration has moved {_some_of(entry.get('moved'))}",
                 need="the original's weights between its norms, where the passage begins",
                 hint="fine-tuning without a passage, which a calibrated start does not need, or "
-                "converting without calibration (in Python also with "
-                "calibrate(parameters='norms')) and with a passage",
+                "calibrating with --calibrate-moves norms (calibrate(parameters='norms'))",
             )
 
 

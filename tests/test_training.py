@@ -695,3 +695,20 @@ def test_tensorboard_events_are_written_where_it_is_installed(tmp_path):
     pytest.importorskip("tensorboard")
     train(tensorboard=True, out=tmp_path)
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("norm", "given", "factor"),
+    [
+        ("gn", {}, 1),
+        ("brn", {}, 1),
+        ("frn", {}, 3),
+        ("frn", {"optimizer": "lamb"}, 3),
+        ("frn", {"optimizer": "sgd"}, 1),
+        ("frn", {"learning_rate": 1e-4}, 1),
+    ],
+)
+def test_frn_is_trained_faster_unless_a_rate_or_sgd_is_asked_for(norm, given, factor):
+    options = FineTune(batch_size=4, epochs=1, **given)
+    history = finetune(Net(norm), samples(8), options=options)
+    assert history.learning_rate == pytest.approx(factor * options.learning_rate_for(4))

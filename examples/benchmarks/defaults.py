@@ -268,8 +268,8 @@ def cells() -> list[tuple[str, str, str]]:
 
 def run(only: list[str], out: Path) -> None:
     """Every cell that is not there yet."""
-    done = {(row["network"], row["target"], row["init"]) for row in read(out)}
     for wanted in cells():
+        done = {(row["network"], row["target"], row["init"]) for row in read(out)}
         if wanted in done or not all(word in wanted for word in only):
             continue
         facts = cell(*wanted)

@@ -63,29 +63,30 @@ def photographs(folder: Path, count: int, half: int, size: int, seed: int) -> Te
     """``count`` photographs of one half, mean and std 0.5."""
     cut_outs, walls = pictures(folder, half)
     draw = random.Random(seed + 10_000 * half)
-    made = [_photograph(cut_outs, walls, size, draw) for _ in range(count)]
+    made = [photograph(cut_outs, walls, size, draw) for _ in range(count)]
     return torch.stack([torch.from_numpy(m).permute(2, 0, 1).float() / 127.5 - 1 for m in made])
 
 
-def _photograph(
-    cut_outs: list[Path], walls: list[Path], size: int, draw: random.Random
+def photograph(
+    cut_outs: list[Path], walls: list[Path], size: int, draw: random.Random, thing: float = 0.75
 ) -> np.ndarray[Any, Any]:
+    """A cut-out, with probability ``thing``, on a plain colour or a crop of a wall."""
     wall = Image.open(draw.choice(walls)).convert("RGB")
     wall.thumbnail((1400, 1400))
     edge = draw.uniform(0.35, 1) * min(wall.size)
     x, y = draw.uniform(0, wall.width - edge), draw.uniform(0, wall.height - edge)
     box = (int(x), int(y), int(x + edge), int(y + edge))
     picture = wall.crop(box).resize((size, size), Image.Resampling.BICUBIC)
-    if draw.random() < 0.75:
-        thing = Image.open(draw.choice(cut_outs)).convert("RGBA")
-        scale = size * draw.uniform(0.55, 0.95) / max(thing.size)
-        width, height = (max(1, int(n * scale)) for n in thing.size)
-        thing = thing.resize((width, height), Image.Resampling.BICUBIC)
+    if draw.random() < thing:
+        shown = Image.open(draw.choice(cut_outs)).convert("RGBA")
+        scale = size * draw.uniform(0.55, 0.95) / max(shown.size)
+        width, height = (max(1, int(n * scale)) for n in shown.size)
+        shown = shown.resize((width, height), Image.Resampling.BICUBIC)
         if draw.random() < 0.5:
             colour = tuple(draw.randrange(180, 256) for _ in range(3))
             picture = Image.new("RGB", (size, size), colour)
         place = draw.randrange(size - width + 1), draw.randrange(size - height + 1)
-        picture.paste(thing, place, thing)
+        picture.paste(shown, place, shown)
     return np.array(picture)
 
 

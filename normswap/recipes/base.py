@@ -61,6 +61,8 @@ class Recipe(ABC):
         apart: what several processes do not share of its layer, in words.
         formerly: settings that a plan of version 0.1 does not have, as they were then.
         evidence: what a matched conversion kept of a real network, in words.
+        pace: how much larger a rate of fine-tuning its layers want by default than others do,
+            because their start is farther from their end.
     """
 
     target: ClassVar[str] = ""
@@ -72,6 +74,7 @@ class Recipe(ABC):
     apart: ClassVar[str | None] = None
     formerly: ClassVar[Mapping[str, Any]] = {}
     evidence: ClassVar[str | None] = None
+    pace: ClassVar[float] = 1.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

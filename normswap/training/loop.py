@@ -69,6 +69,7 @@ from normswap.training.parameters import (
     load_norm_state,
     norm_state,
     notes_on_norms,
+    pace_of,
     scale_schedules,
     start_training,
     training_mode,
@@ -362,7 +363,9 @@ class Run:
     @property
     def learning_rate(self) -> float:
         """At the top of the schedule."""
-        return self.options.learning_rate_for(self.images_per_update)
+        rate = self.options.learning_rate_for(self.images_per_update)
+        by_rule = self.options.learning_rate is None and self.options.adaptive
+        return rate * pace_of(self.model) if by_rule else rate
 
     def _looked_before(self) -> Record:
         """The BatchNorm original and the start on the validation data."""

@@ -40,7 +40,8 @@ class FineTune:
         batch_size: samples per process in one forward.
         epochs: passes over the training data.
         learning_rate: at the top of the schedule; None takes 0.002 · √(b/256) for Adam's relatives
-            and 0.1 · b/256 for others, where b counts the samples of one update over all processes.
+            (three times that where FRN is in the model) and 0.1 · b/256 for others, where b counts
+            the samples of one update over all processes.
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows.
         momentum: of optimizers that have one.
         weight_decay: never applied to norm parameters (γ, β, τ, ε) and biases.

@@ -204,6 +204,12 @@ def _scheduled(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe]]:
             yield name, module, recipe
 
 
+def pace_of(model: nn.Module) -> float:
+    """By how much the normalisation layers of a model want a larger learning rate than usual."""
+    found = (recipe_of(module) for module in model.modules())
+    return max((recipe.pace for recipe in found if recipe is not None), default=1.0)
+
+
 def check_norms(model: nn.Module, device: torch.device, world: int) -> None:
     """Refuse what cannot train here, before it starts.
 
