@@ -54,7 +54,8 @@ def net():
 OPTIONS = FineTune(batch_size=2, epochs=2, optimizer="adamw", learning_rate=1e-2)
 
 
-def test_a_run_learns_and_is_judged_by_mean_iou(tmp_path):
+def test_a_run_learns_and_is_judged_by_mean_iou(tmp_path, caplog):
+    caplog.set_level("INFO", "normswap")
     model = net()
     normswap.convert(model, "gn", example_inputs=torch.zeros(1, 3, 16, 16))
     before = evaluate(model, squares(seed=1), task="segmentation")
@@ -66,6 +67,9 @@ def test_a_run_learns_and_is_judged_by_mean_iou(tmp_path):
     kept = history.best if history.kept == "best" else history.epochs[-1]
     assert after.metric == pytest.approx(kept.val_metric, abs=1e-6)
     assert (tmp_path / "learning_curve.png").exists()
+    (line,) = [text for text in caplog.messages if text.startswith("the start on")]
+    assert "mean IoU 0." in line
+    assert "top-1" not in line
 
 
 def test_a_resumed_run_is_bit_equal(tmp_path):

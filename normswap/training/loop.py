@@ -379,7 +379,8 @@ class Run:
                 original = start if same else self._validate(self.model)
         for name, found in (("the BatchNorm original", original), ("the start", start)):
             if found is not None:
-                log.info("%s on the validation data: %s", name, found)
+                said = found.in_words(self.task.metric_name)
+                log.info("%s on the validation data: %s", name, said)
         return Record(original=original, start=start)
 
     def _make_passage(self) -> Passage | None:

@@ -55,11 +55,15 @@ class Metrics:
         return -self.loss if math.isnan(self.top1) else self.top1
 
     def __str__(self) -> str:
+        return self.in_words()
+
+    def in_words(self, metric: str = "metric") -> str:
+        """What is known, in a line; ``metric`` is what the metric is called."""
         found = {
             "top-1": f"{self.top1:.2%}",
             "top-5": f"{self.top5:.2%}",
             "loss": f"{self.loss:.4f}",
-            "metric": "nan" if self.metric is None else f"{self.metric:.4f}",
+            metric: "nan" if self.metric is None else f"{self.metric:.4f}",
         }
         parts = [f"{name} {text}" for name, text in found.items() if not text.startswith("nan")]
         return ", ".join([*parts, f"{self.images} images"])
