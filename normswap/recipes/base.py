@@ -164,7 +164,8 @@ class Recipe(ABC):
     def scaled(self, layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """``standardise`` times ``weight`` (C,), by one kernel where there is one for both."""
         standard = self.standardise(layer, x)
-        assert standard is not None
+        if standard is None:
+            raise NotImplementedError(f"{type(self).__name__}.standardise says nothing of {layer}")
         return standard * weight.view(-1, *[1] * (x.dim() - 2)).to(standard.dtype)
 
     def sharing(self, layer: nn.Module) -> int | None:
