@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 
@@ -25,7 +26,8 @@ def number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool
         (True, False, False, False)
     """
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and math.isfinite(value) and least <= value <= most
+    finite = plain and abs(value) <= sys.float_info.max  # a whole number may be beyond any float
+    return finite and least <= value <= most
 
 
 def above(value: Any, bound: float) -> bool:

@@ -17,6 +17,7 @@ from normswap.files import write_whole
 Values = Sequence[float | None]
 
 _FIRST, _OTHERS = "0.35", "tab:blue"
+_LONGEST = 60
 
 
 def drift(errors: Mapping[str, Values], names: Sequence[str], title: str, path: str | Path) -> Path:
@@ -119,6 +120,7 @@ def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path: str 
         labels: of both.
         path: ``.png``, ``.svg`` or ``.pdf``.
     """
+    labels = [_literal(label) for label in labels]
     shares = [[value / max(sum(row), 1) for value in row] for row in counts]
     edge = min(3.0 + 0.3 * len(labels), 20.0)
     figure = _figure(edge + 1, edge)
@@ -344,8 +346,10 @@ def _draw_mask(axes: Any, scene: Scene, colour_of: Callable[[int], Any]) -> None
         axes.legend(handles=handles[:12], fontsize=6, loc="lower right")
 
 
-def _literal(text: str) -> str:
-    return text.replace("$", r"\$")  # no formula
+def _literal(name: str) -> str:
+    """A name as it is, and no formula, which a broken one would end the drawing with."""
+    text = "".join(sign if sign.isprintable() else "?" for sign in name)
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…").replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Any:

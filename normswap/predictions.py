@@ -97,6 +97,13 @@ def _said(
     if fixed is not None and len(batch) < batch_size:  # an ONNX file with a batch of one size
         batch = torch.cat([batch, batch[:1].expand(batch_size - len(batch), *batch.shape[1:])])
     scores = class_scores(model(batch.to(where)))[: len(read)].float().softmax(1).cpu()
+    if class_names is not None and len(class_names) != scores.shape[1]:
+        raise DataError(
+            "class names",
+            got=f"{len(class_names)} for a model of {scores.shape[1]} outputs",
+            need="one for each output",
+            hint="the model as it was saved",
+        )
     best = scores.topk(min(top, scores.shape[1]), dim=1)
     for (path, _), numbers, shares in zip(
         read, best.indices.tolist(), best.values.tolist(), strict=True

@@ -82,6 +82,8 @@ def what_is_wrong(problem: Exception) -> str:
     for kind, text in words.items():
         if isinstance(problem, kind):
             return text
+    if isinstance(problem, UnicodeEncodeError):
+        return "text that is no Unicode"
     if isinstance(problem, UnicodeDecodeError):
         return f"bytes that are no UTF-8 text (at byte {problem.start})"
     if isinstance(problem, json.JSONDecodeError):

@@ -44,6 +44,7 @@ __all__ = [
     "build",
     "canonical",
     "count_batchnorms",
+    "is_spec",
     "list_models",
     "load_checkpoint",
     "original",
@@ -60,6 +61,11 @@ _FAMILIES = {
 }
 
 _log = logging.getLogger("normswap")
+
+
+def is_spec(text: str) -> bool:
+    """Whether a text begins like a spec, and names no file or folder therefore."""
+    return text.startswith(tuple(_FAMILIES))
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Mutated files under ``normswap verify``: no crash, no hang, no look outside the file's folder.
 
-``NORMSWAP_FUZZ=1 pytest -o timeout=3600 tests/test_onnx_fuzz.py`` makes 1,000 of them, another
-small number that many times as much, a number from 100 on that many.
+``NORMSWAP_FUZZ=long pytest -o timeout=3600 tests/test_onnx_fuzz.py`` makes 1,000 of them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
+import fuzz_length
 import numpy as np
 import onnx
 import pytest
@@ -23,8 +22,7 @@ from normswap.onnx import export_onnx
 from normswap.onnx.file.metadata import read_metadata, write_metadata
 from normswap.onnx.file.parsing import OnnxFile, messages, read_onnx
 
-_ASKED = int(os.environ.get("NORMSWAP_FUZZ", "240"))
-COUNT = _ASKED if _ASKED >= 100 else 1000 * _ASKED
+COUNT = fuzz_length.count(1000, 240)
 OPENED: list[str] = []
 PLACES = ["/etc/passwd", "../x", "model.onnx", "", "a" * 2000, "\0", "..\\..\\x", "/dev/zero"]
 

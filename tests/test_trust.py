@@ -7,12 +7,15 @@ leave a folder, and an audit hook that hears of every command, deletion and conn
 import contextlib
 import copy
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 
 import onnx
+import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
@@ -729,3 +732,121 @@ def test_consent_to_one_is_none_to_another():
     trust.check_consent("python:a:b", frozenset({"python:a:b"}))
     trust.check_consent("timm/resnet18", frozenset())
     trust.check_consent(TOUR, frozenset())
+
+
+# ------------------------------------------------------------- what lies in the current folder
+
+
+def test_a_folder_that_is_called_like_a_model_is_none(folder, artefact, caplog):
+    shutil.copytree(artefact, folder / "timm" / "test_resnet")
+    source = normswap.load_model(SPEC, pretrained=False)
+    assert source.model.fc.out_features == 1000
+    assert "folder of that name is ./timm/test_resnet" in caplog.text
+    assert normswap.load_model(f"./{SPEC}").model.fc.out_features == 3
+    assert normswap.load_model(folder / "timm" / "test_resnet").model.fc.out_features == 3
+    shutil.rmtree(folder / "timm")
+
+
+def test_settings_for_pictures_in_the_current_folder_are_not_read(tmp_path):
+    """``usetex`` ran the first program called latex; a broken file ended the command."""
+    here, tools = tmp_path / "here", tmp_path / "tools"
+    for place in (here, tools):
+        place.mkdir()
+    for name in ("latex", "pdflatex", "dvipng"):
+        (tools / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
+        (tools / name).chmod(0o755)
+    (here / "matplotlibrc").write_text("text.usetex: True\nbackend: module://evilmod\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(files.Path(normswap.__file__).parents[1])!r}]\n"
+        "from click.testing import CliRunner\nfrom normswap.cli.options import cli_command\n"
+        "from normswap import pictures\n"
+        "@cli_command('x')\ndef x(): pictures.confusion([[1, 0], [0, 1]], ['a', '$b'], 'c.png')\n"
+        "found = CliRunner().invoke(x, [], catch_exceptions=False)\n"
+        "import matplotlib; print(matplotlib.rcParams['text.usetex'])"
+    )
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=here,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.strip() == "False", found.stderr
+    assert (here / "c.png").stat().st_size > 1000
+    assert not (tmp_path / "ran").exists()
+
+
+DIVISIONS = [
+    *({}, {"val_split": "x", "seed": 0}, {"val_split": 2, "seed": 0}, {"val_split": 0.5}),
+    *({"val_split": 0.5, "seed": "y"}, {"val_split": 0.5, "seed": 1e400}, {"val_split": []}),
+    *("x", [1], None, 5),
+]
+
+
+@pytest.mark.parametrize("division", DIVISIONS, ids=str)
+def test_a_division_of_images_is_two_numbers(folder, division):
+    from normswap.data import listing_digest
+
+    for name in "abc":
+        image = folder / "data" / name / "1.png"
+        image.parent.mkdir()
+        PIL.Image.new("RGB", (8, 8)).save(image)
+    if isinstance(division, dict):
+        division = {**division, "listing": listing_digest("data")}
+    rewrite(folder / "model", history=[{"step": "fine-tuned", "division": division}])
+    assert_refused(run("evaluate", "model", "--data", "data"))
+
+
+@pytest.mark.parametrize("names", [["a"], [], ["a"] * 4])
+def test_every_output_has_one_name(folder, names):
+    PIL.Image.new("RGB", (32, 32)).save(folder / "data" / "a.png")
+    rewrite(folder / "model", class_names=names)
+    assert_refused(run("predict", "model", "data"))
+
+
+def test_half_a_sign_is_no_text(folder):
+    rewrite(folder / "model", class_names=["\ud800"] * 3)
+    assert_refused(run("inspect", "model"))
+
+
+def test_a_card_is_a_table_of_text(folder):
+    text = "<script>x</script> [a](javascript:x) | `b` \r\n# head \x1b[2J"
+    data = json.loads((folder / "model" / record.RECORD).read_text())
+    for entry in data["plans"][0]["entries"]:
+        entry["reason"] = text
+    changes = {"plans": data["plans"], "history": [{"step": text}], "versions": {"torch": text}}
+    rewrite(folder / "model", model_name=text, **changes)
+    normswap.save(normswap.load("model"), "again")
+    card = (folder / "again" / "README.md").read_text()
+    assert "&lt;script>" in card
+    for bad in ("<script", "](java", "\r", "\n# head", "\x1b"):
+        assert bad not in card
+
+
+def test_a_batch_that_an_onnx_file_asks_for_fits_in_memory(folder, exported, monkeypatch):
+    from normswap.onnx import OnnxModel
+
+    proto = onnx.load(exported)
+    entries = {entry.key: entry.value for entry in proto.metadata_props}
+    wanted = normswap.data.Preprocessing((3, 224, 224)).to_json()
+    entries["normswap.preprocessing"] = json.dumps(wanted)
+    del entries["normswap.metadata_sha256"]
+    entries["normswap.metadata_sha256"] = metadata_hash(entries.items())
+    onnx.helper.set_model_props(proto, entries)
+    onnx.save(proto, folder.parent / "m.onnx")
+    monkeypatch.setattr("normswap.onnx.runtime._fixed", lambda _shape: 200_000)
+    assert OnnxModel is not None
+    PIL.Image.new("RGB", (32, 32)).save(folder / "data" / "a.png")
+    result = run("predict", folder.parent / "m.onnx", "data")
+    assert_refused(result)
+    assert "a batch of 200000 images" in result.stderr
+
+
+def test_no_file_is_larger_than_a_protobuf_can_be(tmp_path):
+    with (tmp_path / "m.onnx").open("wb") as file:
+        file.truncate(5 << 30)  # a hole
+    result = run("verify", tmp_path / "m.onnx")
+    assert result.exit_code == 1
+    assert "which no ONNX file can have" in result.stderr

@@ -61,7 +61,8 @@ def _swaps(plans: Sequence[Mapping[str, Any]]) -> str:
     for plan in plans:
         entries = [entry for entry in plan.get("entries") or [] if isinstance(entry, Mapping)]
         counts = Counter((entry.get("kind"), entry.get("becomes")) for entry in entries)
-        sections.append(f"Target `{plan.get('target')}`, {len(entries)} sites.")
+        target = _cell(plan.get("target")).replace("`", "'")
+        sections.append(f"Target `{target}`, {len(entries)} sites.")
         sections.append(
             _table(
                 ("from", "to", "sites"),
@@ -132,5 +133,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = "" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text and neither table, link nor HTML: some of it comes from files."""
+    text = " ".join(("" if value is None else str(value)).split())
+    text = "".join(sign if sign.isprintable() else "?" for sign in text)
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "] (")

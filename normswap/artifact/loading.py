@@ -20,7 +20,7 @@ from normswap.files import current, file_digest
 from normswap.graph.numbers import check_numbers
 from normswap.provenance import provenance_of, remember
 from normswap.reading import reading
-from normswap.sources import Source, build
+from normswap.sources import Source, build, is_spec
 from normswap.trust import Trust, trusted
 
 logger = logging.getLogger("normswap")
@@ -121,9 +121,15 @@ def load_model(
 
 
 def _directory(spec: str | Path) -> Path | None:
-    """The artefact that a spec names, here or on the hub; None if it names none."""
+    """The artefact that a spec names, here or on the hub; None if it names none.
+
+    What is written like a library's model is one, whatever lies in the current folder.
+    """
+    named = isinstance(spec, str) and is_spec(spec)
     if Path(spec).is_dir():
-        return Path(spec)
+        if not named:
+            return Path(spec)
+        logger.warning("%s is the library's model; the folder of that name is ./%s", spec, spec)
     if str(spec).startswith("hf-hub:"):
         from normswap.artifact.hub import fetched
 

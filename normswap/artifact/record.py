@@ -93,6 +93,7 @@ def read_record(folder: Path) -> Mapping[str, Any]:
         )
     with reading(path, ArtifactError, need="JSON", hint="saving the model again"):
         data = json.loads(read_text(path))
+        json.dumps(data, ensure_ascii=False).encode()  # half a sign could not be written again
         digest = record_digest(data) if isinstance(data, dict) else ""
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is not int or version < 1:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from normswap import checks
 from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.images import ignore_index_option, max_pixels_option
 from normswap.cli.options import (
@@ -23,7 +25,7 @@ from normswap.cli.options import (
     workers_option,
 )
 from normswap.cli.tasks import chosen_task, task_option
-from normswap.errors import DataError
+from normswap.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from normswap.data import Preprocessing
     from normswap.sources import Source
     from normswap.training.tasks.confusion import Confusion
+
+_MOST_NUMBERS = 1 << 28
 
 _logger = logging.getLogger("normswap")
 
@@ -235,11 +239,11 @@ def _division(
     found = [entry["division"] for entry in provenance_of(model).history if "division" in entry]
     if not found:
         return None, seed
-    known, name = found[-1], Path(data).resolve().name
+    known, name = _checked(found[-1]), Path(data).resolve().name
     if known.get("listing") == listing_digest(data):
-        share = float(known["val_split"])
+        share: float = known["val_split"]
         _logger.info("%s: the %.0f %% that were kept out of training", name, 100 * share)
-        return share, int(known["seed"])
+        return share, known["seed"]
     if known.get("data") == name:
         _logger.warning(
             "%s: the model was trained on images of a folder of this name, whose files have "
@@ -247,6 +251,20 @@ def _division(
             name,
         )
     return None, seed
+
+
+def _checked(division: Any) -> dict[str, Any]:
+    """A division as ``finetune`` writes it, from a record that says anything."""
+    if isinstance(division, dict):
+        share, seed = division.get("val_split"), division.get("seed")
+        if checks.above(share, 0) and share < 1 and checks.whole(seed, -math.inf):
+            return division
+    raise ArtifactError(
+        "MODEL",
+        got=f"a record of its training images that cannot be read: {division!r:.60}",
+        need="the share and the seed that finetune wrote",
+        hint="--val-split and --seed, which go before it",
+    )
 
 
 def _with_classes_of(model: nn.Module, dataset: Any, read: Callable[..., Any]) -> Any:
@@ -317,4 +335,12 @@ def open_model(chosen: ModelChoice, timeout: float | None) -> Opened:
             need="a file that `normswap export` wrote",
             hint="normswap evaluate with the model it was made from",
         )
-    return Opened(file, Preprocessing.from_json(file.preprocessing), file.class_names, None)
+    wanted = Preprocessing.from_json(file.preprocessing)
+    if (file.batch_size or 1) * math.prod(wanted.input_size) > _MOST_NUMBERS:
+        raise DataError(
+            chosen.spec,
+            got=f"a batch of {file.batch_size} images of {wanted.input_size}",
+            need=f"at most {_MOST_NUMBERS:,} numbers at once",
+            hint="exporting the model with another batch size",
+        )
+    return Opened(file, wanted, file.class_names, None)

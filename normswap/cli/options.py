@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import os
 import re
 import sys
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from normswap.children import FOREVER, SECONDS, safe_path
+from normswap.children import FOREVER, ROOT, SECONDS, safe_path
 from normswap.cli.completion import complete_model
 from normswap.cli.console import quiet_libraries, results_alone
 from normswap.errors import NormSwapError, in_short
@@ -42,7 +44,9 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the callback; third parties' chatter is shown with ``--debug`` only."""
         _say_at_once(self.name)
-        with safe_path(), results_alone(), quiet_libraries(debug=ctx.meta.get("debug", False)):
+        debug = ctx.meta.get("debug", False)
+        with safe_path(), results_alone(), quiet_libraries(debug=debug):
+            _settings_of_pictures()
             return super().invoke(ctx)
 
 
@@ -51,6 +55,13 @@ def _say_at_once(command: str | None) -> None:
     if command != "verify" and "torch" not in sys.modules and sys.stderr.isatty():
         sys.stderr.write(f"normswap {command}: loading torch …\n")
         sys.stderr.flush()
+
+
+def _settings_of_pictures() -> None:
+    """Settings for matplotlib in the current folder are somebody else's; ``usetex`` runs LaTeX."""
+    if Path("matplotlibrc").exists():
+        with contextlib.chdir(ROOT), contextlib.suppress(ImportError):
+            importlib.import_module("matplotlib")  # it reads them when it is imported
 
 
 def _joined_sizes(words: list[str]) -> list[str]:

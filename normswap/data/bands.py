@@ -79,7 +79,15 @@ def _bands(image: Image, channels: int, grey: Callable[[Image], Image]) -> Itera
         image = grey(image) if image.mode.startswith(("I", "F")) else image
         yield from image.convert(_FOUR.get(image.mode, "RGBA")).split()
         return
-    for page in range(pages):
+    size = image.size
+    for page in range(min(pages, channels + 1)):  # one too many is enough to know
         if pages > 1:
             image.seek(page)
+        if image.size != size:  # the first has been measured
+            raise DataError(
+                "the image",
+                got=f"pages of {size} and of {image.size} pixels",
+                need="channels of one size",
+                hint="tensors of your own",
+            )
         yield from image.split() if len(image.getbands()) > 1 else (image.copy(),)

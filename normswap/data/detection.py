@@ -23,16 +23,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from normswap.data.images import MAX_PIXELS, images_below, read_image
-from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split, readable
+from normswap.data.images import MAX_PIXELS, images_below, read_image, size_of
+from normswap.data.pairing import (
+    WHOLE,
+    check_classes,
+    divided,
+    folder_of,
+    names_of,
+    no_split,
+    readable,
+)
 from normswap.data.segmentation import variations
 from normswap.errors import DataError
-from normswap.regular import open_regular, read_text
+from normswap.reading import reading
+from normswap.regular import read_text
 
 BACKGROUND = "__background__"
 CLASSES = "classes.txt"
 
 _LAYOUT = "COCO's train/ and annotations/instances_train.json, or YOLO's images/ and labels/"
+_FORMATS = "COCO's instances, or lines of YOLO's class, centre and size"
 _SLACK = 1.0  # pixels by which rounding may push a box over the edge
 
 
@@ -263,13 +273,14 @@ def read_coco(file: Path, images: Path) -> _Found:
     Raises:
         DataError: it is no such file, or names an image, a category or a box that cannot be.
     """
-    data = _json(file)
-    try:
-        categories = {c["id"]: str(c["name"]) for c in data["categories"]}
-        pictures = {p["id"]: str(p["file_name"]) for p in data["images"]}
-        boxes = [(a["image_id"], a) for a in data["annotations"]]
-    except (KeyError, TypeError) as error:
-        raise _malformed(file, f"{type(error).__name__}: {error}") from error
+    with reading(file, DataError, need=_FORMATS, hint="correcting the file"):
+        return _coco(json.loads(read_text(file)), file, images)
+
+
+def _coco(data: Any, file: Path, images: Path) -> _Found:
+    categories = {c["id"]: str(c["name"]) for c in data["categories"]}
+    pictures = {p["id"]: str(p["file_name"]) for p in data["images"]}
+    boxes = [(a["image_id"], a) for a in data["annotations"]]
     order = sorted(categories)
     numbers = {key: number for number, key in enumerate(order, start=1)}
     grouped: dict[Any, list[Mapping[str, Any]]] = {key: [] for key in pictures}
@@ -308,13 +319,6 @@ def _coco_boxes(
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _malformed(file, f"{type(error).__name__}: {str(error)[:80]}") from error
 
 
 # --------------------------------------------------------------------------------------- YOLO
@@ -373,12 +377,9 @@ def read_yolo(image: Path, labels: Path, classes: int | None = None) -> Annotate
     Raises:
         DataError: a line that is none, a class beyond ``classes``, a box without area.
     """
-    import PIL.Image
-
     if not labels.exists():
         return Annotated(image, (), (), (), image)
-    with open_regular(image) as stream, PIL.Image.open(stream) as opened:
-        width, height = opened.size
+    width, height = size_of(image)
     boxes, numbers = [], []
     for count, words in _lines(labels):
         where = f"line {count}"
@@ -388,6 +389,7 @@ def read_yolo(image: Path, labels: Path, classes: int | None = None) -> Annotate
             raise _malformed(labels, f"{where}: {' '.join(words)[:60]!r}") from error
         if number < 0 or (classes is not None and number >= classes):
             raise _malformed(labels, f"{where}: class {number} of {classes}")
+        check_classes(labels, number)
         box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
         boxes.append(_with_area(box, where, labels))
         numbers.append(number + 1)
@@ -435,6 +437,6 @@ def _malformed(file: Path, got: str) -> DataError:
     return DataError(
         str(file),
         got=got,
-        need="COCO's instances, or lines of YOLO's class, centre and size",
+        need=_FORMATS,
         hint="correcting the file",
     )

@@ -44,6 +44,12 @@ more, nothing that changes what the image shows (a mirrored digit is another sig
 MAX_PIXELS = 1_000_000_000
 """Images with more are refused as a bomb; a gigapixel takes 3 GB of memory."""
 
+_MOST_RESIZED = 1 << 28
+"""Pixels to which an image may be resized before it is cropped."""
+
+_DRAWN = ("EPS", "WMF", "EMF")
+"""What Pillow has another program draw."""
+
 # what Pillow's decoders raise on files that are cut off, mislabelled or hostile
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -68,8 +74,10 @@ def transform(
         DataError: the model takes no images.
     """
     channels = channels_of(preprocessing)
+    cut = not train and preprocessing.crop_mode == "center"
+    shorter = max(preprocessing.input_size[1:]) / preprocessing.crop_pct if cut else 0.0
     if channels in (1, 3):
-        return _Pipeline(channels, _timm_transform(preprocessing, train, augmentation))
+        return _Pipeline(channels, _timm_transform(preprocessing, train, augmentation), shorter)
     edges = preprocessing.input_size[1:]
     makes = [
         _timm_transform(
@@ -79,7 +87,7 @@ def transform(
         )
         for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)
     ]
-    return _Pipeline(channels, ByBand(tuple(makes)))
+    return _Pipeline(channels, ByBand(tuple(makes)), shorter)
 
 
 def _timm_transform(
@@ -88,7 +96,7 @@ def _timm_transform(
     make: Callable[[Any], Tensor] = library("timm.data").create_transform(
         input_size=preprocessing.input_size,
         is_training=train,
-        interpolation=preprocessing.interpolation,
+        interpolation=_of_resize(preprocessing.interpolation, train),
         mean=preprocessing.mean,
         std=preprocessing.std,
         crop_pct=preprocessing.crop_pct,
@@ -98,15 +106,35 @@ def _timm_transform(
     return make
 
 
+def _of_resize(interpolation: str, train: bool) -> str:
+    return "bilinear" if interpolation == "random" and not train else interpolation
+
+
 @dataclass(frozen=True)
 class _Pipeline:
     """A class and not a closure, so that data loaders can send it to their workers."""
 
     channels: int
     make: Callable[[Any], Tensor]
+    shorter: float = 0.0
+    """What the shorter edge is resized to, where the longer one follows; else 0."""
 
     def __call__(self, image: Image | Bands) -> Tensor:
-        return self.make(to_channels(image, self.channels))
+        made = to_channels(image, self.channels)
+        first = made.images[0] if isinstance(made, Bands) else made
+        self.check_shape(*sorted(first.size))
+        return self.make(made)
+
+    def check_shape(self, short: int, long: int) -> None:
+        """A line of pixels would be resized to a field of millions."""
+        if self.shorter**2 * long / max(short, 1) > _MOST_RESIZED:
+            raise DataError(
+                "the image",
+                got=f"edges of {short} and {long} pixels",
+                need=f"a shape that has at most {_MOST_RESIZED:,} pixels when the shorter edge is "
+                f"resized to {self.shorter:.0f}",
+                hint="cutting it into pieces",
+            )
 
 
 def channels_of(preprocessing: Preprocessing) -> int:
@@ -182,17 +210,36 @@ def read_image(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS) -> A
         with warnings.catch_warnings(), open_regular(path) as file, opened(file) as image:
             warnings.simplefilter("ignore")  # remarks on odd but readable metadata
             check_pixels(path, image, max_pixels)
-            image.load()
+            decode(image)
             return to_channels(image, channels)
     except DataError as error:
         raise DataError(str(path), got=error.got, need=error.need, hint=error.hint) from error
     except UNREADABLE as error:
-        raise DataError(
-            str(path),
-            got=f"a broken image ({type(error).__name__}: {str(error)[:80]})",
-            need="a complete image file",
-            hint="removing it, or skipping broken images (on_broken='skip')",
-        ) from error
+        raise _broken(path, error) from error
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height as an image's header says; nothing is decoded.
+
+    Raises:
+        DataError: it is no image, or larger than ``MAX_PIXELS``.
+    """
+    try:
+        with warnings.catch_warnings(), open_regular(path) as file, opened(file) as image:
+            warnings.simplefilter("ignore")
+            check_pixels(path, image, MAX_PIXELS)
+            return image.width, image.height
+    except UNREADABLE as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> DataError:
+    return DataError(
+        str(path),
+        got=f"a broken image ({type(error).__name__}: {str(error)[:80]})",
+        need="a complete image file",
+        hint="removing it, or skipping broken images (on_broken='skip')",
+    )
 
 
 _BOUND = threading.Lock()
@@ -200,17 +247,40 @@ _BOUND = threading.Lock()
 
 @contextlib.contextmanager
 def opened(file: Any) -> Iterator[Image]:
-    """``PIL.Image.open`` without its own bound; ``check_pixels`` has ours."""
+    """``PIL.Image.open`` without its own bound; ``check_pixels`` has ours.
+
+    Raises:
+        OSError: no image, or one that another program would have to draw.
+    """
     import PIL.Image
 
-    with _BOUND:  # Pillow keeps its bound in a global, and looks at it when it reads the header
+    with _unbounded():  # it looks at its bound when it reads the header
+        image = PIL.Image.open(file)
+    with image:
+        if image.format in _DRAWN:
+            raise OSError(f"{image.format}, which another program would have to draw")
+        yield image
+
+
+def decode(image: Image) -> None:
+    """``image.load()`` without Pillow's own bound."""
+    if image.format == "TIFF":  # it looks again
+        with _unbounded():
+            image.load()
+    else:
+        image.load()
+
+
+@contextlib.contextmanager
+def _unbounded() -> Iterator[None]:
+    import PIL.Image
+
+    with _BOUND:  # Pillow keeps its bound in a global
         before, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
         try:
-            image = PIL.Image.open(file)
+            yield
         finally:
             PIL.Image.MAX_IMAGE_PIXELS = before
-    with image:
-        yield image
 
 
 def check_pixels(path: Path, image: Image, max_pixels: int) -> None:

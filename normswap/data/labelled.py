@@ -22,6 +22,7 @@ from normswap.data.images import (
     channels_of,
     check_on_broken,
     check_pixels,
+    decode,
     images_below,
     opened,
     read_image,
@@ -137,7 +138,7 @@ def _is_readable(max_pixels: int, path: Path) -> bool:
             warnings.simplefilter("ignore")
             check_pixels(path, image, max_pixels)
             image.draft("RGB", (64, 64))  # JPEG: the whole file is read at an eighth of the work
-            image.load()
+            decode(image)
     except (*UNREADABLE, DataError):
         return False
     return True

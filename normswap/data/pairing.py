@@ -40,6 +40,25 @@ def folder_of(root: str | Path) -> Path:
     return folder
 
 
+MOST_CLASSES = 1 << 16
+"""More are no classes, but numbers of things."""
+
+
+def check_classes(file: Path, number: int) -> None:
+    """Raise where a number stands for more classes than there are in any data.
+
+    Raises:
+        DataError: each of them would be an output of the model.
+    """
+    if number >= MOST_CLASSES:
+        raise DataError(
+            str(file),
+            got=f"the class number {number}",
+            need=f"numbers below {MOST_CLASSES}",
+            hint="a file classes.txt with the name of each class, and their numbers from 0 on",
+        )
+
+
 def names_of(split: str) -> tuple[str, ...]:
     """What the folder or file of a split may be called.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -14,6 +15,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _CROP_MODES = ("center", "squash", "border")
+_MOST_NUMBERS = 1 << 28
+_LEAST_STD = 1e-9  # float32 divides by it
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ class Preprocessing:
                     name, f"{len(values)} numbers", f"one for each of {size[0]} channels"
                 )
             object.__setattr__(self, name, values)
-        if min(self.std) <= 0:
-            raise _bad_field("std", str(self.std), "positive numbers")
+        if min(self.std) < _LEAST_STD or max(map(abs, self.mean)) > 1 / _LEAST_STD:
+            got = f"{self.std} around {self.mean}"
+            raise _bad_field("std", got, f"deviations of {_LEAST_STD} at least")
         self._check_crops()
         if self.interpolation not in _INTERPOLATIONS:
             raise _bad_field(
@@ -67,6 +71,18 @@ class Preprocessing:
             )
         if self.crop_mode not in _CROP_MODES:
             raise _bad_field("crop_mode", repr(self.crop_mode), f"one of {', '.join(_CROP_MODES)}")
+
+    def _check_pixels(self) -> None:
+        """A file may ask for images that no memory holds; before a crop they are larger still."""
+        for name in ("", "test_"):
+            size = getattr(self, f"{name}input_size") or self.input_size
+            share = getattr(self, f"{name}crop_pct") or self.crop_pct
+            if math.prod(size) > _MOST_NUMBERS * min(share, 1.0) ** 2:
+                raise _bad_field(
+                    f"{name}input_size",
+                    f"{size} and a crop of {share:g}",
+                    f"images of at most {_MOST_NUMBERS:,} numbers before the crop",
+                )
 
     def _check_crops(self) -> None:
         crops: dict[str, Any] = {"crop_pct": self.crop_pct}
@@ -82,6 +98,7 @@ class Preprocessing:
                     "test_input_size", str(tested), f"another size than {self.input_size} alone"
                 )
             object.__setattr__(self, "test_input_size", tested)
+        self._check_pixels()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``."""

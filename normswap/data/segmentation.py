@@ -19,8 +19,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from normswap.data.images import MAX_PIXELS, UNREADABLE, channels_of, images_below, read_image
-from normswap.data.pairing import WHOLE, divided, folder_of, names_of, no_split, readable
+from normswap.data.bands import Bands
+from normswap.data.images import (
+    MAX_PIXELS,
+    UNREADABLE,
+    channels_of,
+    check_pixels,
+    decode,
+    images_below,
+    opened,
+    read_image,
+    size_of,
+)
+from normswap.data.pairing import (
+    WHOLE,
+    check_classes,
+    divided,
+    folder_of,
+    names_of,
+    no_split,
+    readable,
+)
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError
 from normswap.regular import open_regular, read_text
@@ -98,14 +117,8 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
 
         image_file, mask_file = self.pairs[index]
         image = read_image(image_file, self.channels, self.max_pixels)
-        mask = read_mask(mask_file)
-        if mask.shape != (image.height, image.width):
-            raise DataError(
-                str(mask_file),
-                got=f"a mask of {mask.shape[1]}x{mask.shape[0]}",
-                need=f"{image.width}x{image.height}, as {image_file.name}",
-                hint="drawing it at the size of its image",
-            )
+        size = (image.images[0] if isinstance(image, Bands) else image).size
+        mask = read_mask(mask_file, size)
         self._check_classes(mask, mask_file)
         known = mask != self.ignored
         mask[known] = self.numbers[mask[known]]
@@ -124,19 +137,31 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
             )
 
 
-def read_mask(file: Path) -> np.ndarray[Any, np.dtype[np.int32]]:
+def read_mask(
+    file: Path, size: tuple[int, int] | None = None
+) -> np.ndarray[Any, np.dtype[np.int32]]:
     """The class numbers of a mask file, (H, W).
 
-    Raises:
-        DataError: it cannot be decoded, or holds colours.
-    """
-    import PIL.Image
+    Args:
+        file: of the mask.
+        size: width and height of its image; a mask of another one is not decoded.
 
+    Raises:
+        DataError: it cannot be decoded, is of another size, or holds colours.
+    """
     try:
-        with open_regular(file) as stream, PIL.Image.open(stream) as image:
-            image.load()
+        with open_regular(file) as stream, opened(stream) as image:
+            check_pixels(file, image, MAX_PIXELS)
+            if size is not None and image.size != size:
+                raise DataError(
+                    str(file),
+                    got=f"a mask of {image.width}x{image.height}",
+                    need=f"{size[0]}x{size[1]}, as its image",
+                    hint="drawing it at the size of its image",
+                )
+            decode(image)
             mode, values = image.mode, np.asarray(image)
-    except (*UNREADABLE, PIL.Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(
             str(file),
             got=f"a broken mask ({type(error).__name__}: {str(error)[:80]})",
@@ -331,7 +356,8 @@ def _named(root: Path) -> tuple[str, ...] | None:
 
 def _counted(pairs: Sequence[tuple[Path, Path]], ignored: int) -> tuple[str, ...]:
     most = 0
-    for _, file in pairs:
-        mask = read_mask(file)
+    for image, file in pairs:
+        mask = read_mask(file, size_of(image))
         most = max(most, int(mask[mask != ignored].max(initial=0)))
+        check_classes(file, most)
     return tuple(str(number) for number in range(most + 1))

@@ -418,6 +418,8 @@ class Run:
             self._check_agreement(found)
             if found is not None:
                 self._resume(found)
+                if not isinstance(found["finished"], bool):
+                    raise Malformed(f"finished is {found['finished']!r:.40}")
         self._open_records()
         if found is None:
             self._record_start()

@@ -18,8 +18,10 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 
 from normswap.errors import ExportError, in_short
 from normswap.onnx.file.parity import Array
-from normswap.regular import open_regular
+from normswap.regular import check_regular, open_regular
 
+_MOST_BYTES = 1 << 31
+"""Protobuf's own bound; larger weights lie beside the file."""
 _MAX_DEPTH = 128
 """Messages in messages; a subgraph takes three."""
 
@@ -75,8 +77,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
     where = Path(path)
     proto = onnx.ModelProto()
     try:
-        with open_regular(where) as stream:
-            proto.ParseFromString(stream.read())
+        proto.ParseFromString(_bytes_in(where))
     except OSError as error:
         got = f"{error.strerror or error}".lower()
         raise ExportError(str(where), got=got, need="an ONNX file", hint="another path") from error
@@ -94,6 +95,13 @@ def read_onnx(path: str | Path) -> OnnxFile:
     if unfolded(proto) > MAX_NODES:
         raise _not_onnx(where, f"functions that unfold to more than {MAX_NODES:,} nodes")
     return file
+
+
+def _bytes_in(path: Path) -> bytes:
+    if check_regular(path) > _MOST_BYTES:
+        raise _not_onnx(path, f"more than {_MOST_BYTES} bytes, which no ONNX file can have")
+    with open_regular(path) as stream:
+        return stream.read()
 
 
 def save(file: OnnxFile) -> None:
