@@ -256,8 +256,8 @@ def _division(
 def _checked(division: Any) -> dict[str, Any]:
     """A division as ``finetune`` writes it, from a record that says anything."""
     if isinstance(division, dict):
-        share, seed = division.get("val_split"), division.get("seed")
-        if checks.above(share, 0) and share < 1 and checks.whole(seed, -math.inf):
+        share: Any = division.get("val_split")
+        if checks.above(share, 0) and share < 1 and type(division.get("seed")) is int:
             return division
     raise ArtifactError(
         "MODEL",
