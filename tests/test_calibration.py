@@ -1,4 +1,5 @@
 import copy
+import re
 import json
 
 import pytest
@@ -330,16 +331,33 @@ def test_a_slow_model_keeps_the_time_too():
     assert report.steps > 10
 
 
-@pytest.mark.parametrize(("seconds", "cost", "told"), [(5, 0.05, True), (100, 0.05, False)])
-def test_a_budget_that_is_too_small_is_told(seconds, cost, told, caplog):
+def test_a_budget_that_is_too_small_is_refused_with_what_is_needed():
     model, teacher = pair("gn")
-    clock = Slow(cost, model, teacher)
-    calibrate(model, teacher, images(64, 1), seconds=seconds, clock=clock)
-    lines = [text for text in caplog.messages if "too few for this model" in text]
-    assert len(lines) == told
-    if told:
-        need = float(lines[0].rpartition("about ")[2].removesuffix(" s"))
-        assert need == pytest.approx(clock.now, rel=0.3)
+    clock = Slow(0.05, model, teacher)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match="too few for this model") as caught:
+        calibrate(model, teacher, images(64, 1), seconds=5, clock=clock)
+    assert clock.now < 5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    need = float(re.search(r"about ([\d.]+) s", str(caught.value))[1])
+    for more in (1.0, 1.2):
+        model, teacher = pair("gn")
+        clock = Slow(0.05, model, teacher)
+        report = calibrate(model, teacher, images(64, 1), seconds=more * need, clock=clock)
+        assert clock.now <= 1.1 * more * need
+        assert report.after.output_error <= report.before.output_error
+
+
+@pytest.mark.parametrize("parameters", ["norms", "producers", "all"])
+@pytest.mark.parametrize("seconds", [11, 15])
+def test_a_slow_model_never_takes_a_tenth_more(seconds, parameters):
+    """A step that no longer fits is not begun; half a budget was spent on the last one."""
+    model, teacher = pair("gn")
+    clock = Slow(0.05, model, teacher)
+    calibrate(
+        model, teacher, images(256, 1), seconds=seconds, parameters=parameters, clock=clock
+    )
+    assert clock.now <= 1.1 * seconds
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(10, False), (16, True)])

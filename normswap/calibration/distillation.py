@@ -37,6 +37,12 @@ _LOCKSTEP, _SOLVING = 0.25, 0.85
 """The same for the images of one walk in lockstep, and for all walks."""
 _FEWEST_LOOKS = 13
 """So often original and copy run on the fewest images, however little time there is."""
+_OVERRUN = 1.1
+"""A budget may be exceeded by a tenth."""
+_SLACK = 0.05
+"""Of which the last step may take half."""
+_STEP = 2.0
+"""A step costs as much as original and copy on twice its images: the way back counts double."""
 _REST_SCALE = 0.01
 """Learning rate of convolutions over that of the normalisers', with ``parameters="all"``."""
 
@@ -80,6 +86,10 @@ class Budget:
             return time_share
         return max(time_share, steps / self.steps if self.steps else 1.0)
 
+    def holds(self, seconds: float) -> bool:
+        """Whether there is time for so much more, or nearly."""
+        return self.clock() + seconds <= self.deadline + _SLACK * (self.deadline - self.begun)
+
 
 class Run:
     """One calibration: the models, the images and the best state so far."""
@@ -120,6 +130,7 @@ class Run:
         self.amp = amp
         self.steps, self.stopped = 0, "budget"
         self._fitting, self._shorter = 128, 1.0
+        self._look, self._stride = 0.0, 0.0  # seconds of a look and of a step, as far as is known
         self._came: int | None = None
         self.history: list[tuple[float, float]] = []
         self.best, self.best_state = math.inf, State(self.moving)
@@ -154,19 +165,26 @@ class Run:
         return [name for name, p in self.model.named_parameters() if id(p) in changed]
 
     def fit_to(self, seconds: float, clock: Callable[[], float]) -> None:
-        """Time one small batch, and let no look at many images cost a large part of the time."""
+        """Time one small batch, and let no look at many images cost a large part of the time.
+
+        Raises:
+            CalibrationError: the time is too short for the fewest looks that there must be.
+        """
         batch = next(self.pool.held_out())
         begun = clock()
         with evaluating(self.model, self.teacher), torch.no_grad(), self._autocast():
             self.distance(batch)
         pace = max(clock() - begun, 1e-9) / max(entries(batch), 1)
         least = _FEWEST_LOOKS * FEWEST * pace
-        if least > seconds:
-            _log.warning(
-                "%.3g s are too few for this model here: looking at it alone takes about %.3g s",
-                seconds,
-                least,
+        if least > _OVERRUN * seconds:
+            raise CalibrationError(
+                "seconds",
+                got=f"{seconds:.3g}, which are too few for this model here",
+                need=f"about {least:.3g} s for looking at it alone",
+                hint=f"--calibrate-seconds {math.ceil(2 * least)} (seconds=…), or smaller images",
             )
+        self._look = FEWEST * pace
+        self._stride = _STEP * self.pool.size * pace
         self.pool.limit(held=int(_LOOK * seconds / pace), wide=int(_FLOW * seconds / pace))
         self._fitting = max(16, int(_LOCKSTEP * seconds / pace))
 
@@ -229,9 +247,12 @@ class Run:
         optimizer = self._optimizer(coordinates)
         lowest, stale, next_check = math.inf, 0, 0.1
         while True:
-            share = budget.share(self.steps)
+            opened = budget.clock()
+            fits = budget.holds(self._stride + self._look)
+            share = budget.share(self.steps) if fits else 1.0
             if share >= min(next_check, 1):
                 loss = self.check(budget.elapsed, last=share >= 1)
+                self._look, opened = budget.clock() - opened, budget.clock()
                 stale, lowest = 0 if loss < lowest else stale + 1, min(loss, lowest)
                 next_check = share + 0.1
                 if progress is not None:
@@ -242,6 +263,7 @@ class Run:
             if not self._step(coordinates, optimizer):
                 self.stopped = "not finite"
                 return
+            self._stride = budget.clock() - opened
 
     def _optimizer(self, coordinates: Coordinates) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [{"params": coordinates.leaves, "scale": 1.0}]

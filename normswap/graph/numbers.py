@@ -25,19 +25,21 @@ def impossible_numbers(model: nn.Module) -> dict[str, str]:
         >>> impossible_numbers(nn.Sequential(norm))
         {'0.running_var': 'a negative variance'}
     """
-    return dict(_impossible(model))
+    endless = {name: _ENDLESS for name, p in model.named_parameters() if not _finite(p)}
+    return endless | impossible_statistics(model)
 
 
-def _impossible(model: nn.Module) -> Iterator[tuple[str, str]]:
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            yield name, _ENDLESS
-    for prefix, module in model.named_modules():
-        if is_batchnorm(module):
-            yield from _impossible_statistics(prefix, module)
+def impossible_statistics(model: nn.Module) -> dict[str, str]:
+    """Running statistics of BatchNorms that no arithmetic survives, and why."""
+    return {
+        name: what
+        for prefix, module in model.named_modules()
+        if is_batchnorm(module)
+        for name, what in _of_one(prefix, module)
+    }
 
 
-def _impossible_statistics(prefix: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+def _of_one(prefix: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     state = state_of(module)
     for tensor in (state.mean, state.var):
         if tensor is None or tensor.is_meta:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from normswap.graph.numbers import impossible_statistics
 from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import Subject, flat_tensors
 
@@ -34,14 +35,10 @@ def unsound(subject: Subject, trials: Sequence[Trial]) -> str | None:
 def _impossible(model: nn.Module) -> Iterator[str]:
     """Stored numbers that no arithmetic survives."""
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            continue
-        if tensor.isnan().any():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.isnan().any():
             yield f"{name} holds NaN"
-        elif name.rpartition(".")[2] == "running_var" and not (tensor >= 0).all():
-            yield f"{name} holds a negative variance"
-        elif name.rpartition(".")[2] in ("running_var", "running_mean") and tensor.isinf().any():
-            yield f"{name} is infinite"
+    for name, what in impossible_statistics(model).items():
+        yield f"{name} holds {what}"
 
 
 def _first_nan(subject: Subject, trial: Trial) -> str | None:
