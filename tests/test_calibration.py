@@ -1,6 +1,6 @@
 import copy
-import re
 import json
+import re
 
 import pytest
 import torch
@@ -354,9 +354,7 @@ def test_a_slow_model_never_takes_a_tenth_more(seconds, parameters):
     """A step that no longer fits is not begun; half a budget was spent on the last one."""
     model, teacher = pair("gn")
     clock = Slow(0.05, model, teacher)
-    calibrate(
-        model, teacher, images(256, 1), seconds=seconds, parameters=parameters, clock=clock
-    )
+    calibrate(model, teacher, images(256, 1), seconds=seconds, parameters=parameters, clock=clock)
     assert clock.now <= 1.1 * seconds
 
 

@@ -56,8 +56,12 @@ class Sensitive(Tiny):
 IMPOSSIBLE = {
     "norm.running_var holds a negative variance": lambda m: m.norm.running_var[:1].neg_(),
     "norm.running_var holds NaN": lambda m: m.norm.running_var[0].fill_(torch.nan),
-    "norm.running_var holds numbers that are not finite": lambda m: m.norm.running_var.fill_(torch.inf),
-    "norm.running_mean holds numbers that are not finite": lambda m: m.norm.running_mean[1].fill_(-torch.inf),
+    "norm.running_var holds numbers that are not finite": lambda m: m.norm.running_var.fill_(
+        torch.inf
+    ),
+    "norm.running_mean holds numbers that are not finite": lambda m: m.norm.running_mean[1].fill_(
+        -torch.inf
+    ),
     "conv.weight holds NaN": lambda m: m.conv.weight[0].fill_(torch.nan),
     "gives NaN on random inputs, batch 1": lambda m: m.conv.weight.fill_(3e38),
 }
