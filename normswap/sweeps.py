@@ -39,6 +39,7 @@ from normswap.training.identity import (
     data_identity,
     machine_changes,
     machine_identity,
+    say_what_is_not_known,
 )
 from normswap.training.likeness import check_like
 from normswap.training.options import fingerprint, with_usual
@@ -418,6 +419,7 @@ class _Bench:
                 need="the settings of the sweep that is there",
                 hint="them, or another folder",
             )
+        say_what_is_not_known(now)
         if other:
             log.warning("gone on with %s: cells may differ in their last bits", ", ".join(other))
 

@@ -44,6 +44,28 @@ def test_a_resumed_run_writes_into_its_folder(name, there, tmp_path):
     assert name != "metrics.jsonl" or not (run / name).is_symlink()
 
 
+class Own(torch.utils.data.Dataset):
+    """Samples that nobody but itself knows."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return DATA[0][index], int(DATA[1][index])
+
+
+def test_what_was_not_compared_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "normswap")
+    for data, said in ((Own(), True), (DATA, False)):
+        out = tmp_path / str(said)
+        for _ in range(2):
+            normswap.finetune(net(), data, DATA, OPTIONS, out=out, resume=True)
+        told = [text for text in caplog.messages if "only the number of samples" in text]
+        assert len(told) == said
+        assert not told or "going on with training data of which" in told[0]
+        caplog.clear()
+
+
 def test_a_fresh_run_in_a_folder_with_a_link(tmp_path):
     run, victim = tmp_path / "run", tmp_path / "victim"
     run.mkdir()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import time
 from dataclasses import fields
 
 import pytest
@@ -69,6 +72,19 @@ def test_spaces_words_and_brackets():
         "cbn(window=4,burn_in=1)",
         "frn",
     ]
+
+
+def test_targets_are_divided_in_one_walk():
+    """As the pattern says, which for a hundred thousand commas takes minutes."""
+    slow = re.compile(r",(?![^(]*\))")
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices("a,() ", k=rng.randrange(12)))
+        assert split_targets(text) == [p.strip() for p in slow.split(text) if p.strip()], text
+    start = time.monotonic()
+    assert len(split_targets("gn," * 100_000)) == 100_000
+    assert split_targets("," * 100_000 + "(") == ["("]
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ _WORDS = {
     "labels": "other labels",
     "contents": "other contents",
 }
+DATA = ("training data", "validation data")
+_log = logging.getLogger("normswap")
 _PACKAGES = ("torchvision", "timm", "numpy", "pillow", "accelerate")
 
 
@@ -139,6 +142,21 @@ def data_changes(what: str, now: Any, then: Any) -> list[str]:
         return []
     changed = [name for name in _WORDS if name in now and name in then and now[name] != then[name]]
     return [f"{what} with {' and '.join(_WORDS[name] for name in changed)}"] if changed else []
+
+
+def say_what_is_not_known(identity: Mapping[str, Any]) -> None:
+    """Of a data set of one's own only the length is known: reading its samples may have effects.
+
+    Args:
+        identity: what is kept, by kind of data.
+    """
+    counted = [kind for kind in DATA if identity[kind] is not None and len(identity[kind]) == 1]
+    if counted:
+        _log.info(
+            "going on with %s of which only the number of samples was compared; --check-data "
+            "(check_data=True) reads them all",
+            " and ".join(counted),
+        )
 
 
 def machine_identity(device: torch.device | str | None) -> dict[str, Any]:

@@ -60,6 +60,7 @@ from normswap.training.identity import (
     data_identity,
     machine_changes,
     machine_identity,
+    say_what_is_not_known,
 )
 from normswap.training.likeness import check_like
 from normswap.training.optimisation import Updates
@@ -843,6 +844,7 @@ class Run:
         """Other data are refused; another machine goes on after one line."""
         for kind in ("training data", "validation data"):
             check_same(folder, data_changes(kind, self.identity[kind], then.get(kind)))
+        say_what_is_not_known(self.identity)
         other = machine_changes(self.identity["machine"], then.get("machine"))
         if other:
             log.warning("resumed with %s: the last bits may come out otherwise", ", ".join(other))
