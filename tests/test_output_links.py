@@ -1,13 +1,15 @@
 """An output that somebody else made may hold links; nothing is written where they lead."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import normswap
-from normswap.errors import TrainingError
+from normswap.errors import NormSwapError, TrainingError
+from normswap.files import content_digest
 from normswap.sweeps import sweep
 from normswap.training import records
 
@@ -42,6 +44,32 @@ def test_a_resumed_run_writes_into_its_folder(name, there, tmp_path):
     else:
         assert not victim.exists()
     assert name != "metrics.jsonl" or not (run / name).is_symlink()
+
+
+@pytest.mark.parametrize("change", ["a moment", "all moments", "finished", "no finished"])
+def test_a_checkpoint_that_is_no_state_of_its_run(change, tmp_path):
+    """Signed anew: what the hash cannot tell."""
+    stop = replace(OPTIONS, epochs=2, checkpoint_every=0)
+
+    def once(now):
+        if now.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, NormSwapError)):
+        normswap.finetune(net(), DATA, DATA, stop, out=tmp_path, progress=once)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["sha256"]
+    moments = list(state["optimizer"]["state"].values())
+    if "moment" in change:
+        for moment in moments if change == "all moments" else moments[:1]:
+            del moment["exp_avg_sq"]
+    elif change == "finished":
+        state["finished"] = "x"
+    else:
+        del state["finished"]
+    torch.save({**state, "sha256": content_digest(state)}, tmp_path / "last.pt")
+    with pytest.raises(TrainingError, match=r"no field 'exp_avg_sq'|finished"):
+        normswap.finetune(net(), DATA, DATA, stop, out=tmp_path, resume=True)
 
 
 class Own(torch.utils.data.Dataset):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from normswap.copying import values_only
 from normswap.errors import TrainingError
+from normswap.reading import what_is_wrong
 from normswap.training.checkpoints import check_fit
 from normswap.training.likeness import check_like, check_optimizer_state
 from normswap.training.options import FineTune
@@ -44,6 +46,7 @@ class Updates:
         # 1.3 ms per update
         scaled = accelerator.scaler is not None
         self.optimizer = accelerator.prepare_optimizer(plain) if scaled else plain
+        self._untried = False  # a state that no step has used yet
 
     @property
     def shown(self) -> nn.Module:
@@ -64,15 +67,36 @@ class Updates:
             self.accelerator.backward(loss)
 
     def update(self, number: int) -> None:
-        """One step of everything; ``number`` counts from 1."""
+        """One step of everything; ``number`` counts from 1.
+
+        Raises:
+            TrainingError: the state that was taken over is none for this optimizer.
+        """
         if self.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.step()
+        with self._trying():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step_update(number)
         if self.average is not None:
             self.average.update(self.model, step=number)
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """What an optimizer remembers of a parameter only its first step shows to be complete."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if not self._untried:
+                raise
+            raise TrainingError(
+                "the optimizer's state in the checkpoint",
+                got=what_is_wrong(error),
+                need="what the run wrote",
+                hint="another output directory, or removing the file to start afresh",
+            ) from error
+        self._untried = False
 
     def state(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -102,6 +126,7 @@ class Updates:
             check_like(self.scheduler.state_dict(), state["scheduler"], "scheduler")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._untried = True
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         if self.scheduler is not None:
