@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.errors import NormSwapError, TrainingError
+from normswap.errors import ArtifactError, NormSwapError, TrainingError
 from normswap.files import content_digest
 from normswap.sweeps import sweep
 from normswap.training import records
@@ -122,3 +122,25 @@ def test_cells_and_events_lie_in_their_folder(tmp_path):
         records.Recorder(tmp_path / "run", step=0, tensorboard=True)
     assert (victim / "gn-b2-s0" / "key").read_text() == "mine"
     assert [path.name for path in victim.iterdir()] == ["gn-b2-s0"]
+
+
+def test_an_artefact_that_is_being_replaced_is_one(tmp_path, monkeypatch):
+    """Its record was looked for where it no longer lay; 1 of many writers in 30 s was refused."""
+    from normswap.artifact import writing
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    normswap.save(model, tmp_path / "out")
+    real, calls = writing.read_record, []
+
+    def late(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            normswap.save(model, tmp_path / "other")
+            for path in (tmp_path / "other").iterdir():
+                path.replace(folder / path.name)
+            raise ArtifactError(str(folder), got="nothing there", need="it", hint="again")
+        return real(folder)
+
+    monkeypatch.setattr(writing, "read_record", late)
+    normswap.save(model, tmp_path / "out", force=True)
+    assert len(calls) > 1

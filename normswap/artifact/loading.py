@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from normswap.artifact.rebuilding import fill, same_model
-from normswap.artifact.record import RECORD, WEIGHTS, Document, read_record
+from normswap.artifact.record import RECORD, WEIGHTS, Document, read_record, stamp
 from normswap.artifact.statistics import Sites, check_channels, unpacked
 from normswap.data import Preprocessing
 from normswap.errors import ArtifactError
@@ -191,27 +190,16 @@ def load(
 def read_checked(folder: Path) -> tuple[Document, dict[str, Tensor], Sites]:
     """Record and weights of one artefact, also while another one takes its place."""
     while True:
-        before = _stamp(folder)
+        before = stamp(folder)
         try:
             document = Document(folder, read_record(folder))
             state, statistics = _read_weights(document)
         except ArtifactError:
-            if _stamp(folder) == before:
+            if stamp(folder) == before:
                 raise
         else:
-            if _stamp(folder) == before:
+            if stamp(folder) == before:
                 return document, state, statistics
-
-
-def _stamp(folder: Path) -> list[tuple[str, int, int, int]]:
-    """Which files lie where now; nobody changes one in place, each writing makes new ones."""
-    found: list[tuple[str, int, int, int]] = []
-    for name in (RECORD, WEIGHTS):
-        with contextlib.suppress(OSError):
-            place = current(folder, name)
-            facts = place.stat()
-            found.append((str(place), facts.st_ino, facts.st_mtime_ns, facts.st_size))
-    return found
 
 
 def _read_weights(document: Document) -> tuple[dict[str, Tensor], Sites]:

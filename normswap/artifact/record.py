@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,3 +125,14 @@ def read_record(folder: Path) -> Mapping[str, Any]:
 def record_digest(document: Mapping[str, Any]) -> str:
     """SHA-256 of a record's content."""
     return json_digest(document, seal="record_sha256")
+
+
+def stamp(folder: Path) -> list[tuple[str, int, int, int]]:
+    """Which files lie where now; nobody changes one in place, each writing makes new ones."""
+    found: list[tuple[str, int, int, int]] = []
+    for name in (RECORD, WEIGHTS):
+        with contextlib.suppress(OSError):
+            place = current(folder, name)
+            facts = place.stat()
+            found.append((str(place), facts.st_ino, facts.st_mtime_ns, facts.st_size))
+    return found

@@ -27,6 +27,7 @@ from normswap.artifact.record import (
     WEIGHTS,
     read_record,
     record_digest,
+    stamp,
 )
 from normswap.artifact.statistics import packed
 from normswap.errors import ArtifactError, NormSwapError, SpecError
@@ -136,11 +137,18 @@ def check_target(directory: str | Path, *, force: bool) -> None:
 
 
 def _is_artifact(folder: Path) -> bool:
-    try:
-        read_record(folder)
-    except ArtifactError as error:
-        return "written by normswap" in error.got  # a newer one is one, too
-    return True
+    """Whether one is there, also while another one takes its place."""
+    while True:
+        before = stamp(folder)
+        try:
+            read_record(folder)
+        except ArtifactError as error:
+            if "written by normswap" in error.got:  # a newer one is one, too
+                return True
+            if stamp(folder) == before:
+                return False
+        else:
+            return True
 
 
 def _sort_metadata(file: Path) -> None:
