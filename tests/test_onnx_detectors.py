@@ -414,6 +414,19 @@ def test_a_stack_of_images_is_taken_as_the_model_takes_it(tmp_path, one_export):
     assert session(path).get_inputs()[0].shape == [1, 3, SIZE, SIZE]
 
 
+def test_a_detectors_file_is_called_as_the_model_is(exported):
+    model, path, _ = exported
+    images = [image(3), image(4)]
+    opened = normswap.load_onnx(path, timeout=None)
+    assert opened.detector
+    assert opened.batch_size is None
+    for mine, picture in zip(opened(images), images, strict=True):
+        right = with_torch(model, picture)
+        plain = {name: value.numpy() for name, value in mine.items()}
+        assert match(plain, right, LIMITS, Cut(0.05, 30)).whole
+        assert len(right["scores"]) > 0
+
+
 def sets(*rows):
     boxes, labels, scores = zip(*rows, strict=True) if rows else ((), (), ())
     return {

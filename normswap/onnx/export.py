@@ -54,14 +54,21 @@ def export_onnx(
     optimisations off, basic and all, for the model and for a copy with randomised statistics.
     ``error(torch)`` is the largest that torch itself makes on any of these inputs.
 
+    A detector of torchvision's form (a list of images in; boxes, labels and scores out) becomes a
+    file for one image, written by torch's older exporter. Its detections are compared as sets, with
+    the same tolerances for boxes and scores, on images on which rounding changes none of them; only
+    those whose score lies within the tolerance of the threshold are free. Where it finds nothing,
+    its threshold is moved in a copy of the file; its last layers are compared value by value.
+
     Args:
         model: any module; it is copied, never changed, and exported in eval mode.
         path: the file; written beside itself first and renamed when proven.
         example_inputs: a tensor or list is one positional argument, a tuple the positional
             arguments, a dict the keyword arguments.
-        opset: of the default operator set. From 21 on torch writes ``GroupNormalization``, for
-            which onnxruntime's CPU provider has no kernel.
-        static_batch: fix the batch axis at the size of the example; else it is named ``batch``.
+        opset: of the default operator set, 18 to 23; of a detector up to 20. From 21 on torch
+            writes ``GroupNormalization``, for which onnxruntime's CPU provider has no kernel.
+        static_batch: fix the batch axis at the size of the example; else it is named ``batch``. A
+            detector's file takes one image either way.
         dynamic_size: let height and width vary as well.
         half: weights and activations in float16, norms, inputs and outputs in float32; the
             tolerance is then ``max(1e-2, 3·error(torch))``, never above 5e-2.

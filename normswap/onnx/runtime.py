@@ -11,6 +11,7 @@ from torch import nn
 
 from normswap.children import SECONDS
 from normswap.errors import ExportError, ParityError
+from normswap.onnx.file.detections import detects
 from normswap.onnx.file.metadata import read_metadata
 from normswap.onnx.file.parsing import read_onnx
 from normswap.onnx.file.session import (
@@ -35,7 +36,7 @@ class OnnxModel(nn.Module):
 
     Shape:
         As the file's inputs and outputs; a file of one output gives one tensor, of several a dict
-        by name.
+        by name. A detector takes a list of images and gives a list of dicts, as torchvision's do.
     """
 
     def __init__(
@@ -54,10 +55,20 @@ class OnnxModel(nn.Module):
         self._dtypes = [_numpy_dtype(value.type) for value in session.inputs]
         self.input_names = tuple(value.name for value in session.inputs)
         self.output_names = tuple(value.name for value in session.outputs)
-        self.batch_size = _fixed(session.inputs[0].shape)
+        self.detector = len(self.input_names) == 1 and detects(self.output_names)
+        self.batch_size = None if self.detector else _fixed(session.inputs[0].shape)
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Run the file."""
+    def forward(self, *inputs: Any) -> Any:
+        """Run the file; a detector's once for each image."""
+        if not self.detector:
+            return self._run(*inputs)
+        rank = len(self._session.inputs[0].shape)
+        images = inputs[0] if len(inputs) == 1 else inputs
+        return [
+            self._run(image.reshape((1,) * (rank - image.ndim) + image.shape)) for image in images
+        ]
+
+    def _run(self, *inputs: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         if len(inputs) != len(self.input_names):
             raise ExportError(
                 str(self.path),

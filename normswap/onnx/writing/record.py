@@ -45,6 +45,8 @@ def _preprocessing(
 ) -> dict[str, Any] | None:
     """What the model wants of its input, at the one size that the file takes."""
     sizes = [list(t.shape[1:]) for t in signature.tensors if signature.spatial(t)]
+    if signature.batch is None:  # a detector, with one image
+        sizes = [list(t.shape[-3:]) for t in signature.tensors if t.ndim >= 3]
     if recorded is None or options.dynamic_size or len(sizes) != 1:
         return recorded
     usual = {name: value for name, value in recorded.items() if not name.startswith("test_")}
