@@ -149,8 +149,8 @@ def test_inputs_and_outputs_have_names(build, given, found, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"output_names": ["a", "b"]}, "output_names: got 2 for 1"),
-        ({"input_names": ["an image"]}, "input_names: got 'an image'"),
+        ({"output_names": ["a", "b"]}, "output names: got 2 for 1"),
+        ({"input_names": ["an image"]}, "input names: got 'an image'"),
         ({"input_names": ["y"], "output_names": ["y"]}, "got 'y' for an input and an output"),
     ],
 )

@@ -75,11 +75,13 @@ def _model(spec: str | None, file: Path, trust: tuple[str, ...]) -> dict[str, An
 def print_parity(parity: Parity, *, every: bool = False) -> None:
     """The proof as a table: one row per stage, or per case, and the verdict below."""
     rows = [_row(case) for case in parity.cases] if every else _by_stage(parity)
+    detector = any(case.output == "detections" for case in parity.cases)
+    agreed = "detections" if detector else "top-1"
     if rows:
         print_table(
-            ("stage", "cases", "largest error", "tolerance", "top-1", ""),
+            ("stage", "cases", "largest error", "tolerance", agreed, ""),
             rows,
-            numeric=("cases", "largest error", "tolerance", "top-1"),
+            numeric=("cases", "largest error", "tolerance", agreed),
         )
     if parity.passed:
         say(f"parity passed: largest error {parity.max_relative_error:.1e} of the output's scale")

@@ -158,12 +158,12 @@ class Subject:
         Raises:
             ExportError: not as many as there are tensors, or one that is no name or stands twice.
         """
-        mine = _names("input_names", inputs, len(self.signature.tensors)) or self.inputs
-        theirs = _names("output_names", outputs, len(self.outputs)) or self.outputs
+        mine = _names("input names", inputs, len(self.signature.tensors)) or self.inputs
+        theirs = _names("output names", outputs, len(self.outputs)) or self.outputs
         both = set(mine) & set(theirs)
         if both:
             raise ExportError(
-                "input_names, output_names",
+                "input and output names",
                 got=f"{min(both)!r} for an input and an output",
                 need="other names",
                 hint="image and logits",

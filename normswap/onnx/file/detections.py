@@ -16,6 +16,9 @@ from normswap.onnx.file.parity import Array, relative_error
 
 KEYS = ("boxes", "labels", "scores")
 
+MOST_ROWS = 10_000
+"""Detections that are compared; detectors give a few hundred."""
+
 _NEAR = 8
 """Rows that one row is compared with, in the order of a projection."""
 
@@ -69,6 +72,8 @@ def ill_formed(found: Detections) -> str | None:
     if count < 0 or found["labels"].shape != (count,) or found["boxes"].shape != (count, 4):
         shapes = ", ".join(f"{key} {list(found[key].shape)}" for key in KEYS)
         return f"outputs that are no detections: {shapes}"
+    if count > MOST_ROWS:
+        return f"{count} detections, more than {MOST_ROWS}"
     for name, array in found.items():
         if array.ndim == 0 or array.shape[0] != count:
             return f"output {name!r} of shape {list(array.shape)} for {count} detections"

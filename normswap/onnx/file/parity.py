@@ -240,7 +240,7 @@ class Parity:
         passed: every case passed, and the file is the one its metadata describe.
         max_relative_error: the largest scale-normalised error of any onnxruntime run.
         top1_agreement: share of clear winners that agree over all onnxruntime runs; 1.0 where
-            no output has one.
+            no output has one. Of a detector: the share of its detections that were found.
         cases: every comparison.
         failure: None, or one paragraph: what failed, at which stage, in which module.
         stage: the stage to blame, or None.
@@ -274,9 +274,11 @@ class Parity:
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
+        detector = any(case.output == "detections" for case in self.cases)
+        agreed = "detections found" if detector else "top-1 agreement"
         head = (
             f"parity {verdict}: max|Δ|/max|ref| {self.max_relative_error:.2e}, "
-            f"top-1 agreement {self.top1_agreement:.4f}, {len(self.cases)} cases"
+            f"{agreed} {self.top1_agreement:.4f}, {len(self.cases)} cases"
         )
         lines = [head]
         if self.failure:

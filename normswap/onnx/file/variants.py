@@ -7,6 +7,7 @@ nothing are equal in nothing that matters. So the one constant that decides is c
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,17 +38,28 @@ def with_threshold(
     wanted = {np.float32(value) for value in own}
     seen: set[np.float32] = set()
     for node in copy.graph.node:
-        constant = constants.get(node.input[1]) if node.op_type == "Greater" else None
-        if constant is None:
+        constant = constants.get(node.input[1]) if _compares(node) else None
+        if constant is None or math.prod(constant.dims) != 1:
             continue
-        values = numpy_helper.to_array(constant)
-        if values.size == 1 and np.float32(values.reshape(-1)[0]) in wanted:
+        try:
+            values = numpy_helper.to_array(constant)
+        except (ValueError, TypeError, KeyError):  # a stranger's constant that holds no number
+            continue
+        if (
+            values.size == 1
+            and values.dtype.kind == "f"
+            and np.float32(values.reshape(-1)[0]) in wanted
+        ):
             seen.add(np.float32(values.reshape(-1)[0]))
             name = f"{node.output[0]}.threshold"
             fresh = np.full(values.shape, other, values.dtype)
             copy.graph.initializer.append(numpy_helper.from_array(fresh, name))
             node.input[1] = name
     return copy if wanted and seen == wanted else None
+
+
+def _compares(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Greater" and len(node.input) == 2 and len(node.output) == 1
 
 
 def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
