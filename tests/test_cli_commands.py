@@ -260,7 +260,10 @@ def test_verify_against_the_model(exported, artefact):
 
 def test_verify_against_the_model_at_another_size(artefact, tmp_path):
     path = tmp_path / "small.onnx"
-    run("export", artefact, "-o", path, "--image-size", "24")
+    names = ["--input-name", "photo", "--output-name", "classes"]
+    run("export", artefact, "-o", path, "--image-size", "24", *names)
+    opened = normswap.onnx.load_onnx(path)
+    assert (opened.input_names, opened.output_names) == (("photo",), ("classes",))
     found = json.loads(run("verify", path, "--model", artefact, "--json").stdout)
     assert found["passed"]
     assert normswap.onnx.load_onnx(path).preprocessing["input_size"][-2:] == [24, 24]
