@@ -46,7 +46,9 @@ def test_a_resumed_run_writes_into_its_folder(name, there, tmp_path):
     assert name != "metrics.jsonl" or not (run / name).is_symlink()
 
 
-@pytest.mark.parametrize("change", ["a moment", "all moments", "finished", "no finished"])
+@pytest.mark.parametrize(
+    "change", ["a moment", "all moments", "-1 steps", "-2 steps", "finished", "no finished"]
+)
 def test_a_checkpoint_that_is_no_state_of_its_run(change, tmp_path):
     """Signed anew: what the hash cannot tell."""
     stop = replace(OPTIONS, epochs=2, checkpoint_every=0)
@@ -63,12 +65,14 @@ def test_a_checkpoint_that_is_no_state_of_its_run(change, tmp_path):
     if "moment" in change:
         for moment in moments if change == "all moments" else moments[:1]:
             del moment["exp_avg_sq"]
+    elif "steps" in change:
+        moments[0]["step"] = torch.tensor(float(change.split()[0]))
     elif change == "finished":
         state["finished"] = "x"
     else:
         del state["finished"]
     torch.save({**state, "sha256": content_digest(state)}, tmp_path / "last.pt")
-    with pytest.raises(TrainingError, match=r"no field 'exp_avg_sq'|finished"):
+    with pytest.raises(TrainingError, match=r"no field 'exp_avg_sq'|\.step is|finished"):
         normswap.finetune(net(), DATA, DATA, stop, out=tmp_path, resume=True)
 
 

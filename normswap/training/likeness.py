@@ -6,6 +6,7 @@ comes to light updates later, far from the file that is at fault.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,13 +72,19 @@ def check_optimizer_state(groups: Any, state: Any, parameters: list[Tensor]) -> 
     for number, own in state.items():
         for key, value in own.items():
             name = f"optimizer.state[{number}].{key}"
-            _require(_is_plain(value), name, value)
+            _require(_is_plain(value) and (key != "step" or _counts(value)), name, value)
             # factored optimizers keep smaller tensors, but then of every parameter
             _require(key not in shaped or _shaped(value, parameters[number]), name, value)
 
 
 def _shaped(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _counts(value: Any) -> bool:
+    """Whether it is a number of steps; powers of what is below 0 divide by zero later."""
+    single = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    return single and 0 <= float(value) < math.inf
 
 
 def _is_plain(value: Any) -> bool:

@@ -87,8 +87,8 @@ class Updates:
         """What an optimizer remembers of a parameter only its first step shows to be complete."""
         try:
             yield
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if not self._untried:
+        except Exception as error:
+            if not self._untried or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise TrainingError(
                 "the optimizer's state in the checkpoint",
