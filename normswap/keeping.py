@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap import pictures, swap
-from normswap.calibration import linear_output, solve_once, steadied, taken
+from normswap.calibration import linear_output, scaled, solve_once, steadied, taken
 from normswap.drift import Agreement, batches
 from normswap.errors import RETURNED, PlanError
 from normswap.files import write_whole
@@ -188,14 +188,7 @@ def convert(
                 need="the share of decisions to keep",
                 hint="keep=0.95, or normswap.calibrate for a converted model",
             )
-        return swap.convert(
-            model,
-            target,
-            example_inputs=example_inputs,
-            optimizer=optimizer,
-            allow_nonfinite=allow_nonfinite,
-            **options,
-        )
+        return _matched(model, target, example_inputs, options, optimizer, allow_nonfinite)
     _check(target, keep, images, seconds)
     if not allow_nonfinite:
         check_numbers(model)
@@ -231,6 +224,30 @@ def convert(
         agreement=found.share, seconds=clock() - begun, steps=0, stopped="closed form",
     )  # fmt: skip
     return kept
+
+
+def _matched(
+    model: nn.Module,
+    target: Target | Plan,
+    inputs: Any,
+    options: dict[str, Any],
+    optimizer: Any,
+    allow_nonfinite: bool,
+) -> Conversion:
+    """Convert all that a target takes, by what the running statistics say."""
+    found, fed = target, inputs
+    if not isinstance(found, Plan):
+        found = plan(model, found, example_inputs=inputs, **options)
+        options, fed = {}, inputs_for(model, inputs)
+    with scaled(model, found, fed):
+        return swap.convert(
+            model,
+            found,
+            example_inputs=inputs,
+            optimizer=optimizer,
+            allow_nonfinite=allow_nonfinite,
+            **options,
+        )
 
 
 def _check(target: Any, keep: Any, images: Any, seconds: float) -> None:

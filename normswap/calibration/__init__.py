@@ -4,5 +4,6 @@ from normswap.calibration.calibrate import Calibration, calibrate
 from normswap.calibration.closed_form import solve_once, steadied
 from normswap.calibration.distillation import taken
 from normswap.calibration.flow import linear_output
+from normswap.calibration.unseen import scaled
 
-__all__ = ["Calibration", "calibrate", "linear_output", "solve_once", "steadied", "taken"]
+__all__ = ["Calibration", "calibrate", "linear_output", "scaled", "solve_once", "steadied", "taken"]

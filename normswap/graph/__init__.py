@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normswap.graph.foreign import register_batchnorm
-from normswap.graph.movable import Movable, movable_producers
+from normswap.graph.movable import Movable, movable_producers, scalable
 from normswap.graph.sites import Activation, CallSite, Graph, Other, Producer, Removal, Site
 from normswap.graph.walker import batchnorms, matches, qualified_names, walk
 from normswap.running import call
@@ -23,5 +23,6 @@ __all__ = [
     "movable_producers",
     "qualified_names",
     "register_batchnorm",
+    "scalable",
     "walk",
 ]

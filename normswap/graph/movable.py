@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from normswap.errors import WalkError
+from normswap.graph.norms import state_of
 from normswap.graph.sites import Site
 from normswap.graph.walker import walk
 from normswap.layers import producer_problem
@@ -84,7 +85,7 @@ def movable_producers(
     except WalkError:
         return {}, set()
     ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (model, teacher))
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    owners = _owners(model)
     wanted = set(names)
     found, once = {}, set()
     for site in graph:
@@ -98,6 +99,23 @@ def movable_producers(
         if module is not None and _may_move(module, original, owners):
             found[name] = Movable(site.producer.name, module, original)
     return found, once
+
+
+def scalable(site: Site, norm: nn.Module, model: nn.Module) -> str | None:
+    """The module whose channels may be scaled if this BatchNorm's statistics are, by its name."""
+    producer, state = site.producer, state_of(norm)
+    own = [t for t in (state.weight, state.bias, state.mean, state.var) if t is not None]
+    if site.calls != 1 or producer is None or not _alone(site) or len(own) < 4:
+        return None
+    module, owners = model.get_submodule(producer.name), _owners(model)
+    tensors = [*own, *module.parameters(recurse=False)]
+    sound = all(not t.is_meta and not t.is_inference() for t in tensors)
+    tied = any(owners[id(t)] > 1 for t in own)
+    return producer.name if sound and not tied and _may_move(module, module, owners) else None
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
 
 def _alone(site: Site) -> bool:

@@ -35,6 +35,8 @@ class PlanEntry:
         producer: name of the module that makes its input, for a layer that has to know it.
         cost: what its conversion alone costs, in nats of the outputs' softmax, where that was
             measured to decide what is converted.
+        scaled: name of the module that makes its input, where its channels get scales with which
+            the new layer's statistics differ little from sample to sample.
         removal: how the activation behind it is taken out, for the new layer to take its place.
     """
 
@@ -50,6 +52,7 @@ class PlanEntry:
     producer: str | None = None
     removal: Removal | None = None
     cost: float | None = None
+    scaled: str | None = None
 
     @property
     def name(self) -> str:
@@ -159,6 +162,8 @@ def _line(entry: PlanEntry, width: int) -> str:
     parts = [f"{entry.name or '(root)':{width}}  {entry.kind}({entry.channels}) → {becomes}"]
     if entry.producer:
         parts.append(f"wired to {entry.producer}")
+    if entry.scaled:
+        parts.append(f"{entry.scaled} is scaled by channel")
     if entry.removal:
         parts.append(f"takes the {REPLACEABLE[entry.removal.op]}'s place")
     parts += [text for text in (entry.reason, *entry.notes) if text]
@@ -215,6 +220,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "channels": (int,),
     "reason": (str, type(None)),
     "producer": (str, type(None)),
+    "scaled": (str, type(None)),
 }
 
 

@@ -18,6 +18,7 @@ from normswap.graph import (
     matches,
     norms,
     qualified_names,
+    scalable,
     walk,
 )
 from normswap.graph.numbers import dead_channels
@@ -25,6 +26,7 @@ from normswap.graph.vocabulary import REPLACEABLE
 from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
 from normswap.recipes import FrozenBatchNorm, Recipe, recipe_for
+from normswap.recipes.base import has_statistics, looks_fresh
 from normswap.targets import FALLBACKS, INITS
 
 Target = str | Recipe | Mapping[str, "str | Recipe"]
@@ -217,7 +219,18 @@ class _Planner:
             reason=reason,
             notes=(*site.notes, *self._dead(site), *settled.warnings(site, init=self._init)),
             producer=site.producer.name if settled.wired and site.producer else None,
+            scaled=self._scaled(site, settled),
         )
+
+    def _scaled(self, site: Site, settled: Recipe) -> str | None:
+        """The producer whose scale the norm's channels share, where statistics say what it is."""
+        norm = self._modules[site.name]
+        state = norms.state_of(norm)
+        if self._init != "match" or not has_statistics(state) or looks_fresh(state):
+            return None
+        groups = settled.sharing_at(state)
+        shared = groups is not None and groups < state.channels
+        return scalable(site, norm, self._model) if shared else None
 
     def _dead(self, site: Site) -> tuple[str, ...]:
         count = dead_channels(self._modules[site.name])

@@ -173,6 +173,11 @@ class Recipe(ABC):
         del layer
         return None
 
+    def sharing_at(self, state: BatchNormState) -> int | None:
+        """The same of a layer to be built, where a producer may get any scale."""
+        del state
+        return None
+
     def aim(self, layer: nn.Module, y: Tensor) -> Tensor:
         """What γ·x̂ + β of ``layer`` is to equal where the BatchNorm gave ``y``."""
         del layer

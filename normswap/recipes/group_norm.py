@@ -152,6 +152,9 @@ class GroupNorm(_Grouped):
     def sharing(self, layer: Any) -> int | None:
         return int(layer.num_groups)
 
+    def sharing_at(self, state: BatchNormState) -> int | None:
+        return None if self.wired else self.groups_for(state)
+
 
 def _groups_of(size: int, channels: int, where: str) -> int:
     if channels % size:
@@ -233,6 +236,10 @@ class LayerNorm(_Grouped):
 
     def sharing(self, layer: Any) -> int | None:
         return GroupNorm().sharing(layer)
+
+    def sharing_at(self, state: BatchNormState) -> int | None:
+        del state
+        return 1
 
 
 @dataclass(frozen=True)
