@@ -1,9 +1,10 @@
 """Convert as many layers as a share of the original's decisions allows; the others stay frozen.
 
 Every site's own cost is measured first: what its error does to the outputs, to second order, from a
-few backward passes for all sites together. Then the cheapest sites are converted, solved in closed
-form and judged on images that neither saw; how many there can be is found by bisection. What is
-left becomes ``frozen``, which needs no batch either and is exactly BatchNorm.
+few backward passes for all sites together. Then the cheapest sites are converted, each solved in
+closed form by itself, and judged on images on which they were not solved; how many there can be is
+found by bisection. What is left becomes ``frozen``, which needs no batch either and is exactly
+BatchNorm.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from normswap import pictures, swap
-from normswap.calibration import linear_output, scaled, solve_once, steadied, taken
+from normswap.calibration import by_channel, linear_output, scaled, solve_alone, taken
 from normswap.drift import Agreement, batches
 from normswap.errors import RETURNED, PlanError
 from normswap.files import write_whole
-from normswap.graph import Graph, walk
-from normswap.graph.norms import fused_parts
+from normswap.graph import Graph, Movable, walk
+from normswap.graph.norms import fused_parts, state_of
 from normswap.graph.numbers import check_numbers
 from normswap.planning import Patterns, Plan, Target, inputs_for, plan
 from normswap.progress import Progress, ProgressCallback
@@ -146,8 +147,9 @@ def convert(
         keep: share of the original's decisions that has to stay, above 0 and at most 1. As many
             layers are converted as that allows, by ``images``; the others become ``frozen``.
         images: for ``keep``: preprocessed images without labels, a tensor or an iterable of
-            batches. Half of them calibrate, half of them judge.
-        seconds: for ``keep``: about how long it may take; fewer images are used where it is short.
+            batches. Each half is judged by a model that was calibrated on the other one; the model
+            that stays is calibrated on both.
+        seconds: for ``keep``: about how long it may take; where it is short the search ends early.
         seed: of the random choices that ``keep`` makes.
         progress: called with the share of ``keep``'s work that is done, and what comes next.
         clock: what ``seconds`` are read from.
@@ -198,16 +200,16 @@ def convert(
     budget = _Budget(clock, begun + seconds, progress)
     chooser = _Chooser(model, target, graph, {**options, "example_inputs": inputs}, seed)
     with torch.inference_mode(mode=False), taken():
-        found = chooser.choose(keep, images, budget)
+        found, ready = chooser.choose(keep, images, budget)
     result = swap.convert(
         model,
-        found.plan,
+        ready.plan,
         example_inputs=inputs,
         optimizer=optimizer,
         allow_nonfinite=allow_nonfinite,
     )
-    if found.state is not None:
-        result.model.load_state_dict(found.state)
+    if ready.state is not None:
+        result.model.load_state_dict(ready.state)
     kept = Kept(
         result.model,
         result.plan,
@@ -282,18 +284,52 @@ class _Budget:
 
 
 @dataclass(frozen=True)
+class _Fold:
+    """A network whose every site is solved by itself, and images that it has not seen.
+
+    Attributes:
+        donor: the converted model that has them all.
+        producers: what was scaled with a site, by the site's name.
+        judges: batches, and what the original gives for each.
+    """
+
+    donor: nn.Module
+    producers: Mapping[str, Movable]
+    judges: list[tuple[Any, list[Tensor]]]
+
+    def lend(self, model: nn.Module, sites: Iterable[str]) -> None:
+        """Give ``model`` these sites and what was scaled with them."""
+        scaled = {site: producer.name for site, producer in self.producers.items()}
+        for name in (n for site in sites for n in (site, scaled.get(site)) if n is not None):
+            # a site that took an activation's place here may not take it there
+            own = self.donor.get_submodule(name).state_dict()
+            model.get_submodule(name).load_state_dict(own, strict=False)
+
+
+@dataclass(frozen=True)
 class _Found:
     """One number of converted sites, and how it did."""
 
-    plan: Plan
-    state: dict[str, Tensor] | None
+    sites: list[str]
     share: float
     bound: float
     images: int
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """The plan that is carried out, and the weights after it; None: as they come."""
+
+    plan: Plan
+    state: dict[str, Tensor] | None
+
+
 class _Chooser:
-    """Which sites are converted."""
+    """Which sites are converted.
+
+    The images are two halves. Each is judged by a model that was calibrated on the other one; the
+    model that is handed out is calibrated on both.
+    """
 
     def __init__(
         self, model: nn.Module, target: Any, graph: Graph, options: dict[str, Any], seed: int
@@ -303,27 +339,39 @@ class _Chooser:
         self.draw = torch.Generator().manual_seed(seed)
         self.costs: dict[str, float] = {}
 
-    def choose(self, keep: float, images: Any, budget: _Budget) -> _Found:
+    def choose(self, keep: float, images: Any, budget: _Budget) -> tuple[_Found, _Ready]:
         """The most sites with which at least ``keep`` of the decisions stay."""
         device = device_of(self.teacher)
         whole = self._plan(())
         sites = [e.name for e in whole.swapped if e.recipe is not None and e.recipe.per_sample]
         if not sites:  # all others are exact
-            return _Found(whole, None, 1.0, 1.0, 0)
-        judges, used = self._halves(images, device)
-        budget.tell(0.0, "what each site costs")
+            return _Found([], 1.0, 1.0, 0), _Ready(whole, None)
+        halves = self._halves(images, device)
+        budget.tell(0.0, "every layer by itself")
         with evaluating(self.teacher):
-            model = self._converted(whole)
-            self.costs = _costs(self.teacher, model, sites, _first(used, _WEIGHED), self.draw)
+            folds = [self._fold(whole, halves[i], halves[1 - i]) for i in (0, 1)]
+            budget.tell(0.2, "what each layer costs")
+            seen = _first(halves[1], _WEIGHED)
+            self.costs = _costs(self.teacher, folds[0], sites, seen, self.draw)
         order = sorted(sites, key=self.costs.__getitem__)
-        low, best = 0, _Found(self._plan(order), None, 1.0, 1.0, _count(judges))
-        high = len(order)
+        best = self._search(order, folds, keep, budget)
+        every = halves[0] if halves[0] is halves[1] else [*halves[0], *halves[1]]
+        budget.tell(0.95, f"{len(best.sites)} layers, on all images")
+        with evaluating(self.teacher):
+            ready = self._ready(whole, order, best, every)
+        budget.tell(1.0, "done")
+        return best, ready
+
+    def _search(self, order: list[str], folds: list[_Fold], keep: float, budget: _Budget) -> _Found:
+        low, high = 0, len(order)
+        best = _Found([], 1.0, 1.0, sum(_count([b for b, _ in f.judges]) for f in folds))
         tries = math.ceil(math.log2(high + 1)) + 1
         at, number = high, 0  # all of them first: then nothing has to be searched
         while low < high:
             number += 1
-            budget.tell(min(number / (tries + 1), 0.99), f"{at} of {len(order)} sites")
-            found = self._tried(order[at:], used, judges)
+            told = f"{at} of {len(order)} layers"
+            budget.tell(0.3 + 0.65 * min(number / (tries + 1), 0.99), told)
+            found = self._tried(order, at, folds)
             if found.bound >= keep:
                 low, best = at, found
             else:
@@ -331,11 +379,32 @@ class _Chooser:
             at = (low + high + 1) // 2
             if budget.left <= 0:
                 break
-        budget.tell(1.0, "done")
         return best
 
+    def _fold(self, whole: Plan, used: list[Any], judges: list[Any]) -> _Fold:
+        donor = self._converted(whole)
+        producers = solve_alone(donor, self.teacher, used)
+        return _Fold(donor, producers, list(_answered(self.teacher, judges)))
+
+    def _tried(self, order: list[str], count: int, folds: list[_Fold]) -> _Found:
+        """So many of the cheapest sites converted, and what that keeps of both halves."""
+        found, kept = self._plan(order[count:]), _KeptShare()
+        for fold in folds:
+            model = self._converted(found)
+            fold.lend(model, order[:count])
+            kept.add(model, fold.judges)
+        return _Found(order[:count], kept.share, kept.bound, kept.count)
+
+    def _ready(self, whole: Plan, order: list[str], best: _Found, every: list[Any]) -> _Ready:
+        found = self._plan(order[len(best.sites) :])
+        if not best.sites:
+            return _Ready(found, None)
+        model = self._converted(found)
+        self._fold(whole, every, []).lend(model, best.sites)
+        return _Ready(found, model.state_dict())
+
     def _halves(self, images: Any, device: torch.device) -> tuple[list[Any], list[Any]]:
-        """Batches that judge, and batches that calibrate.
+        """Two halves of the batches.
 
         Other photographs of the same things are no strangers: so the halves share no class of the
         original's decisions, where single images and classes can be told.
@@ -351,7 +420,7 @@ class _Chooser:
                     joined = torch.cat(every)
                     parts = (torch.split(joined[part], _BATCH) for part in (first, ~first))
                     return list(next(parts)), list(next(parts))
-        return every[::2], every[1::2] or every
+        return (every[::2], every[1::2]) if len(every) > 1 else (every, every)
 
     def _plan(self, frozen: Iterable[str]) -> Plan:
         reasons = dict.fromkeys(frozen, "frozen, to keep the decisions asked for")
@@ -368,37 +437,55 @@ class _Chooser:
         """A copy; that its numbers are sound was looked at before."""
         return swap.convert(copy.deepcopy(self.teacher), found, allow_nonfinite=True).model
 
-    def _tried(self, frozen: list[str], used: list[Any], judges: list[Any]) -> _Found:
-        """A copy with these sites frozen, solved in closed form, and what it keeps."""
-        found = self._plan(frozen)
-        model = self._converted(found)
-        solve_once(model, self.teacher, used, self.draw)
-        share, bound = kept_share(model, self.teacher, judges)
-        return _Found(found, model.state_dict(), share, bound, _count(judges))
-
 
 @torch.no_grad()
-def kept_share(model: nn.Module, teacher: nn.Module, judges: list[Any]) -> tuple[float, float]:
-    """The share of the teacher's decisions that a model keeps, and its lower confidence bound.
+def _answered(teacher: nn.Module, found: list[Any]) -> Iterator[tuple[Any, list[Tensor]]]:
+    for batch in found:
+        yield batch, [leaf.clone() for leaf in leaves(call(teacher, copied(batch)))]
+
+
+class _KeptShare:
+    """The share of the original's decisions that models keep, and its lower confidence bound.
 
     Where there are no classes to choose between it is one minus the outputs' relative error.
     """
-    agreement, count = Agreement(), 0
-    difference = whole = 0.0
-    with evaluating(model, teacher):
-        for batch in judges:
-            reference = [leaf.clone() for leaf in leaves(call(teacher, copied(batch)))]
-            found = leaves(call(model, copied(batch)))
-            agreement.add(found, reference)
-            count += entries(batch)
-            for ours, theirs in zip(found, reference, strict=False):
-                difference += float((ours - theirs).square().sum())
-                whole += float((theirs - theirs.mean(0)).square().sum())
-    share = agreement.value
-    if share is None:
-        share = 1 - (difference / max(whole, 1e-12)) ** 0.5
-        return share, share
-    return share, _lower(share, count)
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._agreement = Agreement()
+        self._difference = self._whole = 0.0
+
+    @torch.no_grad()
+    def add(self, model: nn.Module, judges: Iterable[tuple[Any, list[Tensor]]]) -> None:
+        """Take in what a model makes of batches, for which the original's answers are there."""
+        with evaluating(model):
+            for batch, reference in judges:
+                found = leaves(call(model, copied(batch)))
+                self._agreement.add(found, reference)
+                self.count += entries(batch)
+                for ours, theirs in zip(found, reference, strict=False):
+                    self._difference += float((ours - theirs).square().sum())
+                    self._whole += float((theirs - theirs.mean(0)).square().sum())
+
+    @property
+    def share(self) -> float:
+        """Of the decisions, 0 to 1."""
+        found = self._agreement.value
+        return 1 - (self._difference / max(self._whole, 1e-12)) ** 0.5 if found is None else found
+
+    @property
+    def bound(self) -> float:
+        """At least so much of them, four times in five."""
+        decided = self._agreement.value is not None
+        return _lower(self.share, self.count) if decided else self.share
+
+
+def kept_share(model: nn.Module, teacher: nn.Module, judges: list[Any]) -> tuple[float, float]:
+    """The share of the teacher's decisions that a model keeps, and its lower confidence bound."""
+    found = _KeptShare()
+    with evaluating(teacher):
+        found.add(model, _answered(teacher, judges))
+    return found.share, found.bound
 
 
 def _lower(share: float, count: int) -> float:
@@ -414,16 +501,20 @@ def _lower(share: float, count: int) -> float:
 
 
 def _costs(
-    teacher: nn.Module, model: nn.Module, sites: list[str], found: list[Any], draw: torch.Generator
+    teacher: nn.Module,
+    fold: _Fold,
+    sites: list[str],
+    found: list[Any],
+    draw: torch.Generator,
 ) -> dict[str, float]:
     """What each site's own error costs, in nats, to second order.
 
     A site's error e changes the outputs by J·e; with random v of the softmax's own covariance the
     mean of (v·J·e)² is twice the divergence that makes. One backward pass gives v·J·e of all sites.
     """
-    scales = steadied(model, teacher, found)
-    ours, theirs = dict(model.named_modules()), dict(teacher.named_modules())
-    errors = {n: _SiteError(theirs[n], ours[n], scales.get(n)) for n in sites}
+    ours, theirs = dict(fold.donor.named_modules()), dict(teacher.named_modules())
+    loudness = {site: producer.loudness() for site, producer in fold.producers.items()}
+    errors = {n: _SiteError(theirs[n], ours[n], loudness.get(n)) for n in sites}
     hooks = [theirs[n].register_forward_hook(e.nudge, with_kwargs=True) for n, e in errors.items()]
     with torch.enable_grad(), hooked(*hooks):
         for batch in found:
@@ -461,22 +552,20 @@ class _SiteError:
         return output + self.gain.to(output) * error
 
     def _error(self, x: Tensor, output: Tensor) -> Tensor:
-        """The output of the layer with the γ and β that err least here, minus the BatchNorm's."""
+        """What comes out of the layer, on what the BatchNorm gets, minus what comes out of that."""
         recipe = recipe_of(self.layer)
-        louder = x if self.scale is None else x * self._column(self.scale, x)
+        louder = x if self.scale is None else x * by_channel(self.scale, x)
         normal = None if recipe is None else recipe.standardise(self.layer, louder)
-        if normal is None:
+        if recipe is None or normal is None:
             return torch.zeros_like(output)
-        plain, axes = linear_output(self.bn, x), [0, *range(2, x.dim())]
-        centred, middle = normal - normal.mean(axes, True), plain.mean(axes, True)
-        power = centred.square().mean(axes, True).clamp_min(1e-12)
-        fitted = (centred * plain).mean(axes, True) / power * centred + middle
-        parts = fused_parts(self.bn)
-        return (fitted if parts is None else parts[1](fitted)) - output
-
-    @staticmethod
-    def _column(values: Tensor, x: Tensor) -> Tensor:
-        return values.view(-1, *[1] * (x.dim() - 2)).to(x)
+        state, parts = state_of(self.layer), fused_parts(self.bn)
+        for own, into in ((state.weight, torch.mul), (state.bias, torch.add)):
+            normal = normal if own is None else into(normal, by_channel(own.detach(), normal))
+        plain = recipe.aim(self.layer, linear_output(self.bn, x))
+        if parts is None:
+            return normal - plain
+        found: Tensor = parts[1](normal) - parts[1](plain)
+        return found
 
 
 def _look(

@@ -8,8 +8,9 @@ from test_calibration_closed_form import Net, images, trained
 from torch import nn
 
 import normswap
+from normswap.calibration import solve_alone
 from normswap.errors import PlanError
-from normswap.keeping import _costs, _first_half, kept_share
+from normswap.keeping import _costs, _first_half, _Fold, kept_share
 from normswap.planning import Plan
 
 
@@ -73,7 +74,8 @@ def test_costs_are_what_one_site_alone_does_to_the_softmax(teacher):
     small = copy.deepcopy(teacher)
     small.head.weight.data /= 20  # where the second order is enough
     model = normswap.convert(copy.deepcopy(small), "ln", example_inputs=x[:2]).model
-    found = _costs(small, model, list(producers), [x], torch.Generator().manual_seed(0))
+    fold = _Fold(model, solve_alone(model, small, [x]), [])
+    found = _costs(small, fold, list(producers), [x], torch.Generator().manual_seed(0))
     with torch.no_grad():
         truth = small(x).log_softmax(1)
         for name, producer in producers.items():

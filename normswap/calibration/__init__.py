@@ -1,9 +1,17 @@
 """Bring a converted model to its BatchNorm original on unlabelled images."""
 
 from normswap.calibration.calibrate import Calibration, calibrate
-from normswap.calibration.closed_form import solve_once, steadied
+from normswap.calibration.closed_form import by_channel, solve_alone
 from normswap.calibration.distillation import taken
 from normswap.calibration.flow import linear_output
 from normswap.calibration.unseen import scaled
 
-__all__ = ["Calibration", "calibrate", "linear_output", "scaled", "solve_once", "steadied", "taken"]
+__all__ = [
+    "Calibration",
+    "by_channel",
+    "calibrate",
+    "linear_output",
+    "scaled",
+    "solve_alone",
+    "taken",
+]

@@ -161,14 +161,19 @@ class Fit:
             if standard is None:
                 return
             found.add(standard, recipe.aim(pair.module, linear_output(pair.original, original)))
-        mean, std = found.mean[0], found.std[0]
-        std = std.clamp_min(1e-4 * std.max().clamp_min(1e-6))
-        self.scales[pair.name] = Scale(mean, std, found.std[1])
-        own = own_parameters(pair.module)
-        if "weight" in own and "bias" in own:
-            slope = own["weight"].sign() * found.std[1] / std * found.kept
-            own["weight"].copy_(slope)
-            own["bias"].copy_(found.mean[1] - slope * mean)
+        self.scales[pair.name] = _set_from(pair, found)
+
+
+def _set_from(pair: Pair, found: _Joint) -> Scale:
+    """γ and β by the spread and the correlation of x̂ and the original's output."""
+    mean, std = found.mean[0], found.std[0]
+    std = std.clamp_min(1e-4 * std.max().clamp_min(1e-6))
+    own = own_parameters(pair.module)
+    if "weight" in own and "bias" in own:
+        slope = own["weight"].sign() * found.std[1] / std * found.kept
+        own["weight"].copy_(slope)
+        own["bias"].copy_(found.mean[1] - slope * mean)
+    return Scale(mean, std, found.std[1])
 
 
 class _Joint:
@@ -251,34 +256,59 @@ def in_lockstep(
     return fit.scales
 
 
-# --- both, once -----------------------------------------------------------------------------------
+# --- every site by itself -------------------------------------------------------------------------
 
 
-def solve_once(
-    model: nn.Module, teacher: nn.Module, batches: Batches, draw: torch.Generator
-) -> None:
-    """Scales, γ and β in one round, in place.
+def solve_alone(model: nn.Module, teacher: nn.Module, batches: Batches) -> dict[str, Movable]:
+    """Scales, γ and β of every site from what the original feeds it, in place.
 
-    No regression: on few images it fits them alone, and then they judge nothing any more.
+    So each site, with its producer, is what it would be if it were the only one that is converted.
 
     Args:
         model: the converted model.
         teacher: its original.
-        batches: what both are called with.
-        draw: for the walk in lockstep.
+        batches: what the original is called with.
+
+    Returns:
+        The producers that may have been scaled, by the name of the site behind them.
     """
     pairs, producers, once = _replaced(model, teacher, batches[0])
     with evaluating(model, teacher):
         steady(pairs, producers, teacher, batches)
-        in_lockstep(Fit(once, {}, draw), (model, teacher), batches)
+        _set_alone(once, producers, teacher, batches)
+    return producers
 
 
-def steadied(model: nn.Module, teacher: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """Scale the producers in place, and say by what, by the name of the site behind them."""
-    pairs, producers, _ = _replaced(model, teacher, batches[0])
-    with evaluating(model, teacher):
-        steady(pairs, producers, teacher, batches)
-    return {name: producer.loudness() for name, producer in producers.items()}
+@torch.no_grad()
+def _set_alone(
+    pairs: tuple[Pair, ...], producers: dict[str, Movable], teacher: nn.Module, batches: Batches
+) -> None:
+    found: dict[str, _Joint] = {}
+
+    def hook_for(pair: Pair) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x, recipe = input_of(args, kwargs), recipe_of(pair.module)
+            producer = producers.get(pair.name)
+            louder = x if producer is None else by_channel(producer.loudness(), x) * x
+            standard = None if recipe is None else recipe.standardise(pair.module, louder)
+            if recipe is not None and standard is not None:
+                aim = recipe.aim(pair.module, linear_output(pair.original, x))
+                found.setdefault(pair.name, _Joint()).add(standard, aim)
+
+        return hook
+
+    hooks = [p.original.register_forward_pre_hook(hook_for(p), with_kwargs=True) for p in pairs]
+    with hooked(*hooks):
+        for batch in batches:
+            call(teacher, copied(batch))
+    for pair in pairs:
+        if pair.name in found:
+            _set_from(pair, found[pair.name])
+
+
+def by_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) against (N, C, …)."""
+    return values.view(-1, *[1] * (x.dim() - 2)).to(x)
 
 
 def _replaced(
