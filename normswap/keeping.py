@@ -140,7 +140,7 @@ def convert(
         include: patterns of the names to convert.
         exclude: patterns of the names to leave alone.
         fallback: what a site becomes that the target cannot take.
-        init: ``match``, ``copy`` or ``reset``; see :func:`normswap.plan`.
+        init: ``match``, ``steady``, ``copy`` or ``reset``; see :func:`normswap.plan`.
         optimizer: an optimizer whose parameter groups move to the new parameters.
         allow_nonfinite: convert weights and running statistics that are not finite, and negative
             variances, all the same.

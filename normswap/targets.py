@@ -32,6 +32,9 @@ FALLBACKS: tuple[str, ...] = ("frozen", "keep", "brn", "gn", "error")
 INITS: tuple[str, ...] = ("match", "copy", "reset")
 """How a per-sample target gets its affine parameters from the BN it replaces."""
 
+STARTS: tuple[str, ...] = ("match", "steady", "copy", "reset")
+"""The same as it may be asked for: ``steady`` is a match, once the producers are scaled."""
+
 _MOST = 1000
 """Characters of a target; nobody needs as many."""
 _TARGET = re.compile(r"\s*([^\s(),=]+)\s*(?:\((.*)\))?\s*", re.DOTALL)

@@ -178,6 +178,7 @@ def rows(seeds: int, solving: float) -> Iterator[Row]:
     """Name, number of seeds, what is done."""
     for target in ("brn", "cbn", "frozen", "gn", "ln", "frn"):
         yield f"{target}-matched", 1, lambda b, _, t=target: converted(b, t, "match")
+    yield "gn-steady", 1, lambda b, _: converted(b, "gn", "steady")
     for target in ("gn", "frn"):
         yield f"{target}-copied", 1, lambda b, _, t=target: converted(b, t, "copy")
         for budget in BUDGETS:

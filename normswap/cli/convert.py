@@ -26,7 +26,7 @@ from normswap.cli.options import (
 from normswap.errors import PlanError
 from normswap.reading import reading
 from normswap.regular import read_text
-from normswap.targets import FALLBACKS, INITS, TARGETS
+from normswap.targets import FALLBACKS, STARTS, TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,10 +81,11 @@ def _number_of_groups(
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.")
 @click.option(
     "--init",
-    type=click.Choice(INITS),
+    type=click.Choice(STARTS),
     default="match",
     show_default=True,
-    help="Affine parameters: solved from BN's statistics, BN's own, or 1 and 0.",
+    help="Affine parameters: solved from BN's statistics (steady: after the convolutions before gn "
+    "and ln are scaled by channel), BN's own, or 1 and 0.",
 )
 @click.option(
     "--groups",

@@ -27,7 +27,7 @@ from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
 from normswap.recipes import FrozenBatchNorm, Recipe, recipe_for
 from normswap.recipes.base import has_statistics, looks_fresh
-from normswap.targets import FALLBACKS, INITS
+from normswap.targets import FALLBACKS, STARTS
 
 Target = str | Recipe | Mapping[str, "str | Recipe"]
 Patterns = str | Sequence[str] | None
@@ -60,8 +60,10 @@ def plan(
         fallback: what a site becomes that the target cannot take: ``frozen``, ``keep``, ``brn``,
             ``gn`` (with settings, if wanted), ``error``, or a recipe. None: ``frozen`` for the
             per-sample targets, ``brn`` for cbn, ``keep`` otherwise.
-        init: ``match`` (keep the pretrained function), ``copy`` (γ and β as they are) or
-            ``reset`` (1 and 0); it concerns the per-sample targets only.
+        init: ``match`` (keep the pretrained function), ``steady`` (a match too, for which the
+            convolutions before gn and ln are scaled by channel, so that what a sample does to its
+            group's statistics is little), ``copy`` (γ and β as they are) or ``reset`` (1 and 0);
+            it concerns the per-sample targets only.
         graph: what :func:`normswap.walk` said of this model, if it was walked already.
         frozen: sites that become ``frozen`` whatever their target, and why.
         costs: what the conversion of each site alone was found to cost, to be written down.
@@ -169,7 +171,8 @@ class _Planner:
         self._modules = modules
         self._choice = choice
         self._include = include
-        self._init = init
+        self._steady = init == "steady"
+        self._init = "match" if self._steady else init
         self._frozen = frozen
 
     def entry(self, site: Site) -> PlanEntry:
@@ -226,7 +229,7 @@ class _Planner:
         """The producer whose scale the norm's channels share, where statistics say what it is."""
         norm = self._modules[site.name]
         state = norms.state_of(norm)
-        if self._init != "match" or not has_statistics(state) or looks_fresh(state):
+        if not self._steady or not has_statistics(state) or looks_fresh(state):
             return None
         groups = settled.sharing_at(state)
         shared = groups is not None and groups < state.channels
@@ -312,9 +315,9 @@ def _without_removal(recipe: Recipe, site: Site) -> str:
 
 
 def _check_init(init: str) -> None:
-    if init not in INITS:
+    if init not in STARTS:
         raise PlanError(
-            "init", got=repr(init), need="one of " + ", ".join(INITS), hint="init='match'"
+            "init", got=repr(init), need="one of " + ", ".join(STARTS), hint="init='match'"
         )
 
 
