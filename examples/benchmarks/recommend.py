@@ -271,6 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for name in chosen.networks:
         for size in SIZES:
             known = answers(lines)
+            if chosen.table and not (chosen.out / name / "sweep.json").exists():
+                continue
             if (name, size) not in known:
                 if chosen.table:
                     continue

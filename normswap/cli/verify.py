@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,8 +88,18 @@ def print_parity(parity: Parity, *, every: bool = False) -> None:
         say(f"parity passed: largest error {parity.max_relative_error:.1e} of the output's scale")
     else:
         say(f"parity FAILED: {parity.failure}")
+    for words in _explained({case.stage for case in parity.cases}, rows):
+        say(words)
     for note in parity.notes:
         say(f"note: {note}")
+
+
+def _explained(stages: set[str], rows: list[tuple[Any, ...]]) -> Iterator[str]:
+    """What the words of the table mean."""
+    if any(row[4] for row in rows):
+        yield "top-1: on how many of the decisions that are clear file and model agree"
+    if "row independence" in stages:
+        yield "row independence: an image's output is the same alone and among others"
 
 
 def _row(case: Any) -> tuple[Any, ...]:
