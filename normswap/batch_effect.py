@@ -55,7 +55,7 @@ class BatchEffect:
         kept: share of the model's decisions that stay when batches of this size are normalised by
             their own statistics; one minus the outputs' relative error where nothing is decided;
             None where it cannot run so (``refused``).
-        refused: why not.
+        refused: why it cannot; None too where the images are fewer than one batch.
     """
 
     batch_size: int
@@ -104,7 +104,9 @@ def measure_batch_effect(
     begun = clock()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     shuffled = images[order.to(images.device)]
-    moments, outputs = _eval_moments(model, shuffled, lambda: clock() - begun < seconds / 2)
+    moments, outputs = _eval_moments(
+        model, shuffled, batch_size, lambda: clock() - begun < seconds / 2
+    )
     seen = shuffled[: sum(len(found[0]) for found in outputs)]
     kept, refused = _kept_in_training_mode(
         model, seen, outputs, batch_size, lambda: clock() - begun < seconds
@@ -118,7 +120,7 @@ Moments = dict[tuple[str, nn.Module], list[Tensor]]
 
 @torch.no_grad()
 def _eval_moments(
-    model: nn.Module, images: Tensor, go_on: Callable[[], bool]
+    model: nn.Module, images: Tensor, fewest: int, go_on: Callable[[], bool]
 ) -> tuple[Moments, list[list[Tensor]]]:
     """Every image's channel means before every BatchNorm, and what the model says."""
     found: Moments = {}
@@ -130,7 +132,7 @@ def _eval_moments(
     outputs: list[list[Tensor]] = []
     with evaluating(model), hooked(*hooks):
         for at, batch in enumerate(torch.split(images, _FEWEST)):
-            if at and not go_on():
+            if at and at * _FEWEST >= fewest and not go_on():
                 break
             outputs.append([leaf.clone() for leaf in leaves(call(model, batch.clone()))])
     return {key: parts for key, parts in found.items() if parts}, outputs
@@ -183,7 +185,7 @@ def _kept_in_training_mode(
             error += float((ours - theirs).square().sum())
             spread += float((theirs - theirs.mean()).square().sum())
     if at == 0:
-        return None, f"{len(images)} images are fewer than a batch of {batch_size}"
+        return None, None
     if agreement.value is not None:
         return agreement.value, None
     return (max(0.0, 1 - math.sqrt(error / spread)), None) if spread else (None, "no outputs")

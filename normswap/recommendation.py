@@ -268,8 +268,10 @@ def decide(options: Sequence[Option], effect: BatchEffect | None, batch_size: in
         effect: BatchNorm at this batch size; None without images.
         batch_size: images in a training step.
     """
+    if effect is not None and effect.kept is None and effect.refused is None:
+        effect = None  # there were no images for one batch
     steady = effect.kept if effect is not None else None
-    if steady is None and effect is None and batch_size >= _LARGE:
+    if effect is None and batch_size >= _LARGE:
         return Verdict(BASE, f"a batch of {batch_size} is large enough for most networks")
     if steady is not None and steady >= _STEADY:
         return Verdict(
@@ -455,6 +457,11 @@ class _Survey:
             yield (
                 f"{self.count} images are few: the shares are rough, and calibrated ones were "
                 "measured on images that the calibration saw."
+            )
+        if effect is not None and effect.kept is None and effect.refused is None:
+            yield (
+                f"{self.count} images are fewer than a batch of {self.batch_size}: what BatchNorm "
+                "would do there is not known."
             )
         if self.images is not None and effect is None:
             yield (

@@ -124,7 +124,18 @@ def test_a_batch_that_batchnorm_refuses_is_said():
     assert found.kept is None
     assert "Expected more than 1 value per channel" in found.refused
     few = measure_batch_effect(net, torch.randn(3, 3, 1, 1), 8)
-    assert few.refused == "3 images are fewer than a batch of 8"
+    assert (few.kept, few.refused) == (None, None)
+
+
+def test_fewer_images_than_a_batch_say_nothing_against_batchnorm():
+    net, x = hot()
+    found = normswap.recommend(net, x[:20], batch_size=32, targets=("frozen",), seconds=1)
+    assert found.target == "bn"
+    assert "large enough for most networks" in found.reason
+    assert any("fewer than a batch of 32" in text for text in found.unknown)
+    seen = measure_batch_effect(net, x, 64, seconds=1e-9)  # one batch, however short the time
+    assert seen.images >= 64
+    assert seen.kept is not None
 
 
 def effect(kept, batch_size=2):
