@@ -83,7 +83,7 @@ def test_calibration_is_reported_once(net, tmp_path):
     assert last == f"next: normswap finetune c --trust {net} --data DATA --batch-size 2 -o c-tuned"
 
 
-def test_a_whole_round_ends_every_screen_with_a_next_line(net, tmp_path):
+def test_a_whole_round_ends_every_screen_with_a_next_line(net, tmp_path, monkeypatch):
     folder = images(tmp_path / "data")
     assert run("convert", net, "--no-pretrained", "--to", "gn", "-o", "c").exit_code == 0
     tune = ("finetune", "c", "--trust", net, "--data", folder, "--val-split", 0.5, "--image-size")
@@ -98,6 +98,8 @@ def test_a_whole_round_ends_every_screen_with_a_next_line(net, tmp_path):
     again = run(*tune[:-4], "--epochs", 5, "--resume", "-o", "t")
     assert again.exit_code == 1
     assert "`normswap finetune t -o ANOTHER`" in again.stderr
+    assert "next:" not in run("evaluate", "t", "--trust", net, "--data", folder).stdout
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
     done = run("evaluate", "t", "--trust", net, "--data", folder)
     assert done.stdout.splitlines()[-1] == f"next: normswap export t --trust {net} -o t.onnx"
     done = run("predict", "t", "--trust", net, folder)

@@ -202,6 +202,12 @@ def say(text: str) -> None:
     stdout().print(visible(text), markup=False, soft_wrap=True)
 
 
+def suggest(*words: object) -> None:
+    """``say_next`` where somebody looks: what a program reads of a result ends with the result."""
+    if stdout().is_terminal:
+        say_next(*words)
+
+
 def say_next(*words: object) -> None:
     """The command that a user would give next, as a line to copy."""
     say(f"next: normswap {shlex.join(map(str, words))}")

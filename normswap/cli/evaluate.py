@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from normswap import checks
-from normswap.cli.console import print_json, print_table, progress, say, say_next
+from normswap.cli.console import print_json, print_table, progress, say, suggest
 from normswap.cli.images import ignore_index_option, max_pixels_option
 from normswap.cli.options import (
     ModelChoice,
@@ -177,9 +177,9 @@ def command(
     if per_class:
         _print_classes(_classes(judge, labels))
     if chosen.spec.endswith(".onnx"):
-        say_next("verify", chosen.spec)
+        suggest("verify", chosen.spec)
     else:
-        say_next("export", *chosen.words(), "-o", f"{chosen.short_name}.onnx")
+        suggest("export", *chosen.words(), "-o", f"{chosen.short_name}.onnx")
 
 
 def _classes(judge: Confusion, labels: Sequence[Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from normswap.cli.console import print_json, print_table, progress, say, say_next, stdout
+from normswap.cli.console import print_json, print_table, progress, say, suggest
 from normswap.cli.options import cli_command, json_option
 from normswap.errors import NormSwapError, SpecError
 from normswap.progress import Progress
@@ -44,8 +44,8 @@ def command(*, pattern: str, count: bool, as_json: bool) -> None:
     else:
         for name in names:
             say(name)
-    if stdout().is_terminal and not as_json:  # in a pipe names alone are wanted
-        say_next("inspect", names[0])
+    if not as_json:
+        suggest("inspect", names[0])
 
 
 def _counts(names: list[str]) -> dict[str, int | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from normswap.cli.console import print_json, print_table, progress, say_next
+from normswap.cli.console import print_json, print_table, progress, suggest
 from normswap.cli.evaluate import open_model
 from normswap.cli.images import max_pixels_option
 from normswap.cli.options import (
@@ -120,4 +120,4 @@ def command(
     ]
     rows += [(item.file, item.problem, "") for item in found if item.problem]
     print_table(("image", "class", "probability"), rows, numeric=("probability",))
-    say_next("evaluate", *chosen.words(), "--data", "DATA")
+    suggest("evaluate", *chosen.words(), "--data", "DATA")

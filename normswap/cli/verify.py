@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normswap.cli.boundary import PARITY
-from normswap.cli.console import print_json, print_table, say, say_next
+from normswap.cli.console import print_json, print_table, say, suggest
 from normswap.cli.options import cli_command, json_option, timeout_option, trust_option
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def command(
     if not parity.passed:
         ctx.exit(PARITY)
     if not as_json and find_spec("torch") is not None:  # where verify alone is installed: the end
-        say_next("predict", file, "IMAGES")
+        suggest("predict", file, "IMAGES")
 
 
 def _model(spec: str | None, file: Path, trust: tuple[str, ...]) -> dict[str, Any]:
