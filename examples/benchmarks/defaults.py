@@ -303,13 +303,18 @@ def report(out: Path) -> None:
     lines.append("|---" * (len(TARGETS) + 2) + "|")
     for name in NETWORKS:
         for init in ("matched", "calibrated"):
-            mine = [found.get((name, init, target)) for target in TARGETS]
-            known = next((row for row in mine if row), None)
+            mine = {target: found.get((name, init, target)) for target in TARGETS}
+            known = next((row for row in mine.values() if row), None)
             if known is not None:
                 head = f"| {name} ({known['original']:.1f}) | {init} | "
-                lines.append(head + " | ".join(map(_entry, mine)) + " |")
+                lines.append(
+                    head
+                    + " | ".join(_entry(row, target, init) for target, row in mine.items())
+                    + " |"
+                )
     rows = list(found.values())
     held = [row for row in rows if row["kept"] >= row["start"] - LOSS]
+    fell = [row for row in rows if row not in held]
     held_last = [row for row in rows if row["last"] >= row["start"] - LOSS]
     short = [row for row in rows if row["kept"] < SHARE * row["original"]]
     lines += [
@@ -317,16 +322,17 @@ def report(out: Path) -> None:
         f"{len(rows)} cells. What is kept ends at the start − {LOSS} points or above in "
         f"{len(held)}, the last weights in {len(held_last)}; at {SHARE:.0%} of the original or "
         f"above in {len(rows) - len(short)}.",
-        "Below that: " + ("; ".join(map(_shortfall, short)) or "none") + ".",
+        "Kept below the start: " + ("; ".join(map(_fall, fell)) or "none") + ".",
+        "Below that share: " + ("; ".join(map(_shortfall, short)) or "none") + ".",
     ]
     text = "\n".join(lines) + "\n"
     (out / "defaults.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def _entry(row: dict[str, Any] | None) -> str:
+def _entry(row: dict[str, Any] | None, target: str, init: str) -> str:
     if row is None:
-        return "as matched"
+        return "as matched" if init == "calibrated" and target in EXACT else "not run"
     last = "" if row["last"] == row["kept"] else f" ({row['last']:.1f})"
     return f"{row['start']:.1f} → {row['kept']:.1f}{last}"
 
@@ -334,6 +340,11 @@ def _entry(row: dict[str, Any] | None) -> str:
 def _shortfall(row: dict[str, Any]) -> str:
     share = 100 * row["kept"] / row["original"]
     return f"{row['network']} {row['target']} {row['init']} ({share:.1f} %)"
+
+
+def _fall(row: dict[str, Any]) -> str:
+    points = row["kept"] - row["start"]
+    return f"{row['network']} {row['target']} {row['init']} ({points:+.1f})"
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """What the fine-tuning loop costs: images per second against a bare PyTorch loop, same run.
 
     python examples/benchmarks/training_loop.py [--model resnet18] [--size 64] [--batch-size 2]
+    python examples/benchmarks/training_loop.py --to gn       # and with a passage all the way
 
-Both loops read the same ``TensorDataset``, run the same model, optimizer and number of updates,
+All loops read the same ``TensorDataset``, run the same model, optimizer and number of updates,
 and are timed from the end of their first update to the end of their last. They take turns, and the
 fastest turn of each counts. On the CPU the clock is the process's own CPU time, so that other work
 on the machine does not count.
@@ -11,6 +12,7 @@ on the machine does not count.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import normswap
 from normswap.training import FineTune, finetune
 
 
@@ -42,11 +45,23 @@ def bare(model: torch.nn.Module, data: TensorDataset, batch_size: int, device: s
     return speed(ends, batch_size)
 
 
-def ours(model: torch.nn.Module, data: TensorDataset, batch_size: int, device: str) -> float:
+def ours(
+    model: torch.nn.Module,
+    data: TensorDataset,
+    batch_size: int,
+    device: str,
+    passage: float | None = None,
+) -> float:
     """Images per second of ``normswap.finetune``."""
     clock, ends = clock_of(device), []
     options = FineTune(
-        batch_size=batch_size, epochs=1, learning_rate=1e-3, weight_decay=0.0, device=device
+        batch_size=batch_size,
+        epochs=1,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        optimizer="sgd",
+        device=device,
+        passage=passage,
     )
     finetune(model, data, options=options, progress=lambda _: ends.append(clock()))
     return speed(ends, batch_size)
@@ -68,15 +83,21 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--to", help="a target; one that normalises each sample has a passage")
     chosen = parser.parse_args()
     torch.manual_seed(0)
     count = chosen.batch_size * chosen.updates
     images = torch.randn(count, 3, chosen.size, chosen.size)
     data = TensorDataset(images, torch.randint(10, (count,)))
-    found: dict[str, list[float]] = {"bare": [], "finetune": []}
+    loops: dict[str, Callable[..., float]] = {"bare": bare, "finetune": ours}
+    if chosen.to is not None:
+        loops["passage"] = functools.partial(ours, passage=0.999)
+    found: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(chosen.turns + 1):
-        for name, loop in (("bare", bare), ("finetune", ours)):
+        for name, loop in loops.items():
             model = timm.create_model(chosen.model, num_classes=10)
+            if chosen.to is not None:
+                model = normswap.convert(model, chosen.to, example_inputs=images[:2]).model
             measured = loop(model, data, chosen.batch_size, chosen.device)
             if turn:  # the first turn warms up
                 found[name].append(measured)
@@ -84,7 +105,8 @@ def main() -> None:
     print(f"{chosen.model}, {chosen.size} px, batch {chosen.batch_size}, {chosen.device}")
     for name, fastest in best.items():
         print(f"{name:>9}: {fastest:8.1f} images/s")
-    print(f"    ratio: {best['finetune'] / best['bare']:.3f}")
+    for name in list(loops)[1:]:
+        print(f"{name} / bare: {best[name] / best['bare']:.3f}")
 
 
 if __name__ == "__main__":
