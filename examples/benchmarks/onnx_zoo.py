@@ -168,7 +168,7 @@ def facts(parity: Any) -> dict[str, Any]:
     """The numbers of a proof."""
     return {
         "error": parity.max_relative_error,
-        "torch": max(case.torch_error for case in parity.cases),
+        "torch": max((case.torch_error for case in parity.cases), default=0.0),
         "top1": parity.top1_agreement,
         "cases": len(parity.cases),
     }
