@@ -27,6 +27,8 @@ from normswap.onnx.subject import Subject, as_array
 
 SHAKE = 1e-5
 """Share by which an image is changed: more than rounding does, less than a proof allows."""
+SHAKES = 5
+"""How often."""
 ENOUGH = 2
 """Images with firm detections that a proof needs."""
 TRIES = 8
@@ -177,9 +179,9 @@ class Searcher:
         return _firm(runs, Scene(trial, threshold, runs[0], {}, {}, {}, cut), self.truth)
 
     def _runs(self, trial: Trial, threshold: float | None) -> list[list[Array]]:
-        """In float64, in the model's own precision, and on two images that were shaken."""
+        """In float64, in the model's own precision, and on images that were shaken."""
         truth = self.truth
-        shaken = [[_shaken(array, seed) for array in trial.inputs] for seed in (1, 2)]
+        shaken = [[_shaken(array, seed) for array in trial.inputs] for seed in range(SHAKES)]
         with at_threshold(truth, threshold):
             single = truth.subject.run(trial.inputs)
             exact = truth.double.run_double(trial.inputs) if truth.double else single
