@@ -256,7 +256,7 @@ def test_grey_sixteen_bit_images_calibrate_a_model_of_ones_own(here, tmp_path):
         values = noise.integers(0, 65535, (64, 64)).astype(np.uint16)
         Image.fromarray(values).save(images / f"{index}.png")
     arguments = ["convert", "python:own_channels:sized", "--to", "gn", "-o", str(tmp_path / "out")]
-    calibrate = ["--calibrate", str(images), "--calibrate-seconds", "0.1", "--json"]
+    calibrate = ["--calibrate", str(images), "--calibrate-seconds", "5", "--json"]
     result = CliRunner().invoke(app, arguments + calibrate)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["calibration"] is not None

@@ -28,6 +28,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the endpoint as one commit and one download need; files of any repository."""
 
     files: ClassVar[dict] = {}
+    made: ClassVar[set] = set()
     asked: ClassVar[list] = []
 
     def log_message(self, *_):
@@ -50,6 +51,7 @@ class Hub(BaseHTTPRequestHandler):
         body, host = self._body(), self.headers["Host"]
         if self.path.endswith("/repos/create"):
             name = json.loads(body)
+            self.made.add(f"{name.get('organization')}/{name['name']}")
             self._json({"url": f"http://{host}/{name.get('organization')}/{name['name']}"})
         elif "/preupload/" in self.path:
             files = [f["path"] for f in json.loads(body)["files"]]
@@ -73,7 +75,7 @@ class Hub(BaseHTTPRequestHandler):
             repo = "/".join(parts[2:4])
             names = [name for owner, name in self.files if owner == repo]
             siblings = [{"rfilename": name} for name in names]
-            if names:
+            if names or repo in self.made:
                 self._json({"id": repo, "sha": COMMIT, "siblings": siblings})
             else:
                 self._json({"error": "not found"}, 404)
@@ -98,7 +100,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    Hub.files, Hub.asked = {}, []
+    Hub.files, Hub.made, Hub.asked = {}, set(), []
     constants = huggingface_hub.constants
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -106,7 +108,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # not in old ones
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")

@@ -43,7 +43,7 @@ def test_groups_may_be_given_by_their_size():
         assert [layer.num_groups for layer in result.model] == [2, 2]
         again = normswap.Plan.from_json(result.plan.to_json())
         assert [m.num_groups for m in convert(copy.deepcopy(model), again).model] == [2, 2]
-    with pytest.raises(PlanError, match=r"channels_per_group=3 for 8.*channels_per_group=1 or 2"):
+    with pytest.raises(PlanError, match=r"channels_per_group=3 for 8.*channels_per_group=2 or 4"):
         plan(model, "gn(channels_per_group=3)", example_inputs=x)
     with pytest.raises(PlanError, match="either groups or channels_per_group"):
         normswap.GroupNorm(groups=2, channels_per_group=4)

@@ -84,7 +84,7 @@ def trace_of(model, inputs):
     ):
         output = normswap.graph.call(model.eval(), inputs)
     # a BN is one call to the recorder; what is fused into it is counted by hand
-    ran = [c.module for c in recorder.trace.calls if c.op == "batch_norm"]
+    ran = [c.module for c in recorder.trace.calls if c.op == "batch_norm" and c.module]
     fused = [norms.fused_parts(m)[1] for m in ran if norms.fused_parts(m)]
     ops = Counter(type(a).__name__ for a in fused if not isinstance(a, nn.Identity))
     ops.update(
@@ -136,6 +136,11 @@ def survey(spec, *, every_target=False):
     return row
 
 
+# the activations whose place a target takes, and what it computes in their place
+TAKEN = {"frn": {"ReLU", "relu"}, "evonorm": {"ReLU", "relu", "SiLU", "silu"}}
+OWN = {"frn": set(), "evonorm": {"sigmoid"}}
+
+
 def apply_and_compare(spec, model, inputs, target, graph):
     """Nothing but the norms may change: keys, activations, dropouts, output shapes."""
     model = copy.deepcopy(model)
@@ -150,14 +155,16 @@ def apply_and_compare(spec, model, inputs, target, graph):
     after, shapes_after = trace_of(result.model, inputs)
     assert shapes == shapes_after, f"{spec} {target}: {shapes} became {shapes_after}"
     assert [k for k in others(result.model) if not k.endswith("act.tau")] == keys
-    if target == "frn":
+    if target in TAKEN:
         eval_taken = sum(
             1 for e in result.plan if e.removal and "training mode only" not in " ".join(e.notes)
         )
-        lost = sum((acts - after).values())
-        assert lost <= len(result.replaced), (spec, acts, after)
+        lost, own = acts - after, after - acts
+        assert lost.total() <= len(result.replaced), (spec, acts, after)
         assert bool(lost) == bool(eval_taken), (spec, acts, after)
-        assert set(acts - after) <= {"ReLU", "relu"}
+        assert set(lost) <= TAKEN[target], (spec, acts, after)
+        assert set(own) <= OWN[target], (spec, acts, after)
+        assert own.total() <= len(result.replaced), (spec, acts, after)
     else:
         assert acts == after, f"{spec} {target}: {acts - after} lost, {after - acts} appeared"
 

@@ -10,7 +10,7 @@ so that whoever matches the BatchNorm next matches one whose channels are scaled
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normswap.calibration.steady import Moments, steady_scales
 from normswap.errors import SwapError, WalkError
 from normswap.graph import Movable, call
-from normswap.graph.norms import BatchNormState, state_of
+from normswap.graph.norms import BatchNormState, is_batchnorm, state_of
 from normswap.planning import Plan
 from normswap.recipes.base import has_statistics
 from normswap.running import evaluating, hooked, input_of
@@ -60,8 +60,10 @@ def scaled(model: nn.Module, plan: Plan, inputs: Any) -> Iterator[None]:
     stay as they became, unless it raises.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
-        sites = _sites(model, plan)
-        norms = [model.get_submodule(entry.name) for entry in plan]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        sites = _sites(modules, plan)
+        # a plan names calls that are no modules, too
+        norms = [m for m in map(modules.get, (e.name for e in plan)) if m and is_batchnorm(m)]
         moments = _of_noise(model, sites, norms, inputs) if sites else {}
         own = [(t, t.clone()) for site in sites for t in site.own]
         weights = [(t, t.clone()) for site in sites for t in site.producer.tensors]
@@ -84,12 +86,11 @@ def _put_back(values: list[tuple[Any, Tensor]]) -> None:
             tensor.copy_(value)
 
 
-def _sites(model: nn.Module, plan: Plan) -> list[_Site]:
+def _sites(modules: Mapping[str, nn.Module], plan: Plan) -> list[_Site]:
     found = []
     for entry in plan.swapped:
         if entry.scaled is None or entry.recipe is None:
             continue
-        modules = dict(model.named_modules(remove_duplicate=False))
         norm, producer = (modules.get(name) for name in (entry.name, entry.scaled))
         if norm is None or producer is None or _outputs(producer) != entry.channels:
             raise SwapError(
