@@ -83,7 +83,7 @@ def app() -> None:
       DIR                             what `normswap convert -o DIR` wrote
 
     Results go to stdout (with --json: JSON alone), progress and messages to stderr. Exit codes:
-    0 done, 1 error, 2 wrong usage, 3 the ONNX file is not the model.
+    0 done, 1 error, 2 wrong usage, 3 the ONNX file is not the model, 130 interrupted.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 

@@ -97,7 +97,9 @@ def command(
     timeout: float | None,
     as_json: bool,
 ) -> None:
-    """Measure top-1, top-5 and loss on labelled images; mean IoU or mAP on masks or boxes.
+    """Measure MODEL on labelled images: top-1, mean IoU or mAP.
+
+    Top-1, top-5 and loss of a classifier, mean IoU on masks, mAP on boxes.
 
     MODEL may be an ONNX file too: it is run by onnxruntime.
     """

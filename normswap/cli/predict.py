@@ -64,9 +64,10 @@ def command(
     timeout: float | None,
     as_json: bool,
 ) -> None:
-    """Say which class each of IMAGES (a folder or one file) is, and how sure MODEL is.
+    """Say what is on IMAGES, and how sure MODEL is.
 
-    Of a segmentation network: which classes are on it, and how much of it; of a detector: boxes.
+    IMAGES is a folder or one file. A classifier says one class for each, a segmentation network
+    which classes are on it and how much of it they cover, a detector its boxes.
 
     MODEL may be an ONNX file too: it is run by onnxruntime.
     """

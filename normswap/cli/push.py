@@ -26,10 +26,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Upload DIRECTORY, which normswap wrote, to the Hugging Face Hub.
+    """Upload DIRECTORY to the Hugging Face Hub.
 
-    The artefact's three files and no others, in one commit. The token is the one of `hf auth login`
-    or HF_TOKEN.
+    A directory that normswap wrote: its three files and no others, in one commit. The token is the
+    one of `hf auth login` or HF_TOKEN.
     """
     from normswap.artifact import push_to_hub
 
