@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normswap import pictures
 from normswap.batch_effect import BatchEffect, measure_batch_effect
 from normswap.benchmark import BASE, Comparison, Ratio, Row, compare, step_seconds
-from normswap.calibration import calibrate
+from normswap.calibration import Calibration, calibrate
 from normswap.calibration.images import joined
 from normswap.copying import copied
 from normswap.drift import Drift, batches, predict_drift
@@ -439,12 +439,20 @@ class _Survey:
         if self.images is None:
             return option
         try:
-            report = calibrate(
-                model, self.model, self.images, seconds=max(seconds, _LEAST), seed=seed
-            )
+            report = self._calibrated(model, self.images, max(seconds, _LEAST), seed)
         except NormSwapError as error:
             return replace(option, note=f"not calibrated: {error.got}")
         return replace(option, matched=_kept(report.before), kept=_kept(report.after))
+
+    def _calibrated(self, model: nn.Module, images: Any, seconds: float, seed: int) -> Calibration:
+        """Calibrate in that time; where that is too short, in the shortest that is not."""
+        while True:
+            try:
+                return calibrate(model, self.model, images, seconds=seconds, seed=seed)
+            except CalibrationError as error:
+                if error.where != "seconds" or seconds > _MOST:
+                    raise
+            seconds *= 2
 
     def unknown(self, effect: BatchEffect | None, costs: Comparison, at: int) -> Iterator[str]:
         """What could not be known."""
@@ -477,7 +485,7 @@ class _Survey:
             yield f"The cost of a training step is not known: {costs.rows[0].note}."
 
 
-_ENOUGH, _LEAST = 16, 0.5
+_ENOUGH, _LEAST, _MOST = 16, 0.5, 120.0
 
 
 def _affordable(batch_size: int, small: int, ratio: float) -> int:

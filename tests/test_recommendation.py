@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -278,3 +279,23 @@ def test_the_line_of_each_answer():
         "gn(groups=8)": f"convert {spec} --to gn(groups=8) --calibrate IMAGES "
         "-o resnet18-a1_in1k-gn",
     }
+
+
+def test_a_calibration_takes_longer_where_its_share_is_too_short(
+    monkeypatch,
+):
+    from normswap import recommendation
+
+    asked = []
+
+    def impatient(*args, seconds, **options):
+        asked.append(seconds)
+        if len(asked) < 3:
+            raise CalibrationError("seconds", got="few", need="more", hint="more")
+        return normswap.calibrate(*args, seconds=seconds, **options)
+
+    monkeypatch.setattr(recommendation, "calibrate", impatient)
+    net, x = hot()
+    found = normswap.recommend(net, x, targets=("gn",), seconds=1)
+    assert [b / a for a, b in itertools.pairwise(asked)] == [2, 2]
+    assert next(o for o in found.options if o.target == "gn").kept is not None

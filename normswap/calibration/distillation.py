@@ -179,7 +179,7 @@ class Run:
         if least > _OVERRUN * seconds:
             raise CalibrationError(
                 "seconds",
-                got=f"{seconds:.3g}, which are too few for this model here",
+                got=f"{seconds:.3g} s, too few for this model here",
                 need=f"about {least:.3g} s for looking at it alone",
                 hint=f"--calibrate-seconds {math.ceil(2 * least)} (seconds=…), or smaller images",
             )
