@@ -15,7 +15,7 @@ SHORT = {"epochs": 2, "batch_size": 4, "log_every": 1, "tensorboard": False}
 class Noted(tracking.GeneralTracker):
     """Keeps what it is told."""
 
-    name = "swanlab"
+    name = "aim"
     requires_logging_directory = False
     all = []  # noqa: RUF012
 
@@ -40,8 +40,8 @@ class Noted(tracking.GeneralTracker):
 
 @pytest.fixture
 def noted(monkeypatch):
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "swanlab", Noted)
-    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.SWANLAB])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "aim", Noted)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.AIM])
     Noted.all.clear()
     return Noted.all
 
@@ -49,7 +49,7 @@ def noted(monkeypatch):
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_tracker_gets_every_line(folder, noted, tmp_path):
     out = tmp_path / "run" if folder else None
-    finetune(Net("gn"), samples(8), samples(6, 1), FineTune(track=["swanlab"], **SHORT), out=out)
+    finetune(Net("gn"), samples(8), samples(6, 1), FineTune(track=["aim"], **SHORT), out=out)
     [tracker] = noted
     assert tracker.over
     assert tracker.run_name == "normswap"
