@@ -7,7 +7,6 @@ the error of the outputs and how often the two models agree. Nothing here change
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 
 from normswap import pictures
 from normswap.errors import CalibrationError
-from normswap.files import write_whole
 from normswap.graph import Movable, movable_producers
 from normswap.graph.norms import fused_parts, is_batchnorm, state_of
-from normswap.plain import plain
 from normswap.recipes import recipe_of
+from normswap.reports import aligned, write_report
 from normswap.running import (
     call,
     copied,
@@ -259,22 +257,11 @@ class Drift:
 
     def __str__(self) -> str:
         head = ("site", "layer", "predicted", "alone", "measured")
-        table = [head, *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ]
-        return "\n".join([*lines, self.summary])
+        return "\n".join([*aligned([head, *self.rows()]), self.summary])
 
     def write(self, path: str | Path) -> Path:
         """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
-        path = Path(path)
-        kind = path.suffix.lower()
-        if kind in (".png", ".svg", ".pdf"):
-            return self.draw(path)
-        text = json.dumps(plain(self.to_json()), indent=1) if kind == ".json" else str(self)
-        return write_whole(path, text + "\n")
+        return write_report(path, draw=self.draw, data=self.to_json(), text=str(self))
 
     def draw(self, path: str | Path) -> Path:
         """Write a picture of the three errors along the network."""

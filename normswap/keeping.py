@@ -10,7 +10,6 @@ BatchNorm.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
@@ -27,7 +26,6 @@ from normswap import pictures, swap
 from normswap.calibration import by_channel, linear_output, scaled, solve_alone, taken
 from normswap.drift import Agreement, batches
 from normswap.errors import RETURNED, PlanError
-from normswap.files import write_whole
 from normswap.graph import Graph, Movable, walk
 from normswap.graph.norms import fused_parts, state_of
 from normswap.graph.numbers import check_numbers
@@ -35,6 +33,7 @@ from normswap.planning import Patterns, Plan, Target, inputs_for, plan
 from normswap.progress import Progress, ProgressCallback
 from normswap.provenance import add_history
 from normswap.recipes import Recipe, recipe_of
+from normswap.reports import write_report
 from normswap.running import (
     call,
     copied,
@@ -94,13 +93,8 @@ class Kept(Conversion):
 
     def write(self, path: str | Path) -> Path:
         """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
-        path = Path(path)
-        if path.suffix.lower() in (".png", ".svg", ".pdf"):
-            return self.draw(path)
-        text = json.dumps(self.to_json(), indent=1)
-        if path.suffix.lower() != ".json":
-            text = "\n".join(["  ".join(row) for row in self.rows] + [self.summary])
-        return write_whole(path, text + "\n")
+        text = "\n".join([*map("  ".join, self.rows), self.summary])
+        return write_report(path, draw=self.draw, data=self.to_json(), text=text)
 
     @property
     def summary(self) -> str:

@@ -7,7 +7,6 @@ rule is ``decide``; it reads numbers alone.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -27,12 +26,11 @@ from normswap.calibration.images import joined
 from normswap.copying import copied
 from normswap.drift import Drift, batches, predict_drift
 from normswap.errors import CalibrationError, NormSwapError, PlanError
-from normswap.files import write_whole
 from normswap.graph import batchnorms, walk
-from normswap.plain import plain
 from normswap.planning import Plan, Target, inputs_for, plan
 from normswap.progress import Progress, ProgressCallback
 from normswap.recipes import recipe_for
+from normswap.reports import aligned, write_report
 from normswap.running import device_of, entries, leaves, moved
 from normswap.swap import apply_plan
 
@@ -147,22 +145,12 @@ class Recommendation:
         ]
 
     def __str__(self) -> str:
-        table = [COLUMNS, *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ]
+        lines = aligned([COLUMNS, *self.rows()])
         return "\n".join([*lines, *self.unknown, f"{self.target}: {self.reason}"])
 
     def write(self, path: str | Path) -> Path:
         """Write a picture (``.png``, ``.svg``, ``.pdf``), JSON (``.json``) or else the table."""
-        path = Path(path)
-        kind = path.suffix.lower()
-        if kind in (".png", ".svg", ".pdf"):
-            return self.draw(path)
-        text = json.dumps(plain(self.to_json()), indent=1) if kind == ".json" else str(self)
-        return write_whole(path, text + "\n")
+        return write_report(path, draw=self.draw, data=self.to_json(), text=str(self))
 
     def draw(self, path: str | Path) -> Path:
         """Draw what each target keeps, and BatchNorm's statistics along the network."""
