@@ -77,15 +77,12 @@ class _FilterResponseNorm(nn.Module):
             if is_stand_in(input):
                 return as_one_node(self, input)
             check_rank(self, input, self._ranks)
-            if input.numel() > 0 and not _must_be_plain():
-                return self._by_hand(input)
+            return filter_response_norm(
+                input, self.weight, self.bias, self.tau, self.eps_l, self.eps
+            )
         return plain_filter_response_norm(
             input, self.weight, self.bias, self.tau, self.eps_l, self.eps
         )
-
-    def _by_hand(self, x: Tensor) -> Tensor:
-        y: Tensor = _FilterResponse.apply(x, self.weight, self.bias, self.tau, self.eps_l, self.eps)
-        return y
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -6,12 +6,17 @@ and optimizers see nothing of it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normswap.layers.batch_statistics import statistics_dtype
 from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in, renamed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EPS = 1e-6
 """Added to the variance of a filter."""
@@ -25,10 +30,13 @@ def standardised_weight(weight: Tensor, eps: float = EPS) -> Tensor:
     return whole.to(weight.dtype)
 
 
-class WeightStandardisedConv1d(nn.Conv1d):
-    """``nn.Conv1d`` with standardised filters; see :class:`WeightStandardisedConv2d`."""
+class _Standardised(nn.Module):
+    """Mixin, left of a convolution's class, whose own way to convolve is ``_plain_forward``."""
 
-    _plain_forward = renamed(nn.Conv1d._conv_forward, "_plain_forward")
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows none of these
+        weight: Tensor
+        bias: Tensor | None
+        _plain_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
         """Convolve with the standardised weight."""
@@ -42,7 +50,13 @@ class WeightStandardisedConv1d(nn.Conv1d):
         return y
 
 
-class WeightStandardisedConv2d(nn.Conv2d):
+class WeightStandardisedConv1d(_Standardised, nn.Conv1d):
+    """``nn.Conv1d`` with standardised filters; see :class:`WeightStandardisedConv2d`."""
+
+    _plain_forward = renamed(nn.Conv1d._conv_forward, "_plain_forward")
+
+
+class WeightStandardisedConv2d(_Standardised, nn.Conv2d):
     """``nn.Conv2d`` that runs on ``(w − mean(w))/√(var(w) + ε)`` in the place of its weight w.
 
     Mean and variance (over the number of elements, not one less) are each output channel's own,
@@ -60,33 +74,11 @@ class WeightStandardisedConv2d(nn.Conv2d):
 
     _plain_forward = renamed(nn.Conv2d._conv_forward, "_plain_forward")
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
-        """Convolve with the standardised weight."""
-        if not is_scripting():  # noqa: SIM102 - what is in it is no TorchScript
-            if is_stand_in(input):
-                return as_one_node(self, input)
-        return self._conv_forward(input, self.weight, self.bias)
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._plain_forward(x, standardised_weight(weight), bias)
-        return y
-
-
-class WeightStandardisedConv3d(nn.Conv3d):
+class WeightStandardisedConv3d(_Standardised, nn.Conv3d):
     """``nn.Conv3d`` with standardised filters; see :class:`WeightStandardisedConv2d`."""
 
     _plain_forward = renamed(nn.Conv3d._conv_forward, "_plain_forward")
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
-        """Convolve with the standardised weight."""
-        if not is_scripting():  # noqa: SIM102 - what is in it is no TorchScript
-            if is_stand_in(input):
-                return as_one_node(self, input)
-        return self._conv_forward(input, self.weight, self.bias)
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._plain_forward(x, standardised_weight(weight), bias)
-        return y
 
 
 standardised_classes: dict[type[nn.Module], type[_ConvNd]] = {
