@@ -231,11 +231,10 @@ def _matched(
     allow_nonfinite: bool,
 ) -> Conversion:
     """Convert all that a target takes, by what the running statistics say."""
-    found, fed = target, inputs
+    found = target
     if not isinstance(found, Plan):
-        found = plan(model, found, example_inputs=inputs, **options)
-        options, fed = {}, inputs_for(model, inputs)
-    with scaled(model, found, fed):
+        found, options = plan(model, found, example_inputs=inputs, **options), {}
+    with scaled(model, found, inputs):
         return swap.convert(
             model,
             found,

@@ -7,7 +7,7 @@ from torch import nn
 
 import normswap
 from normswap.calibration.unseen import _made_like, _patches, _white, scaled
-from normswap.errors import SwapError
+from normswap.errors import PlanError, SwapError
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +118,34 @@ def test_made_samples_have_the_form_of_the_inputs():
         assert len(_made_like((torch.zeros(1, 3, 8, 8),), made, draw)) == 1
         for other in (torch.zeros(1, 3), torch.zeros(1, 3, 8, dtype=torch.long), {}, None, "x"):
             assert _made_like(other, made, draw) is None
+
+
+def test_a_finished_plan_is_carried_out_or_says_what_it_lacks(teacher):
+    x = images(2, 0)
+    models = [copy.deepcopy(teacher) for _ in range(2)]
+    with pytest.raises(PlanError, match="example_inputs"):
+        normswap.convert(models[0], plan(teacher))
+    normswap.convert(models[0], plan(teacher), example_inputs=x)
+    normswap.convert(models[1], "gn", example_inputs=x, init="steady")
+    one, other = (model.state_dict() for model in models)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x, y):
+        return self.bn(self.conv(x + y))
+
+
+def test_what_takes_no_made_up_samples_is_said_to_be_matched(caplog):
+    x = images(2, 0)
+    model = Two()
+    for _ in range(20):
+        model.train()(x, x)
+    before = model.conv.weight.clone()
+    normswap.convert(model.eval(), "gn", example_inputs=(x, x), init="steady")
+    assert "bn: matched without steady scales" in caplog.text
+    assert torch.equal(model.conv.weight, before)

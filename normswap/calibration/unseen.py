@@ -23,7 +23,7 @@ from normswap.calibration.steady import Moments, steady_scales
 from normswap.errors import SwapError, WalkError
 from normswap.graph import Movable, call
 from normswap.graph.norms import BatchNormState, is_batchnorm, state_of
-from normswap.planning import Plan
+from normswap.planning import Plan, inputs_for
 from normswap.recipes.base import has_statistics
 from normswap.running import evaluating, hooked, input_of
 
@@ -53,18 +53,31 @@ class _Site:
 
 
 @contextmanager
-def scaled(model: nn.Module, plan: Plan, inputs: Any) -> Iterator[None]:
+def scaled(model: nn.Module, plan: Plan, example_inputs: Any) -> Iterator[None]:
     """The same function with other scales in front of the BatchNorms that ``plan`` says.
 
     The BatchNorms are rewritten for the block alone, in which they are replaced; the producers
     stay as they became, unless it raises.
+
+    Args:
+        model: that the plan was made for.
+        plan: which producers get scales.
+        example_inputs: what the model is called with; None: what it remembers.
+
+    Raises:
+        PlanError: some do, and nothing says what the model is called with.
+        SwapError: the plan does not fit the model.
     """
+    if not any(entry.scaled for entry in plan):
+        yield
+        return
     with torch.inference_mode(mode=False), torch.no_grad():
         modules = dict(model.named_modules(remove_duplicate=False))
         sites = _sites(modules, plan)
         # a plan names calls that are no modules, too
         norms = [m for m in map(modules.get, (e.name for e in plan)) if m and is_batchnorm(m)]
-        moments = _of_noise(model, sites, norms, inputs) if sites else {}
+        moments = _of_noise(model, sites, norms, inputs_for(model, example_inputs))
+        _tell_of_others([site.name for site in sites if site.name not in moments])
         own = [(t, t.clone()) for site in sites for t in site.own]
         weights = [(t, t.clone()) for site in sites for t in site.producer.tensors]
     try:
@@ -78,6 +91,17 @@ def scaled(model: nn.Module, plan: Plan, inputs: Any) -> Iterator[None]:
         raise
     finally:
         _put_back(own)
+
+
+def _tell_of_others(names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        _log.warning(
+            "%s%s: matched without steady scales: the model does not take made-up samples, or "
+            "they do not say what goes together there",
+            names[0],
+            more,
+        )
 
 
 def _put_back(values: list[tuple[Any, Tensor]]) -> None:
