@@ -63,6 +63,15 @@ def test_a_tracker_gets_every_line(folder, noted, tmp_path):
         assert scores == [row["val_top1"] for row in rows]
 
 
+def test_a_tracker_of_a_run_that_breaks_off_is_finished_too(noted):
+    def stop(now):
+        raise KeyError(now.step)
+
+    with pytest.raises(KeyError):
+        finetune(Net("gn"), samples(8), options=FineTune(track=["aim"], **SHORT), progress=stop)
+    assert noted[0].over
+
+
 def test_a_tracker_that_is_not_there_is_said_before_anything_else(monkeypatch):
     monkeypatch.setattr(tracking, "_available_trackers", [])
     with pytest.raises(TrainingError, match=r"'wandb', which is not installed.*pip install wandb"):

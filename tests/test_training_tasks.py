@@ -14,6 +14,7 @@ from training_runs import CLASSES, Net, samples, weights
 from normswap.errors import DataError, TrainingError
 from normswap.losses import LOSSES, binary_cross_entropy
 from normswap.training import FineTune, evaluate, finetune
+from normswap.training.examples import draw_examples
 from normswap.training.tasks import Step, Task, task_for
 from normswap.training.tasks.base import Metrics
 
@@ -267,3 +268,16 @@ def test_channels_last_trains_the_same_and_gives_the_old_format_back():
     for (name, mine), theirs in zip(plain.named_parameters(), last.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5), name
         assert theirs.is_contiguous()
+
+
+def test_no_image_is_read_for_a_picture_that_is_not_drawn(tmp_path):
+    class Counted(torch.utils.data.TensorDataset):
+        seen = 0
+
+        def __getitem__(self, index):
+            self.seen += 1
+            return super().__getitem__(index)
+
+    data = Counted(*samples(4))
+    assert draw_examples(task_for(FineTune(), "classification"), Net("gn"), data, tmp_path) is None
+    assert data.seen == 0

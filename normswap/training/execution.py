@@ -50,9 +50,11 @@ def borrowed_accelerator(options: FineTune, folder: Path | None = None) -> Itera
                 log_with=list(options.track) or None,
                 project_dir=folder,
             )
-            yield accelerator
-            for tracker in accelerator.trackers:  # end_training() would end the process group too
-                tracker.finish()
+            try:
+                yield accelerator
+            finally:
+                for tracker in accelerator.trackers:  # end_training() ends the process group too
+                    tracker.finish()
     finally:
         for item, state in before:
             if not state and item is PartialState and _several(item):
