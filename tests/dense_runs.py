@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,10 +11,11 @@ from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
+from training_runs import HARD as HARD_RUN
 from training_runs import attached_cbn
 
 from normswap import layers
-from normswap.training import FineTune, finetune
+from normswap.training import finetune
 
 SIZE = 32
 KINDS = 3
@@ -123,18 +125,7 @@ class Segmenter(nn.Module):
 
 MODELS = {"detection": detector, "segmentation": Segmenter}
 
-HARD = FineTune(
-    batch_size=2,
-    epochs=2,
-    learning_rate=0.01,
-    optimizer="momentum",
-    gradient_accumulation=2,
-    clip_grad=1.0,
-    ema=0.9,
-    checkpoint_every=0,
-    log_every=1,
-    tensorboard=False,
-)
+HARD = replace(HARD_RUN, epochs=2, learning_rate=0.01, label_smoothing=0.0, mixup=0.0)
 
 
 def hard_run(task, norm, out, resume=True, progress=None):

@@ -14,7 +14,7 @@ import dense_runs
 import pytest
 import torch
 from dense_runs import MODELS, Squares, hard_run
-from training_runs import HEAVY, weights
+from training_runs import HEAVY, Stop, same, stop_at, weights
 
 from normswap.training import FineTune, TrainingInterrupted, finetune
 from normswap.training.checkpoints import read_checkpoint
@@ -24,23 +24,6 @@ pytest.importorskip("torchmetrics")
 KILLS = int(os.environ.get("NORMSWAP_KILLS", "1"))  # 10 shows more and takes minutes
 TASKS = ("segmentation", "detection")
 STEPS = 6  # of hard_run: two epochs of three updates
-
-
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def stop_at(step, error=Stop):
-    def progress(now):
-        if now.step == step:
-            raise error
-
-    return progress
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

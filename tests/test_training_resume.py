@@ -18,7 +18,18 @@ import training_runs
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
-from training_runs import HARD, HEAVY, Augmented, Net, hard_run, samples, weights
+from training_runs import (
+    HARD,
+    HEAVY,
+    Augmented,
+    Net,
+    Stop,
+    hard_run,
+    same,
+    samples,
+    stop_at,
+    weights,
+)
 
 from normswap import files
 from normswap.data import Preprocessing, labelled_dataset
@@ -33,23 +44,6 @@ KILLS = int(os.environ.get("NORMSWAP_KILLS", "1"))  # 20 shows more and takes mi
 NORMS = ("gn", "frn", "brn", "cbn")
 PASSAGES = ("gn passage", "frn passage")  # over 13 of 18 updates
 QUIET = {"tensorboard": False}
-
-
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def stop_at(step):
-    def progress(now):
-        if now.step == step:
-            raise Stop
-
-    return progress
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,25 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+class Stop(Exception):  # noqa: N818
+    """Breaks a run off."""
+
+
+def stop_at(step, error=Stop):
+    """A ``progress`` that raises after that many updates."""
+
+    def progress(now):
+        if now.step == step:
+            raise error
+
+    return progress
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 HARD = FineTune(
     batch_size=2,
     epochs=3,
