@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import append, read, script
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -164,12 +163,8 @@ Data = tuple[Tensor, Tensor]
 @functools.cache
 def scoreboard() -> Any:
     """The retention scoreboard's module, whose digits these are."""
-    spec = importlib.util.spec_from_file_location("retention", HERE / "retention.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    vars(module)["SIZE"] = SIZE
+    module = script(HERE / "retention.py")
+    module.SIZE = SIZE
     return module
 
 
@@ -268,37 +263,25 @@ def cells() -> list[tuple[str, str, str]]:
 
 def run(only: list[str], out: Path) -> None:
     """Every cell that is not there yet."""
+    rows = out / ROWS
     for wanted in cells():
-        done = {(row["network"], row["target"], row["init"]) for row in read(out)}
+        done = {(row["network"], row["target"], row["init"]) for row in read(rows)}
         if wanted in done or not all(word in wanted for word in only):
             continue
         facts = cell(*wanted)
-        with file_of(out).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
+        append(rows, facts)
         print(" ".join(wanted), *(f"{k} {facts[k]:.2f}" for k in SCORES), flush=True)
 
 
 # --- the report -----------------------------------------------------------------------------------
 
+ROWS = "defaults.jsonl"
 SCORES = ("original", "start", "last", "kept")
-
-
-def file_of(out: Path) -> Path:
-    """Where the rows are."""
-    out.mkdir(parents=True, exist_ok=True)
-    return out / "defaults.jsonl"
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    """All rows so far."""
-    path = file_of(out)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line]
 
 
 def report(out: Path) -> None:
     """One line for each network and start: start → kept (last), and what falls short."""
-    found = {(row["network"], row["init"], row["target"]): row for row in read(out)}
+    found = {(row["network"], row["init"], row["target"]): row for row in read(out / ROWS)}
     lines = ["| network (BN original) | start | " + " | ".join(TARGETS) + " |"]
     lines.append("|---" * (len(TARGETS) + 2) + "|")
     for name in NETWORKS:

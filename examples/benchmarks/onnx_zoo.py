@@ -13,6 +13,7 @@ onnx_zoo_dense.jsonl. Runs resume: what is in the file is not repeated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import signal
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import append, read
 from torch import nn
 
 import normswap
@@ -141,9 +143,7 @@ def _is_flow(model: nn.Module) -> bool:
 
 def prove(name: str, build: Build, target: str) -> dict[str, Any]:
     """One row of the table."""
-    row: dict[str, Any] = {"model": name, "target": target}
-    started = time.perf_counter()
-    try:
+    with _row(name, target) as row:
         model = trained(build)
         x = example(name, model)
         row["size"] = (x[0] if isinstance(x, tuple) else x).shape[-1]
@@ -156,12 +156,21 @@ def prove(name: str, build: Build, target: str) -> dict[str, Any]:
         row |= {"passed": True, **facts(parity)}
         if parity.notes:
             row["notes"] = list(parity.notes)
+    return row
+
+
+@contextlib.contextmanager
+def _row(name: str, target: str) -> Iterator[dict[str, Any]]:
+    """A row of the table, whatever happens while it is made."""
+    row: dict[str, Any] = {"model": name, "target": target}
+    started = time.perf_counter()
+    try:
+        yield row
     except ParityError as error:
         row |= {"passed": False, "problem": str(error)[:400], **facts(error.parity)}
     except (Exception, _TooLong) as error:  # noqa: BLE001  a table of everything that can happen
         row |= {"passed": False, "problem": f"{type(error).__name__}: {str(error)[:400]}"}
     row["seconds"] = round(time.perf_counter() - started, 1)
-    return row
 
 
 def facts(parity: Any) -> dict[str, Any]:
@@ -199,9 +208,7 @@ def _small(name: str) -> nn.Module:
 
 def prove_dense(name: str, build: Build, target: str) -> dict[str, Any]:
     """One row: convert, one training step, export, proof."""
-    row: dict[str, Any] = {"model": name, "target": target}
-    started = time.perf_counter()
-    try:
+    with _row(name, target) as row:
         model = trained(build)
         detects = "detection" in type(model).__module__
         size = DETECTION_SIZE if detects and "ssd" not in name else 320 if detects else 64
@@ -221,11 +228,6 @@ def prove_dense(name: str, build: Build, target: str) -> dict[str, Any]:
                 dynamic_size=not detects,
             )
         row |= {"passed": True, **facts(parity), "notes": list(parity.notes)}
-    except ParityError as error:
-        row |= {"passed": False, "problem": str(error)[:400], **facts(error.parity)}
-    except (Exception, _TooLong) as error:  # noqa: BLE001  a table of everything that can happen
-        row |= {"passed": False, "problem": f"{type(error).__name__}: {str(error)[:400]}"}
-    row["seconds"] = round(time.perf_counter() - started, 1)
     return row
 
 
@@ -259,7 +261,7 @@ def _target(image: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def survey_dense(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
     """Append one line per detection or segmentation model and target to ``out``."""
-    done = {(r["model"], r["target"]) for r in _rows(out)} if out.exists() else set()
+    done = {(r["model"], r["target"]) for r in read(out)}
     signal.signal(signal.SIGALRM, _too_long)
     for name, build in dense_models():
         for target in targets:
@@ -269,7 +271,7 @@ def survey_dense(targets: list[str], out: Path, pattern: str, seconds: int) -> N
 
 def survey(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
     """Append one line per architecture and target to ``out``."""
-    done = {(r["model"], r["target"]) for r in _rows(out)} if out.exists() else set()
+    done = {(r["model"], r["target"]) for r in read(out)}
     signal.signal(signal.SIGALRM, _too_long)
     for name, build in itertools.chain(torchvision_models(), timm_models()):
         if pattern not in name:
@@ -288,7 +290,7 @@ def survey(targets: list[str], out: Path, pattern: str, seconds: int) -> None:
 
 def _hopeless(out: Path, name: str) -> bool:
     """Whether torch's exporter has failed on the model with BatchNorm too."""
-    rows = _rows(out) if out.exists() else []
+    rows = read(out)
     return any((r["model"], r["target"], r["passed"]) == (name, "bn", False) for r in rows)
 
 
@@ -303,8 +305,7 @@ def _within(
 
 
 def _append(out: Path, row: dict[str, Any]) -> None:
-    with out.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
+    append(out, row)
     print(json.dumps(row), file=sys.stderr)
 
 
@@ -316,13 +317,9 @@ def _too_long(*_: Any) -> None:
     raise _TooLong("took too long")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def report(path: Path) -> None:
     """The table, in Markdown; of a dense survey with what was replaced and the loss of the step."""
-    rows = _rows(path)
+    rows = read(path)
     dense = any("replaced" in row for row in rows)
     extra = " replaced | loss |" if dense else ""
     print(f"| model | size | target |{extra} verdict | error | torch fp32 | top-1 | cases | s |")

@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib.util
-import json
 import os
 import random
 import statistics
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import append, read, script
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -46,12 +45,7 @@ Photographs = tuple[Tensor, Tensor]
 @functools.cache
 def scoreboard() -> Any:
     """The scoreboard of real weights, whose network and photographs these are."""
-    spec = importlib.util.spec_from_file_location("real_weights", HERE / "real_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(HERE / "real_weights.py")
 
 
 def photographs(folder: Path, count: int, half: int, size: int, seed: int) -> Photographs:
@@ -151,7 +145,7 @@ class Bench:
 
 def run(options: argparse.Namespace) -> None:
     """Every row that is not there yet."""
-    done = {tuple(row[key] for key in SETTING) for row in read(options.out)}
+    done = {tuple(row[key] for key in SETTING) for row in read(options.out / FILE)}
     for seed in range(options.seeds):
         bench = None
         for name in ROWS:
@@ -162,34 +156,21 @@ def run(options: argparse.Namespace) -> None:
                 continue
             bench = Bench(options, seed) if bench is None else bench
             facts |= {"load": os.getloadavg()[0], **bench.row(name)}
-            with file_of(options.out).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(facts) + "\n")
+            append(options.out / FILE, facts)
             path = " → ".join(f"{score:.1f}" for score in facts["scores"])
             print(f"{name}, seed {seed}: {facts['start']:.1f} → {path}", flush=True)
 
 
 # --- the report -----------------------------------------------------------------------------------
 
+FILE = "real-finetune.jsonl"
 SETTING = ("network", "size", "photographs", "epochs", "test", "name", "seed")
-
-
-def file_of(out: Path) -> Path:
-    """Where the rows are."""
-    out.mkdir(parents=True, exist_ok=True)
-    return out / "real-finetune.jsonl"
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    """All rows so far."""
-    path = file_of(out)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line]
 
 
 def report(out: Path) -> None:
     """Start, end, and the updates until the frozen network's end is reached."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in read(out):
+    for row in read(out / FILE):
         groups.setdefault(tuple(row[key] for key in SETTING[:-1]), []).append(row)
     lines = ["| px | row | seeds | start | after each epoch | updates until frozen's end |"]
     lines.append("|---" * 6 + "|")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import random
 import statistics
@@ -30,6 +29,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from shared import append, read
 from torch import Tensor, nn
 
 import normswap
@@ -196,7 +196,9 @@ def rows(seeds: int, solving: float) -> Iterator[Row]:
 def run(options: argparse.Namespace) -> None:
     """Every row that is not there yet."""
     board = None
-    done = {(row["network"], row["name"], row["seed"], row["size"]) for row in read(options.out)}
+    done = {
+        (row["network"], row["name"], row["seed"], row["size"]) for row in read(options.out / ROWS)
+    }
     for name, seeds, work in rows(options.seeds, options.solving):
         if options.only and not any(word in name for word in options.only):
             continue
@@ -207,31 +209,20 @@ def run(options: argparse.Namespace) -> None:
             facts = {"name": name, "seed": seed, "size": options.size, "network": options.network}
             facts |= {"clock": options.clock, "threads": torch.get_num_threads()}
             facts |= {"load": os.getloadavg()[0], **work(board, seed)}
-            with file_of(options.out).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(facts) + "\n")
+            append(options.out / ROWS, facts)
             print(f"{name}, seed {seed}: {facts['kept']:.1f} ({facts['sure']:.1f})", flush=True)
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def file_of(out: Path) -> Path:
-    """Where the rows are."""
-    out.mkdir(parents=True, exist_ok=True)
-    return out / "real-weights.jsonl"
-
-
-def read(out: Path) -> list[Facts]:
-    """All rows so far."""
-    path = file_of(out)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line]
+ROWS = "real-weights.jsonl"
 
 
 def report(out: Path) -> None:
     """The table."""
     found: dict[tuple[str, str, int], list[Facts]] = {}
-    for row in read(out):
+    for row in read(out / ROWS):
         found.setdefault((row["network"], row["name"], row["size"]), []).append(row)
     head = ["network", "px", "row", "seeds", "decisions kept, %", "of the sure ones, %", "KL"]
     head += ["sites converted", "spent, s (clock, threads)"]

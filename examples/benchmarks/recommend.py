@@ -17,17 +17,15 @@ run that is broken off goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from shared import append, read, script
 from torch import Tensor, nn
 
 import normswap
@@ -40,18 +38,9 @@ TRAIN, TEST = 512, 1000
 Data = tuple[Tensor, Tensor]
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
 _HERE = Path(__file__).parent
-small_batch = _module(_HERE.parent / "small_batch.py")
-retention = _module(_HERE / "retention.py")
+small_batch = script(_HERE.parent / "small_batch.py")
+retention = script(_HERE / "retention.py")
 
 
 # --- six networks ---------------------------------------------------------------------------------
@@ -212,9 +201,7 @@ def answer(model: nn.Module, data: Data, size: int, seconds: float) -> dict[str,
 
 def answers(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The lines that are there, by network and batch size."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = (json.loads(line) for line in lines if line)
-    return {(row["network"], row["batch_size"]): row for row in found}
+    return {(row["network"], row["batch_size"]): row for row in read(path)}
 
 
 def spread(found: Sweep, size: int, *targets: str) -> float:
@@ -277,8 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 if chosen.table:
                     continue
                 said = answer(original(name, chosen.out), data[0], size, chosen.seconds)
-                with lines.open("a") as file:
-                    file.write(json.dumps({"network": name, "batch_size": size, **said}) + "\n")
+                append(lines, {"network": name, "batch_size": size, **said})
                 known = answers(lines)
             found = truth(name, original(name, chosen.out), data, chosen.out)
             rows.append(judged(found, known[name, size]))
