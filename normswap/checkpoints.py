@@ -69,7 +69,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             str(path),
             got="a folder" if path.is_dir() else str(error.strerror).lower(),
             need="a .safetensors, .pth, .pt or .bin file",
-            hint="the path",
+            hint="another path",
         ) from error
     content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
     state = _unwrap(content) or _joined(content)

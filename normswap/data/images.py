@@ -308,7 +308,7 @@ def image_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.exists():
         raise DataError(
-            str(folder), got="nothing there", need="a folder of images", hint="the path"
+            str(folder), got="nothing there", need="a folder of images", hint="another path"
         )
     if folder.is_file():
         return [folder]

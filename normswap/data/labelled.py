@@ -226,7 +226,7 @@ def _folder_samples(
         raise DataError("split", got=repr(split), need="'train' or 'val'", hint="one of them")
     if not root.is_dir():
         raise DataError(
-            str(root), got="nothing there", need="a folder of class folders", hint="the path"
+            str(root), got="nothing there", need="a folder of class folders", hint="another path"
         )
     folder, reference = _part(root, split, val_split)
     folders = _class_folders(folder)

@@ -135,7 +135,10 @@ def _destination(path: Path, opset: int) -> Path:
         raise ExportError(str(path), got="a directory", need="a file name", hint="model.onnx in it")
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ExportError(
-            "opset", got=str(opset), need=f"{MIN_OPSET} to {MAX_OPSET}", hint="opset=20"
+            "opset",
+            got=str(opset),
+            need=f"{MIN_OPSET} to {MAX_OPSET}",
+            hint="--opset 20 (opset=20)",
         )
     return path
 

@@ -109,7 +109,7 @@ def earlier_run(folder: Path | None, resume: bool, options: FineTune) -> dict[st
             str(folder),
             got="the checkpoint of an earlier run",
             need="a folder without one",
-            hint="resume=True, another folder, or removing this one",
+            hint="--resume (resume=True), another folder, or removing this one",
         )
     found = read_checkpoint(last)
     with reading_checkpoint(last):

@@ -313,7 +313,7 @@ def _of_another_size(searcher: Searcher, moved: float | None) -> list[Scene]:
         "dynamic_size",
         got=f"no firm detection on {TRIES} images of another size",
         need="a size at which the detector decides",
-        hint="dynamic_size=False",
+        hint="leaving --dynamic-size out (dynamic_size=False)",
     )
 
 

@@ -52,7 +52,7 @@ def to_half(proto: onnx.ModelProto, wide: frozenset[str]) -> None:
                 "half",
                 got=f"a {node.op_type} node with a subgraph",
                 need="a model without control flow",
-                hint="half=False",
+                hint="leaving --half out (half=False)",
             )
     _Rewriter(proto, _float_values(proto), wide).run()
 

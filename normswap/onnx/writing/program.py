@@ -76,7 +76,7 @@ def _narrow(file: OnnxFile, model: nn.Module) -> None:
             type(model).__name__,
             got="more than 2 GB of weights with half=True",
             need="a model that fits into one file",
-            hint="half=False",
+            hint="leaving --half out (half=False)",
         )
     norms = norm_names(model)
     wide = {
@@ -129,9 +129,9 @@ def _cannot_export(model: nn.Module, error: Exception, options: Options) -> Expo
         cause = cause.__cause__
     hint = "a model without data-dependent control flow"
     if not options.static_batch:
-        hint = "static_batch=True, or " + hint
+        hint = "--static-batch (static_batch=True), or " + hint
     if options.dynamic_size:
-        hint = "dynamic_size=False, or " + hint
+        hint = "leaving --dynamic-size out (dynamic_size=False), or " + hint
     return ExportError(
         type(model).__name__,
         got=f"{type(cause).__name__} from torch's own exporter: {in_short(cause)}",

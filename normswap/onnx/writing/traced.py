@@ -80,7 +80,7 @@ def _check(subject: Subject, options: Options) -> None:
             f"{name}, half",
             got="True for a detector",
             need="float32: what float16 rounds decides which boxes overlap",
-            hint="half=False",
+            hint="leaving --half out (half=False)",
         )
 
 
