@@ -312,9 +312,12 @@ def _draw_scene(axes: Any, scene: Scene) -> None:
     colours = colormaps["gist_ncar" if many else "tab20"]
 
     def colour_of(number: int) -> Any:
-        return colours(number / scene.classes if many else number % 20)
+        # of the palette's pairs the dark ones first: the names on them are white
+        pair, light = number % 10, number // 10 % 2
+        return colours(number / scene.classes if many else 2 * pair + light)
 
-    axes.imshow(scene.image)
+    height, width = scene.image.shape[:2]
+    axes.imshow(scene.image, extent=_edges(width, height))
     if scene.mask is not None:
         _draw_mask(axes, scene, colour_of)
     for (x0, y0, x1, y1), text, number in scene.boxes:
@@ -341,9 +344,15 @@ def _draw_mask(axes: Any, scene: Scene, colour_of: Callable[[int], Any]) -> None
         over[values == number] = colour
         name = scene.names[number] if number < len(scene.names) else str(number)
         handles.append(Patch(color=colour, label=_literal(name)))
-    axes.imshow(over, interpolation="nearest")
+    height, width = values.shape
+    axes.imshow(over, interpolation="nearest", extent=_edges(width, height))
     if handles:
         axes.legend(handles=handles[:12], fontsize=6, loc="lower right")
+
+
+def _edges(width: int, height: int) -> tuple[float, float, float, float]:
+    """Where an image ends: matplotlib has pixels' centres at whole numbers, boxes their edges."""
+    return (0, width, height, 0)
 
 
 def _literal(name: str) -> str:

@@ -53,3 +53,16 @@ def test_matplotlib_has_one_door():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             users |= {path.name for name in names if name.split(".")[0] == "matplotlib"}
     assert users == {"pictures.py"}
+
+
+def test_a_box_lies_on_the_edges_of_what_it_is_around(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure) or path)
+    image = np.zeros((4, 6, 3))
+    image[1:3, 2:5] = 1.0
+    scene = pictures.Scene(image, "", [((2, 1, 5, 3), "box", 1)], mask=image[..., 0], classes=2)
+    pictures.scenes([[scene]], tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    assert [tuple(shown.get_extent()) for shown in axes.images] == [(0, 6, 4, 0)] * 2
+    (frame,) = axes.patches
+    assert frame.get_bbox().extents.tolist() == [2, 1, 5, 3]
