@@ -9,9 +9,11 @@ Two starts. ``scratch``: random weights, the same for every target and batch siz
 fine-tuned. Both learn the retention scoreboard's digits, at any place, scale and colour on faded
 textures of 40 px: every image has its own statistics, which is what hurts BN. ``--data camera``
 takes the 8 x 8 digits as a worse camera sees them, with uneven light, blur and noise; they are too
-small and too easy to hurt anybody. Every cell sees the same number of samples; the learning rate
-follows the linear rule. Tables go to the terminal, cells, JSON and pictures below ``--out``; a run
-that is broken off goes on where it stopped.
+small and too easy to hurt anybody.
+``--network`` takes ResNet-20's shape, or inverted residuals with depthwise convolutions, in place
+of the residual network of ten BatchNorms. Every cell sees the same number of samples; the learning
+rate follows the linear rule. Tables go to the terminal, cells, JSON and pictures below ``--out``; a
+run that is broken off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ from normswap.sweeps import Sweep, sweep
 
 TARGETS = {
     **{name: name for name in ("bn", "gn", "frn", "brn", "cbn")},
+    "cbn-unsampled": CrossIterationBatchNorm(sampling=1),
     # the paper stops the gradient at past batches
     "cbn-paper": CrossIterationBatchNorm(through_history=False, sampling=1),
 }
+USUAL = ("bn", "gn", "frn", "brn", "cbn", "cbn-paper")
 
 
 class Block(nn.Module):
@@ -67,6 +71,50 @@ def network(colours: int = 1, stride: int = 1) -> nn.Module:
         nn.Flatten(),
         nn.Linear(64, 10),
     )
+
+
+def resnet20(colours: int = 3, stride: int = 2) -> nn.Module:
+    """Three stages of three blocks, 16 to 64 channels, as ResNet-20 has them for CIFAR."""
+    layers: list[nn.Module] = []
+    before = colours
+    for channels, step in ((16, stride), (32, 2), (64, 2)):
+        conv = nn.Conv2d(before, channels, 3, stride=step, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+        layers += [Block(channels) for _ in range(3)]
+        before = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's block: widen, filter each channel by itself, narrow."""
+
+    def __init__(self, before: int, channels: int, stride: int) -> None:
+        super().__init__()
+        wide = 4 * before
+        self.narrow = nn.Sequential(
+            nn.Conv2d(before, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide), nn.ReLU(),
+            nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels),
+        )  # fmt: skip
+        self.keeps = stride == 1 and before == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what is found, where the shape allows it."""
+        found: Tensor = self.narrow(x)
+        return x + found if self.keeps else found
+
+
+def depthwise(colours: int = 3, stride: int = 2) -> nn.Module:
+    """Five of MobileNetV2's blocks."""
+    conv = nn.Conv2d(colours, 16, 3, stride=stride, padding=1, bias=False)
+    blocks = [Inverted(16, 16, 1), Inverted(16, 24, 2), Inverted(24, 24, 1)]
+    blocks += [Inverted(24, 40, 2), Inverted(40, 40, 1)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10)]
+    return nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head)
+
+
+NETWORKS = {"residual": network, "resnet20": resnet20, "depthwise": depthwise}
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -119,6 +167,8 @@ def show(title: str, found: Sweep) -> None:
     """Print the table and how far each target at batch 2 is from BN at the largest batch."""
     print(f"\n{title}: top-1, mean ± deviation over seeds, %")
     print(found)
+    if "bn" not in found.targets:
+        return
     largest = max(found.batch_sizes)
     reference = found.point("bn", largest).mean
     for target in found.targets:
@@ -133,6 +183,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(","))
 
 
+def _seeds(text: str) -> int | tuple[int, ...]:
+    return tuple(int(seed) for seed in text.split(",") if seed) if "," in text else int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Sweep]:
     """Run the sweep from both starts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -141,13 +195,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Sweep]:
     parser.add_argument("--data", choices=("textured", "camera"), default="textured")
     parser.add_argument("--plain", type=float, default=0.35, help="1 fades the textures out")
     parser.add_argument("--batch-sizes", type=_sizes)
+    parser.add_argument("--network", choices=NETWORKS, default="residual")
+    parser.add_argument(
+        "--targets", type=lambda t: tuple(t.split(",")), default=USUAL, help=",".join(TARGETS)
+    )
     parser.add_argument("--out", type=Path, default=Path("small_batch"))
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=_seeds, help="how many, or which: 3, or 0,1,2")
     chosen = parser.parse_args(arguments)
     make: Callable[[], nn.Module] = network
+    if chosen.network != "residual" and chosen.data == "camera":
+        parser.error("8 x 8 pixels are for --network residual")
     if chosen.data == "textured":
-        make = functools.partial(network, colours=3, stride=2)
+        make = functools.partial(NETWORKS[chosen.network], colours=3, stride=2)
         count = 96 if chosen.quick else 3000
         clean, _ = textured(count, plain=1.0)
         train, test = textured(count, plain=chosen.plain)
@@ -167,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Sweep]:
             make if scratch else original(make(), clean, epochs),
             train,
             test,
-            targets=TARGETS,
+            targets={name: TARGETS[name] for name in chosen.targets},
             batch_sizes=sizes,
             seeds=seeds,
             from_scratch=scratch,

@@ -14,7 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,8 @@ from normswap.running import call, device_of
 from normswap.swap import convert
 
 BASE = "bn"
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_Precision = Callable[[], AbstractContextManager[Any]]  # what a forward runs in
 
 
 class Variant(NamedTuple):
@@ -108,6 +112,7 @@ def compare(
     onnx: bool = True,
     seconds: float = math.inf,
     training_inputs: Any = None,
+    amp: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Comparison:
     """Measure converted copies of a model beside the model itself.
@@ -124,6 +129,7 @@ def compare(
             a quarter of them is for the inference.
         training_inputs: what it is called with in training mode, where that differs: a detector's
             images and targets.
+        amp: mixed precision, ``"bf16"`` or ``"fp16"``.
         progress: called before each stage, with its name as the message.
 
     Returns:
@@ -136,7 +142,9 @@ def compare(
         if progress is not None:
             progress(Progress(next(begun), stages, line))
 
+    device = device_of(model)
     learning = example_inputs if training_inputs is None else training_inputs
+    lowered = partial(torch.autocast, device.type, dtype=_AMP[amp]) if amp else nullcontext
     models = {_BASE: copied(model)}
     for label, target in targets.items():
         say(f"converting to {label}")
@@ -149,15 +157,14 @@ def compare(
     with safe_path(), compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
         say("training steps")
         pace = _Pace(warmup, rounds, 0.75 * seconds)
-        training, notes = _training(models, learning, pace)
+        training, notes = _training(models, learning, pace, lowered)
         say("inference")
-        inference = {v: _inference_step(v, m, example_inputs) for v, m in models.items()}
+        inference = {v: _inference_step(v, m, example_inputs, lowered) for v, m in models.items()}
         infer = _interleave(inference, _Pace(min(warmup, 3), rounds, 0.25 * seconds))
     latencies: dict[Variant, list[float]] = {}
     if onnx:
         say("onnxruntime")
         latencies = _onnx(eager, example_inputs, rounds)
-    device = device_of(model)
     measured = eager.keys() & training.keys()
     rows = [
         Row(
@@ -166,9 +173,9 @@ def compare(
             training=_ratio(training, variant),
             inference=_ratio(infer, variant) or Ratio(1.0, 1.0, 1.0),
             onnx=_ratio(latencies, variant),
-            kept=kept_for_backward(contestant, learning) if variant in measured else 0,
+            kept=kept_for_backward(contestant, learning, lowered) if variant in measured else 0,
             state=_history_bytes(contestant) if variant in eager else 0,
-            peak=_peak(contestant, learning, device) if variant in measured else None,
+            peak=_peak(contestant, learning, lowered) if variant in measured else None,
             note=notes.get(variant, ""),
         )
         for variant, contestant in models.items()
@@ -252,26 +259,32 @@ def _compiled_or_not(variant: Variant, model: nn.Module) -> Any:
     return torch.compile(model) if variant.compiled else model
 
 
-def _training_step(variant: Variant, model: nn.Module, inputs: Any) -> Callable[[], None]:
+def _training_step(
+    variant: Variant, model: nn.Module, inputs: Any, lowered: _Precision = nullcontext
+) -> Callable[[], None]:
     model.train()
     run = _compiled_or_not(variant, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(_loss(call(run, inputs)))
+        with lowered():
+            output = call(run, inputs)
+        torch.autograd.backward(_loss(output))
         optimizer.step()
         _synchronize(inputs)
 
     return step
 
 
-def _inference_step(variant: Variant, model: nn.Module, inputs: Any) -> Callable[[], None]:
+def _inference_step(
+    variant: Variant, model: nn.Module, inputs: Any, lowered: _Precision
+) -> Callable[[], None]:
     model.eval()
     run = _compiled_or_not(variant, model)
 
     def step() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), lowered():
             call(run, inputs)
         _synchronize(inputs)
 
@@ -279,12 +292,12 @@ def _inference_step(variant: Variant, model: nn.Module, inputs: Any) -> Callable
 
 
 def _training(
-    models: Mapping[Variant, nn.Module], inputs: Any, pace: _Pace
+    models: Mapping[Variant, nn.Module], inputs: Any, pace: _Pace, lowered: _Precision
 ) -> tuple[dict[Variant, list[float]], dict[Variant, str]]:
     """Seconds of a training step; and why a variant cannot take one on this input."""
     steps, notes = {}, {}
     for variant, model in models.items():
-        step = _training_step(variant, model, inputs)
+        step = _training_step(variant, model, inputs, lowered)
         try:
             step()
         except _CANNOT_TRAIN as error:
@@ -321,7 +334,7 @@ def step_seconds(model: nn.Module, inputs: Any) -> float | None:
     return time.perf_counter() - begun
 
 
-def kept_for_backward(model: nn.Module, inputs: Any) -> int:
+def kept_for_backward(model: nn.Module, inputs: Any, lowered: _Precision = nullcontext) -> int:
     """Bytes of distinct activations that one training forward keeps for its backward.
 
     Counted tensor by tensor, each storage once and parameters not at all: resident memory says more
@@ -338,7 +351,8 @@ def kept_for_backward(model: nn.Module, inputs: Any) -> int:
 
     twin = copied(model).train()
     own |= {t.untyped_storage().data_ptr() for t in (*twin.parameters(), *twin.buffers())}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with lowered(), hooks:
         output = call(twin, inputs)
     del output
     return sum(storages.values())
@@ -349,9 +363,10 @@ def _history_bytes(model: nn.Module) -> int:
     return sum(layer.history_bytes() for layer in keeping)
 
 
-def _peak(model: nn.Module, inputs: Any, device: torch.device) -> int | None:
+def _peak(model: nn.Module, inputs: Any, lowered: _Precision) -> int | None:
+    device = device_of(model)
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
-    _training_step(_BASE, model, inputs)()
+    _training_step(_BASE, model, inputs, lowered)()
     return int(torch.cuda.max_memory_allocated(device))

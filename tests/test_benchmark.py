@@ -63,6 +63,15 @@ def test_kept_bytes_are_the_activations_that_backward_needs():
     assert x.numel() * 4 <= stored <= x.numel() * 4 + 200
 
 
+def test_mixed_precision_keeps_fewer_bytes_and_leaves_the_weights_alone():
+    model = net()
+    x = torch.randn(2, 3, 8, 8)
+    plain = compare(model, {"gn": "gn"}, x, rounds=1, warmup=1, onnx=False).rows
+    mixed = compare(model, {"gn": "gn"}, x, rounds=1, warmup=1, onnx=False, amp="bf16").rows
+    assert all(a.kept < b.kept for a, b in zip(mixed, plain, strict=True))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 def test_measuring_leaves_the_model_alone():
     model = net().eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -89,6 +98,7 @@ def test_the_command_prints_json_alone(tmp_path, monkeypatch):
     run = CliRunner().invoke(app, [*arguments, "--image-size", "16", "--to", "gn,cbn:2", "--json"])
     assert run.exit_code == 0, run.stderr
     assert [row["target"] for row in json.loads(run.stdout)["rows"]] == ["bn", "gn", "cbn:2"]
-    table = CliRunner().invoke(app, [*arguments, "--image-size", "16", "--to", "gn"])
+    mixed = ["--amp", "bf16", "--channels-last"]
+    table = CliRunner().invoke(app, [*arguments, *mixed, "--image-size", "16", "--to", "gn"])
     assert "ratio to BatchNorm" in table.stdout
     assert CliRunner().invoke(app, [*arguments, "--to", "gn:4"]).exit_code == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -53,6 +53,8 @@ def _split(ctx: click.Context, parameter: click.Parameter, value: str) -> dict[s
     help="Measurements of each; they take turns.",
 )  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Measure torch.compile of each too.")
+@click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Mixed precision.")
+@click.option("--channels-last", is_flag=True, help="Keep images and weights in that order.")
 @click.option("--no-onnx", is_flag=True, help="Leave onnxruntime out.")
 @click.option(
     "--task",
@@ -68,6 +70,8 @@ def command(
     batch_size: int,
     rounds: int,
     compiled: bool,
+    amp: str | None,
+    channels_last: bool,
     no_onnx: bool,
     task: str | None,
     as_json: bool,
@@ -77,6 +81,9 @@ def command(
     Training step, inference, memory and onnxruntime latency, as quartiles of the ratio to BatchNorm
     over rounds in which all variants take turns.
     """
+    import torch
+    from torch.utils._pytree import tree_map
+
     from normswap.benchmark import compare, one_box_each
     from normswap.provenance import provenance_of
     from normswap.sources import architecture_of
@@ -89,6 +96,9 @@ def command(
     detects = source.task == "detection"
     if detects and not no_onnx:
         logging.getLogger("normswap").info("a detector: onnxruntime is left out")
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+        inputs = tree_map(_channels_last, inputs)
     found = compare(
         model,
         targets,
@@ -97,6 +107,7 @@ def command(
         compiled=compiled,
         onnx=not (no_onnx or detects),
         training_inputs=(inputs, one_box_each(inputs)) if detects else None,
+        amp=amp,
         progress=lambda now: logging.getLogger("normswap").info(now.message),
     )
     if as_json:
@@ -106,6 +117,13 @@ def command(
         say_next(
             "recommend", *chosen.words(), "--data", "IMAGES", "--batch-size", batch_size,
         )  # fmt: skip
+
+
+def _channels_last(value: Any) -> Any:
+    import torch
+
+    maps = isinstance(value, torch.Tensor) and value.ndim == 4
+    return value.to(memory_format=torch.channels_last) if maps else value
 
 
 def _print(spec: str, batch_size: int, found: Comparison) -> None:
