@@ -24,7 +24,8 @@ from normswap.onnx import export, export_onnx, verify_onnx
 from normswap.onnx.file.parity import compare, relative_error, tolerance_for
 from normswap.onnx.file.parsing import save
 from normswap.onnx.proving import proof
-from normswap.onnx.proving.trials import GroundTruth, Trial
+from normswap.onnx.proving.expectation import GroundTruth
+from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import subject_of
 from normswap.onnx.writing import program
 from normswap.onnx.writing.program import write_program

@@ -11,7 +11,6 @@ from normswap.errors import ParityError
 from normswap.layers import FilterResponseNorm2d
 from normswap.onnx import export, export_onnx, verify_onnx
 from normswap.onnx.proving import proof
-from normswap.onnx.proving.expectation import expect
 from normswap.onnx.subject import subject_of
 from normswap.onnx.writing.program import Options, write_program
 
@@ -125,7 +124,7 @@ def test_stages_leave_the_function_as_it_was(name, options, tmp_path):
         assert all(entry.key for entry in node.metadata_props)
     assert not unused
     limit = 5e-2 if options.half else 2e-6
-    parity = proof.prove_draft(draft, expect(subject, options, tolerance=limit))
+    parity = proof.prove_draft(draft, proof.asked_of(subject, options, tolerance=limit))
     assert parity.passed, str(parity.failure)
 
 

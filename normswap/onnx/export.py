@@ -17,7 +17,6 @@ from normswap.onnx.file.parity import Parity, check_tolerance
 from normswap.onnx.file.parsing import OnnxFile, external, is_external, read_onnx, tensors
 from normswap.onnx.proving.expectation import Expectation
 from normswap.onnx.proving.proof import asked_of, prove_draft
-from normswap.onnx.proving.recording import recorded_test
 from normswap.onnx.subject import subject_of
 from normswap.onnx.writing.draft import MAX_OPSET, MIN_OPSET, Draft, Options
 from normswap.onnx.writing.program import write_program
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _LOG = logging.getLogger("normswap")
-_STAGED = "the norms' means are taken in stages: onnxruntime's own running sums were too inexact"
 
 
 def export_onnx(
@@ -102,7 +100,7 @@ def export_onnx(
         draft, parity = _proven(asked, folder / target.name, options)
         if not parity.passed and not allow_mismatch:
             raise _failure(target, parity)
-        test = recorded_test(draft.file, asked, parity)
+        test = asked.self_test(draft.file, parity)
         record = record_of(model, draft.options, subject.signature, parity, test)
         sign(_named_anew(draft.file, target), record)
         put_files_in_place(folder, target, gone=_external_data(target))
@@ -111,15 +109,15 @@ def export_onnx(
 
 def _proven(asked: Expectation, path: Path, options: Options) -> tuple[Draft, Parity]:
     """The fastest form of the graph that passes the proof; the last one tried if none does."""
-    draft = write_program(asked.subject, path, options)
-    parity = prove_draft(draft, asked)
-    if not _inexact(parity):
-        return draft, parity
-    other = write_program(asked.subject, path, replace(options, staged=True))
-    if not other.staged:
-        return draft, parity
-    parity = prove_draft(other, asked)
-    return other, replace(parity, notes=(*parity.notes, _STAGED))
+    tried: list[tuple[Draft, Parity]] = []
+    for form in (options, replace(options, staged=True)):
+        draft = write_program(asked.subject, path, form)
+        if form.staged and not draft.staged:
+            break  # no norm whose means could be taken in stages
+        tried.append((draft, prove_draft(draft, asked)))
+        if not _inexact(tried[-1][1]):
+            break
+    return tried[-1]
 
 
 def _inexact(parity: Parity) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +16,35 @@ from torch.utils import _pytree as pytree
 
 from normswap.copying import copied
 from normswap.errors import ExportError, in_short
+from normswap.graph.norms import is_norm
 from normswap.layers import fold_weights
 from normswap.onnx.file.detections import detects
 from normswap.onnx.file.parity import Array
+from normswap.running import hooked
 
 _AXES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor that a model takes.
+
+    Attributes:
+        example: its values; bfloat16, which numpy lacks, as float32.
+        dtype: torch's name for its kind of number.
+        rows: whether its first axis is the batch.
+        axes: names of the axes after batch and channels, for images alone.
+    """
+
+    example: Array
+    dtype: torch.dtype
+    rows: bool
+    axes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the example."""
+        return self.example.shape
 
 
 @dataclass(frozen=True)
@@ -35,51 +61,48 @@ class Signature:
     spec: pytree.TreeSpec
     batch: int | None
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
+    @functools.cached_property
+    def inputs(self) -> tuple[Input, ...]:
         """The leaves that are tensors: the inputs of the ONNX graph, in order."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+        return tuple(_input(tensor, self.batch) for tensor in tensors)
 
     @property
-    def arrays(self) -> list[Array]:
-        """The same as numpy arrays."""
-        return [as_array(tensor) for tensor in self.tensors]
+    def examples(self) -> list[Array]:
+        """The example inputs."""
+        return [item.example for item in self.inputs]
 
-    def has_rows(self, tensor: torch.Tensor) -> bool:
-        """Whether the first axis of an input is the batch."""
-        return self.batch is not None and tensor.ndim > 0 and tensor.shape[0] == self.batch
-
-    def is_image(self, tensor: torch.Tensor) -> bool:
-        """Whether an input is a batch of images."""
-        return tensor.ndim == 4 and self.has_rows(tensor) and tensor.is_floating_point()
-
-    def spatial(self, tensor: torch.Tensor) -> tuple[str, ...]:
-        """Names of the axes after batch and channels, for images alone."""
-        is_image = self.has_rows(tensor) and tensor.is_floating_point()
-        return _AXES.get(tensor.ndim, ()) if is_image else ()
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the example."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        return args, kwargs
 
     def bind(self, arrays: Sequence[Array]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with other tensors in place of the examples."""
-        return self.bind_leaves(
-            [_as_tensor(array, like) for array, like in zip(arrays, self.tensors, strict=True)]
-        )
+        pairs = zip(arrays, self.inputs, strict=True)
+        return self.with_leaves([_as_tensor(array, item.dtype) for array, item in pairs]).call
 
-    def bind_leaves(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) with anything in place of the example tensors."""
+    def with_leaves(self, values: Sequence[Any]) -> Signature:
+        """The same call with anything in place of the example tensors."""
         fresh = iter(values)
         leaves = [next(fresh) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return args, kwargs
+        return replace(self, leaves=tuple(leaves))
 
     def with_rows(self, rows: int) -> Signature:
         """The same call with the examples repeated or cut to ``rows``."""
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
         cut = [
-            torch.cat([leaf] * -(-rows // max(1, leaf.shape[0])))[:rows]
-            if isinstance(leaf, torch.Tensor) and self.has_rows(leaf)
-            else leaf
-            for leaf in self.leaves
+            torch.cat([leaf] * -(-rows // max(1, leaf.shape[0])))[:rows] if item.rows else leaf
+            for leaf, item in zip(tensors, self.inputs, strict=True)
         ]
-        return replace(self, leaves=tuple(cut), batch=rows)
+        return replace(self.with_leaves(cut), batch=rows)
+
+
+def _input(tensor: torch.Tensor, batch: int | None) -> Input:
+    rows = batch is not None and tensor.ndim > 0 and tensor.shape[0] == batch
+    axes = _AXES.get(tensor.ndim, ()) if rows and tensor.is_floating_point() else ()
+    return Input(as_array(tensor), tensor.dtype, rows, axes)
 
 
 def signature_of(example_inputs: Any) -> Signature:
@@ -117,11 +140,11 @@ def signature_of(example_inputs: Any) -> Signature:
     return Signature(plain, spec, batch)
 
 
-def _as_tensor(array: Array, like: torch.Tensor) -> torch.Tensor:
+def _as_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of ``as_array``; what was widened beyond float32 stays so."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    narrow = like.dtype == torch.bfloat16 and tensor.dtype == torch.float32
-    return tensor.to(like.dtype) if narrow else tensor
+    narrow = dtype == torch.bfloat16 and tensor.dtype == torch.float32
+    return tensor.to(dtype) if narrow else tensor
 
 
 def as_array(tensor: torch.Tensor) -> Array:
@@ -141,6 +164,7 @@ class Subject:
         signature: how it is called.
         outputs: names of its output tensors.
         inputs: names of its input tensors.
+        norms: names of its normalisers.
         detector: it takes one image, and its outputs are one row per detection.
         spare: further example images of a detector.
     """
@@ -149,6 +173,7 @@ class Subject:
     signature: Signature
     outputs: tuple[str, ...]
     inputs: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     detector: bool = False
     spare: tuple[Array, ...] = ()
 
@@ -158,7 +183,7 @@ class Subject:
         Raises:
             ExportError: not as many as there are tensors, or one that is no name or stands twice.
         """
-        mine = _names("input names", inputs, len(self.signature.tensors)) or self.inputs
+        mine = _names("input names", inputs, len(self.signature.inputs)) or self.inputs
         theirs = _names("output names", outputs, len(self.outputs)) or self.outputs
         both = set(mine) & set(theirs)
         if both:
@@ -173,18 +198,14 @@ class Subject:
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """The outputs in the model's own precision."""
         args, kwargs = self.signature.bind(arrays)
-        return _call(self.model, args, kwargs)
-
-    def call(self, arrays: Sequence[Array]) -> Callable[[nn.Module], list[Array]]:
-        """A function that calls another module in the same way."""
-        args, kwargs = self.signature.bind(arrays)
-        return lambda module: _call(module, args, kwargs)
+        with torch.no_grad():
+            return [as_array(tensor) for tensor in flat_tensors(self.model(*args, **kwargs))]
 
     def in_double(self) -> Subject | None:
         """The same model in float64; None if it cannot run in it."""
         double = replace(self, model=copied(self.model).double())
         try:
-            double.run_double(self.signature.with_rows(1).arrays)
+            double.run_double(self.signature.with_rows(1).examples)
         except (RuntimeError, TypeError, ValueError):
             return None
         return double
@@ -194,10 +215,34 @@ class Subject:
         wide = [a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays]
         return self.run(wide)
 
+    @contextlib.contextmanager
+    def watched(
+        self,
+        see: Callable[[str, Any], None],
+        names: Collection[str] | None = None,
+        *,
+        before: bool = False,
+    ) -> Iterator[None]:
+        """Show ``see`` what modules give while the model runs.
 
-def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Array]:
-    with torch.no_grad():
-        return [as_array(tensor) for tensor in flat_tensors(module(*args, **kwargs))]
+        Args:
+            see: takes a module's name and its output.
+            names: of the modules; None is all of them.
+            before: show what they are given, as a tuple, in place of what they give.
+        """
+
+        def shown(name: str) -> Callable[..., None]:
+            return lambda _module, *found: see(name, found[-1])
+
+        handles = [
+            module.register_forward_pre_hook(shown(name))
+            if before
+            else module.register_forward_hook(shown(name))
+            for name, module in self.model.named_modules()
+            if names is None or name in names
+        ]
+        with hooked(*handles):
+            yield
 
 
 def flat_tensors(output: Any) -> list[torch.Tensor]:
@@ -221,7 +266,7 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
         )
     try:
         ready = fold_weights(copied(model).cpu().eval().requires_grad_(requires_grad=False))
-        args, kwargs = signature.bind_leaves(signature.tensors)
+        args, kwargs = signature.call
         with torch.no_grad():
             output = ready(*args, **kwargs)
     except (
@@ -238,12 +283,17 @@ def subject_of(model: nn.Module, example_inputs: Any) -> Subject:
             need="a model that runs on them",
             hint="other example_inputs",
         ) from error
-    if _gives_detections(output):
-        return _detector(ready, signature, output)
+    found = (_detector if _gives_detections(output) else _network)(ready, signature, output)
+    norms = tuple(name for name, module in ready.named_modules() if is_norm(module))
+    return replace(found, norms=norms)
+
+
+def _network(ready: nn.Module, signature: Signature, output: Any) -> Subject:
+    """A model whose outputs are numbers in an order."""
     names = output_names(output)
     if not names:
         raise ExportError(
-            type(model).__name__,
+            type(ready).__name__,
             got=f"an output of type {type(output).__name__} without tensors",
             need="a tensor, or a list, tuple or dict of tensors",
             hint="a wrapper that returns tensors",
@@ -267,18 +317,18 @@ def _gives_detections(output: Any) -> bool:
 
 def _detector(ready: nn.Module, signature: Signature, output: Any) -> Subject:
     """A detector with the first of its example images; a traced graph has one image."""
-    tensors = signature.tensors
-    listed = len(tensors) > 0 and all(t.ndim == 3 for t in tensors)
-    stacked = len(tensors) == 1 and tensors[0].ndim == 4
-    _, kwargs = signature.bind_leaves(tensors)
-    if not (listed or stacked) or kwargs or len(tensors) != len(signature.leaves):
+    inputs, (_, kwargs) = signature.inputs, signature.call
+    listed = len(inputs) > 0 and all(len(item.shape) == 3 for item in inputs)
+    stacked = len(inputs) == 1 and len(inputs[0].shape) == 4
+    if not (listed or stacked) or kwargs or len(inputs) != len(signature.leaves):
         raise ExportError(
             type(ready).__name__,
             got="a detector that is called with more than images",
             need="example_inputs that are a list of images",
             hint="[torch.rand(3, 320, 320)]",
         )
-    images = list(tensors) if listed else [part[None] for part in tensors[0]]
+    leaves = signature.leaves
+    images = leaves if listed else [part[None] for part in leaves[0]]
     first = signature_of([images[0]] if listed else images[0])
     return Subject(
         ready,
@@ -292,13 +342,18 @@ def _detector(ready: nn.Module, signature: Signature, output: Any) -> Subject:
 
 def _input_names(signature: Signature) -> tuple[str, ...]:
     """``image`` where that is all a model takes."""
-    tensors = signature.tensors
-    return ("image",) if len(tensors) == 1 and signature.is_image(tensors[0]) else ()
+    axes = [item.axes for item in signature.inputs]
+    return ("image",) if axes == [_AXES[4]] else ()
 
 
 def _are_logits(output: Any, signature: Signature) -> bool:
     """Whether an output is one row of numbers per image."""
-    return isinstance(output, torch.Tensor) and output.ndim == 2 and signature.has_rows(output)
+    return (
+        isinstance(output, torch.Tensor)
+        and output.ndim == 2
+        and signature.batch is not None
+        and output.shape[0] == signature.batch
+    )
 
 
 def _names(argument: str, given: Sequence[str] | None, count: int) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-un
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
-from normswap.onnx.file.parsing import External, OnnxFile, external, is_external, values_of
+from normswap.onnx.file.parsing import OnnxFile, external, is_external, values_of
 
 _LEFT_OUT = {
     (onnx.NodeProto, "name"),
@@ -28,7 +28,6 @@ _LEFT_OUT = {
     (onnx.TensorProto, "data_location"),
     (onnx.TensorProto, "external_data"),
 }
-_CHUNK = 1 << 20
 
 _DTYPES = {
     FieldDescriptor.TYPE_FLOAT: "<f4",
@@ -61,7 +60,10 @@ class _Digest:
         if isinstance(message, onnx.TensorProto) and is_external(message):
             self.number(onnx.TensorProto.RAW_DATA_FIELD_NUMBER)
             self.number(1)  # one value, as if it lay in the file
-            self.elsewhere(external(self.file, message))
+            place = external(self.file, message)
+            self.number(place.length)
+            for piece in place.pieces():
+                self.sha.update(piece)
         self.unknown(UnknownFieldSet(message))
         self.number(0)
 
@@ -78,19 +80,6 @@ class _Digest:
                 self.bytes(item.encode())
         else:
             self.sha.update(np.array(values, _DTYPES.get(field.type, "<i8")).tobytes())
-
-    def elsewhere(self, place: External) -> None:
-        """The bytes of an external tensor, read piece by piece."""
-        self.number(place.length)
-        with place.path.open("rb") as stream:
-            stream.seek(place.offset)
-            left = place.length
-            while left:
-                piece = stream.read(min(left, _CHUNK))
-                if not piece:
-                    break
-                self.sha.update(piece)
-                left -= len(piece)
 
     def unknown(self, fields: UnknownFieldSet) -> None:
         """Fields that this release of ONNX has no name for; the runtime may know them."""

@@ -22,6 +22,7 @@ from normswap.regular import check_regular, open_regular
 
 _MOST_BYTES = 1 << 31
 """Protobuf's own bound; larger weights lie beside the file."""
+_CHUNK = 1 << 20
 _MAX_DEPTH = 128
 """Messages in messages; a subgraph takes three."""
 
@@ -65,6 +66,11 @@ class OnnxFile:
     def folder(self) -> Path:
         """Where external data may lie."""
         return self.path.resolve().parent
+
+    @property
+    def reaches_out(self) -> bool:
+        """Whether some of its data lie outside."""
+        return any(map(is_external, tensors(self.proto)))
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
@@ -158,6 +164,14 @@ def messages(message: Message, depth: int = 0) -> Iterator[Message]:
                 yield from messages(item, depth + 1)
 
 
+def reads(node: onnx.NodeProto) -> list[str]:
+    """What a node reads: its inputs, and what the graphs in it read, from wherever it comes."""
+    inner = [m for m in messages(node) if isinstance(m, onnx.NodeProto | onnx.GraphProto)]
+    nodes = (name for m in inner if isinstance(m, onnx.NodeProto) for name in m.input)
+    outputs = (v.name for m in inner if isinstance(m, onnx.GraphProto) for v in m.output)
+    return [*nodes, *outputs]
+
+
 def _is_text(message: Message) -> bool:
     """Whether every string is one: protobuf hands out bytes where it is not valid UTF-8."""
     return all(
@@ -185,6 +199,15 @@ class External:
     path: Path
     offset: int
     length: int
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes, some at a time; fewer than there should be if the file ends."""
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            left = self.length
+            while left and (piece := stream.read(min(left, _CHUNK))):
+                left -= len(piece)
+                yield piece
 
 
 def external(file: OnnxFile, tensor: onnx.TensorProto) -> External:
@@ -286,10 +309,7 @@ def tensor_array(file: OnnxFile, tensor: onnx.TensorProto) -> Array:
 
 def external_bytes(file: OnnxFile, tensor: onnx.TensorProto) -> bytes:
     """The bytes of an external tensor."""
-    place = external(file, tensor)
-    with place.path.open("rb") as stream:
-        stream.seek(place.offset)
-        return stream.read(place.length)
+    return b"".join(external(file, tensor).pieces())
 
 
 def _not_onnx(path: Path, got: str) -> ExportError:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from normswap.onnx.file.parsing import OnnxFile, is_external, tensors
+from normswap.onnx.file.parsing import OnnxFile, is_external
 
 
 def with_threshold(
@@ -75,12 +75,15 @@ def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
 def written(file: OnnxFile, proto: onnx.ModelProto) -> Iterator[Path]:
     """A variant of a file where it can be run, gone afterwards.
 
-    It lies beside the file only where it must: with its data outside.
+    It lies beside the file only where it must: with its data outside. The file's own graph is no
+    variant, and lies there already.
     """
-    beside = any(map(is_external, tensors(proto)))
+    if proto is file.proto:
+        yield file.path
+        return
     with tempfile.TemporaryDirectory(prefix="normswap-") as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "variant.onnx"
-        if beside:
+        if file.reaches_out:
             stream = stack.enter_context(
                 tempfile.NamedTemporaryFile(
                     dir=file.folder, prefix=f".{file.path.name}.", suffix=".onnx"

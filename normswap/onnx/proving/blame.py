@@ -1,27 +1,72 @@
-"""Where two computations part: the first value, in the order of the graph, that differs."""
+"""Why a proof failed, and where: the first value, in the order of the graph, that differs."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from normswap.onnx.file.parity import Array, Divergence, relative_error
+from normswap.graph.norms import is_batchnorm, state_of
+from normswap.onnx.file.parity import MARGIN, Array, Case, Divergence, relative_error
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.session import Failed, Here, Runner
+from normswap.onnx.file.variants import with_outputs, written
 from normswap.onnx.subject import Subject, as_array, flat_tensors
 from normswap.onnx.writing.draft import Draft, modules_of
 
 SAME_KERNELS = 5e-6
 """Two files run by the same kernels on the same inputs: any difference beyond this is an edit."""
+
+
+def excuse(model: nn.Module, cases: Sequence[Case], bad: Case) -> str | None:
+    """Why it is the network and not the file that failed; None where nothing says so.
+
+    Args:
+        model: the network.
+        cases: of the proof.
+        bad: the first that failed.
+    """
+    return _batch_statistics(model, bad) or _sensitive(cases)
+
+
+def _batch_statistics(model: nn.Module, bad: Case) -> str | None:
+    """Why a sample's output depends on the others of its batch, where a norm makes it do so."""
+    if bad.stage != "row independence":
+        return None
+    untracked = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if is_batchnorm(module) and state_of(module).mean is None
+    ]
+    if not untracked:
+        return None
+    return (
+        f"{', '.join(untracked[:3])}: a BatchNorm without running statistics "
+        "(track_running_stats=False) normalises by the batch's own, so that a sample's output "
+        "depends on the others in its batch; replace it, or train it with running statistics"
+    )
+
+
+def _sensitive(cases: Sequence[Case]) -> str | None:
+    """That torch is as far from float64 as the file, where that alone is what failed."""
+    errors: dict[str, float] = {}
+    for case in cases:
+        errors[case.output] = max(case.torch_error, errors.get(case.output, 0.0))
+    bad = [case for case in cases if not case.passed]
+    if any(case.problem or case.error > MARGIN * errors[case.output] for case in bad):
+        return None
+    worst = max(errors[case.output] for case in bad)
+    return (
+        f"this is the network and not the file: torch's own run is {worst:.1e} from float64 on "
+        "such inputs, and the file is no further away than rounding explains"
+    )
 
 
 def against_file(
@@ -166,26 +211,12 @@ def node_values(
     file: OnnxFile, inputs: Sequence[Array], runner: Runner
 ) -> dict[str, Array] | Failed:
     """Every value of a graph, run with optimisations off so that no node is fused away."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(file.proto)
-    known = {value.name for value in proto.graph.output}
-    names = [value.name for value in proto.graph.output]
-    for node in proto.graph.node:
-        for name in node.output:
-            if name and name not in known:
-                proto.graph.output.add().name = name
-                known.add(name)
-                names.append(name)
-    with tempfile.NamedTemporaryFile(
-        dir=file.folder, prefix=f".{file.path.name}.", suffix=".onnx", delete=False
-    ) as stream:
-        opened = Path(stream.name)
-    try:
-        opened.write_bytes(proto.SerializeToString())
-        found = runner.run(opened, ["off"], [list(inputs)])[0][0]
-    finally:
-        opened.unlink(missing_ok=True)
-    return found if isinstance(found, Failed) else dict(zip(names, found, strict=True))
+    names = dict.fromkeys(value.name for value in file.proto.graph.output)
+    made = dict.fromkeys(n for node in file.proto.graph.node for n in node.output if n)
+    inner = [name for name in made if name not in names]
+    with written(file, with_outputs(file.proto, inner)) as path:
+        found = runner.run(path, ["off"], [list(inputs)])[0][0]
+    return found if isinstance(found, Failed) else dict(zip([*names, *inner], found, strict=True))
 
 
 class _Recorder(torch.fx.Interpreter):

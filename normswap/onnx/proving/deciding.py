@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from normswap.onnx.file.parity import Array
+from normswap.onnx.file.detections import rows_apart
+from normswap.onnx.file.parity import CEILING, Array
+from normswap.onnx.file.parsing import reads
+from normswap.onnx.proving.expectation import GroundTruth
+from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import Subject, as_array
-from normswap.onnx.writing.forms import reads
 
 _DECISIONS = frozenset(
     {"TopK", "NonMaxSuppression", "NonZero", "ArgMax", "RoiAlign", "Shape", "If", "Loop"}
@@ -79,10 +83,34 @@ def _is_last(node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]]) 
     return True
 
 
-def layer_values(
-    subject: Subject, inputs: Sequence[Array], layers: Sequence[LastLayer]
+@dataclass(frozen=True)
+class RightLayer:
+    """What one layer should give: the values, the rows that are firm, torch's own error."""
+
+    value: Array
+    core: Array
+    error: float
+
+
+def right_layers(
+    truth: GroundTruth, trial: Trial, layers: Sequence[LastLayer]
+) -> dict[str, RightLayer]:
+    """The values of a model's last layers in float64, by the names of the graph."""
+    single = _layer_values(truth.subject, trial.inputs, layers)
+    exact = single
+    if truth.double is not None:
+        exact = _layer_values(truth.double, trial.inputs, layers, double=True)
+    found = {}
+    for name, value in exact.items():
+        apart = rows_apart(single[name], value) if name in single else np.full(len(value), np.inf)
+        core = apart <= (truth.tolerance or CEILING)
+        found[name] = RightLayer(value, core, float(np.max(apart, where=core, initial=0.0)))
+    return found
+
+
+def _layer_values(
+    subject: Subject, inputs: Sequence[Array], layers: Sequence[LastLayer], *, double: bool = False
 ) -> dict[str, Array]:
-    """What the model's own layers give, by the names of the graph."""
     wanted = {layer.module for layer in layers}
     seen: dict[str, list[Array]] = {name: [] for name in wanted}
 
@@ -90,16 +118,8 @@ def layer_values(
         if isinstance(output, torch.Tensor):
             seen[name].append(as_array(output).copy())
 
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
-        for name, module in subject.model.named_modules()
-        if name in wanted
-    ]
-    try:
-        subject.run(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with subject.watched(keep, wanted):
+        subject.run_double(inputs) if double else subject.run(inputs)
     return {
         layer.value: seen[layer.module][layer.call]
         for layer in layers

@@ -1,24 +1,41 @@
-"""The proof of a detector: its last layers value by value, its detections as sets."""
+"""What a detector must give: its last layers value by value, its detections as sets."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from normswap.onnx.file.detections import describe, errors, ill_formed, match, rows_apart
-from normswap.onnx.file.parity import CEILING, Array, Case, passes, tolerance_for
+from normswap.onnx.file.parity import Array, Case, Parity, passes
 from normswap.onnx.file.parsing import OnnxFile
+from normswap.onnx.file.selftest import (
+    MAX_STORED,
+    MAX_TOLERANCE,
+    Expected,
+    SelfTest,
+    Shift,
+    TestInput,
+)
 from normswap.onnx.file.session import LEVELS, Failed, Outputs, Runner
 from normswap.onnx.file.variants import with_outputs, with_threshold, written
-from normswap.onnx.proving.deciding import LastLayer, last_layers, layer_values
-from normswap.onnx.proving.evidence import Evidence
-from normswap.onnx.proving.expectation import Expectation
-from normswap.onnx.proving.scenes import ENOUGH, Scene, Scenes, scenes_of
-from normswap.onnx.proving.soundness import unsound
-from normswap.onnx.proving.trials import GroundTruth, Trial, randomised
+from normswap.onnx.proving.deciding import LastLayer, RightLayer, last_layers, right_layers
+from normswap.onnx.proving.expectation import Evidence, Expectation, GroundTruth, unsound
+from normswap.onnx.proving.sightings import (
+    ENOUGH,
+    TRIES,
+    Searcher,
+    Sighting,
+    Sightings,
+    at_threshold,
+    of_image,
+    sightings_of,
+)
+from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import Subject
 from normswap.onnx.writing.draft import Options
 
@@ -26,252 +43,258 @@ LAYER_LEVELS = ("off", "all")
 CORE = 0.5
 """Share of the rows of a layer that rounding must leave as they are."""
 
-
-@dataclass(frozen=True)
-class DetectorExpectation(Expectation):
-    """What a file of a detector must give."""
-
-    scenes: Scenes = field(default_factory=lambda: Scenes(()))
-
-
-def expect_detections(
-    subject: Subject, options: Options, *, images: Any = None, tolerance: float | None = None
-) -> DetectorExpectation:
-    """Everything that a file of this detector must give."""
-    truth = GroundTruth.of(subject, tolerance=tolerance)
-    nonsense = unsound(subject, [Trial("example image 1", subject.signature.arrays, 1)])
-    if nonsense is not None:
-        return DetectorExpectation(subject, truth, (), nonsense=nonsense)
-    return _asked(truth, scenes_of(truth, dynamic_size=options.dynamic_size, images=images))
-
-
-def expect_of_randomised_detector(asked: Expectation) -> DetectorExpectation:
-    """The same of a copy whose statistics and affine values nothing can hide behind."""
-    truth = GroundTruth.of(randomised(asked.subject), tolerance=asked.truth.tolerance)
-    return _asked(truth, scenes_of(truth, brief=True))
-
-
-def _asked(truth: GroundTruth, scenes: Scenes) -> DetectorExpectation:
-    names = {scene.trial.name for scene in scenes.telling}
-    nonsense = None
-    if len(names) < ENOUGH:
-        nonsense = (
-            f"it gives detections that rounding does not change on {len(names)} of "
-            f"{len(names) + scenes.unfirm} images; {ENOUGH} are needed to compare detections on"
-        )
-    example = Trial("example image 1", truth.subject.signature.arrays, 1)
-    trials = {example.name: example} | {scene.trial.name: scene.trial for scene in scenes.found}
-    return DetectorExpectation(
-        truth.subject, truth, tuple(trials.values()), nonsense=nonsense, scenes=scenes
-    )
-
-
-def examine_detector(
-    file: OnnxFile, asked: DetectorExpectation, runner: Runner, *, copy: bool = False
-) -> Evidence:
-    """The last layers on every image, and the detections of every scene, at every level."""
-    found = list(_layer_cases(file, asked, runner))
-    for threshold in dict.fromkeys(scene.threshold for scene in asked.scenes.found):
-        scenes = [scene for scene in asked.scenes.found if scene.threshold == threshold]
-        most = max(scene.count for scene in scenes)
-        brief = copy or not most or most == asked.scenes.most
-        levels = ("all",) if brief else LEVELS
-        found += _scene_cases(file, asked, scenes, runner, levels)
-    cases = [replace(case, randomised=copy) for case, _ in found]
-    failing = next((trial for case, trial in found if not case.passed), None)
-    return Evidence(cases, failing, () if copy else _notes(asked))
-
-
-def _notes(asked: DetectorExpectation) -> tuple[str, ...]:
-    scenes = asked.scenes
-    own = [scene for scene in scenes.found if scene.threshold is None]
-    moved = [s for s in scenes.telling if s.threshold is not None]
-    images = len({scene.trial.name for scene in scenes.telling})
-    most = max(scene.count for scene in scenes.telling)
-    notes = [f"detections compared as sets on {images} images, up to {most} on one"]
-    if not any(scene.bound for scene in own):
-        notes.append("no image gave a detection at the model's own score threshold")
-    if moved:
-        values = ", ".join(f"{t:.3g}" for t in dict.fromkeys(s.threshold or 0.0 for s in moved))
-        notes.append(f"compared at score thresholds of {values} as well, in a copy of the file")
-    elif not scenes.thresholds:
-        notes.append("the model names no score threshold: compared at its own alone")
-    if scenes.unfirm:
-        notes.append(
-            f"{scenes.unfirm} images left out: rounding changes what the model finds there"
-        )
-    if asked.truth.double is None:
-        notes.append("the model cannot run in float64: its own precision is the reference")
-    return tuple(notes)
-
-
 Judged = tuple[Case, Trial]
 
 
-def _scene_cases(
-    file: OnnxFile,
-    asked: DetectorExpectation,
-    scenes: Sequence[Scene],
-    runner: Runner,
-    levels: Sequence[str],
-) -> list[Judged]:
-    """Scenes of one threshold."""
-    proto, threshold = file.proto, scenes[0].threshold
-    if threshold is not None:
-        shifted = with_threshold(proto, asked.scenes.thresholds, threshold)
-        if shifted is None:
-            own = ", ".join(f"{value:g}" for value in asked.scenes.thresholds)
-            problem = f"the file holds its scores against another threshold than {own}"
-            return [(_broken(scenes[0].trial, "onnxruntime off", problem), scenes[0].trial)]
-        proto = shifted
-    inputs = [scene.trial.inputs for scene in scenes]
-    if threshold is None:
-        runs = runner.run(file.path, levels, inputs)
-    else:
+@dataclass(frozen=True)
+class Detections(Expectation):
+    """Images, each with the detections that are right.
+
+    Attributes:
+        sightings: what the model finds, where rounding does not change it.
+    """
+
+    sightings: Sightings = field(default_factory=lambda: Sightings(()))
+
+    @classmethod
+    def of(
+        cls, subject: Subject, options: Options, *, images: Any = None, tolerance: float | None
+    ) -> Detections:
+        """Everything that a file of this detector must give; see ``Rows.of``."""
+        truth = GroundTruth.of(subject, tolerance=tolerance)
+        example = _example(subject)
+        nonsense = unsound(subject, [example])
+        if nonsense is not None:
+            return cls(truth, (example,), nonsense)
+        found = sightings_of(truth, dynamic_size=options.dynamic_size, images=images)
+        return cls._asked(truth, found)
+
+    @classmethod
+    def _asked(
+        cls, truth: GroundTruth, sightings: Sightings, *, randomised: bool = False
+    ) -> Detections:
+        names = {sighting.trial.name for sighting in sightings.telling}
+        nonsense = None
+        if len(names) < ENOUGH:
+            nonsense = (
+                f"it gives detections that rounding does not change on {len(names)} of "
+                f"{len(names) + sightings.unfirm} images; {ENOUGH} are needed to compare "
+                "detections on"
+            )
+        trials = [_example(truth.subject), *(sighting.trial for sighting in sightings.found)]
+        named = {trial.name: trial for trial in trials}
+        return cls(truth, tuple(named.values()), nonsense, randomised, sightings)
+
+    def of_randomised(self) -> Detections:
+        """The same of a copy whose statistics and affine values nothing can hide behind."""
+        truth = self.truth.randomised()
+        return self._asked(truth, sightings_of(truth, brief=True), randomised=True)
+
+    def examine(
+        self, file: OnnxFile, runner: Runner, program: torch.export.ExportedProgram | None = None
+    ) -> Evidence:
+        """The last layers on every image, and every detection, at every level."""
+        del program  # a detector is traced: there is none
+        found = list(self._layer_cases(file, runner))
+        for threshold in dict.fromkeys(s.threshold for s in self.sightings.found):
+            alike = [s for s in self.sightings.found if s.threshold == threshold]
+            most = max(sighting.count for sighting in alike)
+            brief = self.randomised or not most or most == self.sightings.most
+            found += self._found_cases(file, alike, runner, ("all",) if brief else LEVELS)
+        cases = [replace(case, randomised=self.randomised) for case, _ in found]
+        failing = next((trial for case, trial in found if not case.passed), None)
+        return Evidence(cases, failing, () if self.randomised else self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        found, telling = self.sightings.found, self.sightings.telling
+        moved = [s for s in telling if s.threshold is not None]
+        images = len({sighting.trial.name for sighting in telling})
+        most = max(sighting.count for sighting in telling)
+        notes = [f"detections compared as sets on {images} images, up to {most} on one"]
+        if not any(sighting.bound for sighting in found if sighting.threshold is None):
+            notes.append("no image gave a detection at the model's own score threshold")
+        if moved:
+            values = ", ".join(f"{t:.3g}" for t in dict.fromkeys(s.threshold or 0.0 for s in moved))
+            notes.append(f"compared at score thresholds of {values} as well, in a copy of the file")
+        elif not self.sightings.thresholds:
+            notes.append("the model names no score threshold: compared at its own alone")
+        if self.sightings.unfirm:
+            notes.append(
+                f"{self.sightings.unfirm} images left out: rounding changes what the model finds "
+                "there"
+            )
+        if self.truth.double is None:
+            notes.append("the model cannot run in float64: its own precision is the reference")
+        return tuple(notes)
+
+    def _layer_cases(self, file: OnnxFile, runner: Runner) -> Iterator[Judged]:
+        """What the detector decides by, on every image that shows something."""
+        layers = last_layers(file.proto, self.subject.model)
+        named = {sighting.trial.name: sighting.trial for sighting in self.sightings.telling}
+        trials = list(named.values())[: ENOUGH + 1] or list(self.trials)
+        if not layers or not trials:
+            return
+        known = [right_layers(self.truth, trial, layers) for trial in trials]
+        names = [value.name for value in file.proto.graph.output]
+        inner = [layer.value for layer in layers if layer.value not in names]
+        with written(file, with_outputs(file.proto, inner)) as path:
+            runs = runner.run(path, LAYER_LEVELS, [trial.inputs for trial in trials])
+        for level, found in zip(LAYER_LEVELS, runs, strict=True):
+            for trial, outputs, right in zip(trials, found, known, strict=True):
+                stage = f"onnxruntime {level}"
+                if isinstance(outputs, Failed):
+                    yield _broken(trial, stage, outputs.message), trial
+                    continue
+                values = dict(zip([*names, *inner], outputs, strict=True))
+                for module in dict.fromkeys(layer.module for layer in layers):
+                    mine = [layer for layer in layers if layer.module == module]
+                    case = Case(trial.name, stage, f"{module}, before any decision", 1, 0, 0, 0)
+                    yield self._layer_case(case, mine, values, right), trial
+
+    def _layer_case(
+        self,
+        case: Case,
+        layers: Sequence[LastLayer],
+        values: Mapping[str, Array],
+        right: Mapping[str, RightLayer],
+    ) -> Case:
+        """One layer, over all its calls."""
+        known = [right[layer.value] for layer in layers if layer.value in right]
+        if len(known) < len(layers):
+            return _failed(case, "the model runs this layer less often")
+        torch_error = max(item.error for item in known)
+        error = 0.0
+        for layer, item in zip(layers, known, strict=True):
+            if item.core.size and item.core.mean() < CORE:
+                return _failed(case, "rounding changes most of what the model itself gives here")
+            apart = rows_apart(values[layer.value], item.value)
+            error = max(error, float(np.max(apart, where=item.core, initial=0.0)))
+        limit = self.truth.allows(torch_error)
+        case = replace(case, error=error, torch_error=torch_error, tolerance=limit)
+        return replace(case, passed=passes(case))
+
+    def _found_cases(
+        self, file: OnnxFile, alike: Sequence[Sighting], runner: Runner, levels: Sequence[str]
+    ) -> list[Judged]:
+        """Sightings of one threshold."""
+        threshold, own = alike[0].threshold, self.sightings.thresholds
+        proto = file.proto if threshold is None else with_threshold(file.proto, own, threshold)
+        if proto is None:
+            mine = ", ".join(f"{value:g}" for value in own)
+            problem = f"the file holds its scores against another threshold than {mine}"
+            return [(_broken(alike[0].trial, "onnxruntime off", problem), alike[0].trial)]
         with written(file, proto) as path:
-            runs = runner.run(path, levels, inputs)
-    return [
-        (case, scene.trial)
-        for level, found in zip(levels, runs, strict=True)
-        for scene, outputs in zip(scenes, found, strict=True)
-        for case in _judge(asked.subject.outputs, scene, outputs, f"onnxruntime {level}")
-    ]
+            runs = runner.run(path, levels, [sighting.trial.inputs for sighting in alike])
+        return [
+            (case, sighting.trial)
+            for level, found in zip(levels, runs, strict=True)
+            for sighting, outputs in zip(alike, found, strict=True)
+            for case in _judge(self.subject.outputs, sighting, outputs, f"onnxruntime {level}")
+        ]
+
+    def self_test(self, file: OnnxFile, parity: Parity) -> SelfTest:
+        """A generated image on which the detector's decisions stand firm, and what it finds."""
+        del parity
+        like = self.subject.signature.inputs[0].example
+        searcher = Searcher(self.truth)
+        chosen: Sighting | None = None
+        for seed in range(TRIES):
+            item = TestInput(like.shape, str(like.dtype), seed, picture=True)
+            found, _ = of_image(searcher, Trial("self-test", [item.make()], 1), None)
+            telling = [sighting for sighting in found if _can_be_recorded(sighting)]
+            if telling:
+                chosen = telling[-1]
+                break
+        moved = None if chosen is None else chosen.threshold
+        layers = last_layers(file.proto, self.subject.model)
+        with at_threshold(self.truth, moved):
+            right = right_layers(self.truth, Trial("self-test", [item.make()], 1), layers)
+        return SelfTest(
+            (item,),
+            () if chosen is None else _found(chosen),
+            tuple(self._decided_by(right)),
+            None if moved is None else Shift(searcher.thresholds, moved),
+        )
+
+    def _decided_by(self, right: Mapping[str, RightLayer]) -> Iterator[Expected]:
+        """Of each layer the whole, where it is run on the whole image, or what firm rows fit."""
+        for name, layer in right.items():
+            value = layer.value
+            if value.shape[0] != 1:
+                value = value[layer.core]
+                value = value[: MAX_STORED // max(1, math.prod(value.shape[1:]))]
+            if layer.core.any() and value.size:
+                limit = min(MAX_TOLERANCE, self.truth.allows(layer.error))
+                yield Expected.of(name, value, limit, layer.error)
+
+
+def _example(subject: Subject) -> Trial:
+    return Trial("example image 1", subject.signature.examples, 1)
+
+
+def _failed(case: Case, problem: str) -> Case:
+    return replace(case, error=float("inf"), passed=False, problem=problem)
 
 
 def _broken(trial: Trial, stage: str, problem: str) -> Case:
-    return Case(
-        trial.name, stage, "detections", 1, float("inf"), 0.0, 0.0, passed=False, problem=problem
-    )
+    return _failed(Case(trial.name, stage, "detections", 1, 0.0, 0.0, 0.0), problem)
 
 
 def _judge(
-    names: Sequence[str], scene: Scene, outputs: Outputs | Failed, stage: str
+    names: Sequence[str], sighting: Sighting, outputs: Outputs | Failed, stage: str
 ) -> Iterator[Case]:
     """One case that every detection is there, and one per output for what they are."""
-    name = scene.trial.name
-    if scene.threshold is not None:
-        name += f", scores above {scene.threshold:.3g}"
-    trial = replace(scene.trial, name=name)
+    name = sighting.trial.name
+    if sighting.threshold is not None:
+        name += f", scores above {sighting.threshold:.3g}"
+    whole = Case(name, stage, "detections", 1, 0.0, 0.0, 0.0)
     if isinstance(outputs, list) and len(outputs) != len(names):
         outputs = Failed(f"{len(outputs)} outputs where the model has {len(names)}")
     if isinstance(outputs, Failed):
-        yield _broken(trial, stage, outputs.message)
+        yield _failed(whole, outputs.message)
         return
     found = dict(zip(names, outputs, strict=True))
     problem = ill_formed(found)
     if problem is not None:
-        yield _broken(trial, stage, problem)
+        yield _failed(whole, problem)
         return
-    matching = match(found, scene.right, scene.tolerances, scene.cut)
-    whole = Case(
-        name,
-        stage,
-        "detections",
-        1,
-        0.0,
-        0.0,
-        0.0,
-        decided=scene.bound,
-        agreed=scene.bound - len(matching.missing),
-        ties=scene.count - scene.bound,
+    matching = match(found, sighting.right, sighting.tolerances, sighting.cut)
+    whole = replace(
+        whole,
+        decided=sighting.bound,
+        agreed=sighting.bound - len(matching.missing),
+        ties=sighting.count - sighting.bound,
+        problem=None if matching.whole else describe(matching, found, sighting.right),
     )
-    if not matching.whole:
-        whole = replace(whole, problem=describe(matching, found, scene.right))
     yield replace(whole, passed=passes(whole))
-    apart = errors(found, scene.right, matching)
+    apart = errors(found, sighting.right, matching)
     places = [j for _, j in matching.pairs]
     for output in names:
         if output == "labels":  # what is paired has one label
             continue
-        steady = scene.steady[output][places]
+        steady = sighting.steady[output][places]
         case = Case(
             name,
             stage,
             output,
             1,
             float(np.max(apart[output], where=steady, initial=0.0)),
-            scene.torch_errors[output],
-            scene.tolerances[output],
+            sighting.torch_errors[output],
+            sighting.tolerances[output],
             ties=int((~steady).sum()),
         )
         yield replace(case, passed=passes(case))
 
 
-def _layer_cases(file: OnnxFile, asked: DetectorExpectation, runner: Runner) -> Iterator[Judged]:
-    """What the detector decides by, on every image that shows something."""
-    layers = last_layers(file.proto, asked.subject.model)
-    named = {scene.trial.name: scene.trial for scene in asked.scenes.telling}
-    trials = list(named.values())[: ENOUGH + 1] or list(asked.trials)
-    own = {value.name for value in file.proto.graph.output}
-    inner = [layer.value for layer in layers if layer.value not in own]
-    if not layers or not trials:
-        return
-    with written(file, with_outputs(file.proto, inner)) as path:
-        runs = runner.run(path, LAYER_LEVELS, [trial.inputs for trial in trials])
-    known = [right_layers(asked.truth, trial, layers) for trial in trials]
-    names = [*(value.name for value in file.proto.graph.output), *inner]
-    for level, found in zip(LAYER_LEVELS, runs, strict=True):
-        for trial, outputs, right in zip(trials, found, known, strict=True):
-            stage = f"onnxruntime {level}"
-            if isinstance(outputs, Failed):
-                yield _broken(trial, stage, outputs.message), trial
-                continue
-            values = dict(zip(names, outputs, strict=True))
-            for module in dict.fromkeys(layer.module for layer in layers):
-                mine = [layer for layer in layers if layer.module == module]
-                case = _layer_case(trial, stage, module, mine, values, right, asked.truth.tolerance)
-                yield case, trial
+def _can_be_recorded(sighting: Sighting) -> bool:
+    """Whether nothing in a sighting is free: it is judged without knowing the model."""
+    return 0 < sighting.count <= MAX_STORED // 4 and sighting.bound == sighting.count
 
 
-@dataclass(frozen=True)
-class RightLayer:
-    """What one layer should give: the values, the rows that are firm, torch's own error."""
-
-    value: Array
-    core: Array
-    error: float
-
-
-def right_layers(
-    truth: GroundTruth, trial: Trial, layers: Sequence[LastLayer]
-) -> dict[str, RightLayer]:
-    """The values of a model's last layers in float64."""
-    subject, double = truth.subject, truth.double
-    single = layer_values(subject, trial.inputs, layers)
-    exact = single
-    if double is not None:
-        wide = [a.astype(np.float64) if a.dtype.kind == "f" else a for a in trial.inputs]
-        exact = layer_values(double, wide, layers)
-    found = {}
-    for name, value in exact.items():
-        apart = rows_apart(single[name], value) if name in single else np.full(len(value), np.inf)
-        core = apart <= (truth.tolerance or CEILING)
-        found[name] = RightLayer(value, core, float(np.max(apart, where=core, initial=0.0)))
-    return found
-
-
-def _layer_case(
-    trial: Trial,
-    stage: str,
-    module: str,
-    layers: Sequence[LastLayer],
-    values: Mapping[str, Array],
-    right: Mapping[str, RightLayer],
-    tolerance: float | None,
-) -> Case:
-    """One layer, over all its calls."""
-    name = f"{module}, before any decision"
-    known = [right[layer.value] for layer in layers if layer.value in right]
-    if len(known) < len(layers):
-        return replace(_broken(trial, stage, "the model runs this layer less often"), output=name)
-    torch_error = max(item.error for item in known)
-    error = 0.0
-    for layer, item in zip(layers, known, strict=True):
-        if item.core.size and item.core.mean() < CORE:
-            problem = "rounding changes most of what the model itself gives here"
-            return replace(_broken(trial, stage, problem), output=name)
-        apart = rows_apart(values[layer.value], item.value)
-        error = max(error, float(np.max(apart, where=item.core, initial=0.0)))
-    limit = tolerance if tolerance is not None else tolerance_for(torch_error)
-    case = Case(trial.name, stage, name, 1, error, torch_error, limit)
-    return replace(case, passed=passes(case))
+def _found(sighting: Sighting) -> tuple[Expected, ...]:
+    limits, own = sighting.tolerances, sighting.torch_errors
+    return tuple(
+        Expected.of(name, array, min(MAX_TOLERANCE, limits[name]), own[name])
+        for name, array in sighting.right.items()
+        if sighting.steady[name].all()
+    )

@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from normswap.onnx.file.parity import Array
-from normswap.onnx.file.parsing import messages
+from normswap.onnx.file.parsing import reads
 
 BLOCK = 16
 """onnxruntime's largest channel block; other channel counts leave the blocked layout."""
@@ -45,14 +45,6 @@ def fastest(proto: onnx.ModelProto) -> None:
         if node.op_type == "Add":
             graph.affine(node)
     graph.finish()
-
-
-def reads(node: onnx.NodeProto) -> list[str]:
-    """What a node reads: its inputs, and what the graphs in it read, from wherever it comes."""
-    inner = [m for m in messages(node) if isinstance(m, onnx.NodeProto | onnx.GraphProto)]
-    nodes = (name for m in inner if isinstance(m, onnx.NodeProto) for name in m.input)
-    outputs = (v.name for m in inner if isinstance(m, onnx.GraphProto) for v in m.output)
-    return [*nodes, *outputs]
 
 
 @dataclass

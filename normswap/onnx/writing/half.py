@@ -8,6 +8,7 @@ An FRN with large inputs fails the proof where onnxruntime's converter is told t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from normswap.errors import ExportError
-from normswap.graph.norms import is_norm
 
 HALF_OPS = frozenset(
     {"Add", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Elu", "Erf", "Expand", "Flatten"}
@@ -27,13 +27,11 @@ HALF_OPS = frozenset(
 _SHORT: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
 
 
-def norm_names(model: nn.Module) -> frozenset[str]:
+def inside(norms: Collection[str], model: nn.Module) -> frozenset[str]:
     """Every module inside a normaliser, the normalisers included."""
-    found: set[str] = set()
-    for name, module in model.named_modules():
-        if is_norm(module) or any(name.startswith(outer + ".") for outer in found if outer):
-            found.add(name)
-    return frozenset(found)
+    within = tuple(f"{norm}." for norm in norms if norm)
+    names = (name for name, _ in model.named_modules())
+    return frozenset(name for name in names if name in norms or name.startswith(within))
 
 
 def to_half(proto: onnx.ModelProto, wide: frozenset[str]) -> None:

@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.file.parsing import OnnxFile, is_external, read_onnx, save, tensors
+from normswap.onnx.file.parsing import OnnxFile, read_onnx, save
 from normswap.onnx.subject import Subject
 from normswap.onnx.writing.draft import MODULES_KEY, modules_of, quiet
 from normswap.onnx.writing.draft import Draft as Draft
 from normswap.onnx.writing.draft import Options as Options
 from normswap.onnx.writing.forms import fastest
-from normswap.onnx.writing.half import norm_names, to_half
+from normswap.onnx.writing.half import inside, to_half
 from normswap.onnx.writing.staged import stage
 from normswap.onnx.writing.traced import write_traced
 
@@ -38,10 +38,10 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
     """
     if subject.detector:
         return write_traced(subject, path, options)
-    signature = subject.signature
+    signature, shapes = subject.signature, _dynamic_shapes(subject, options)
     if not options.static_batch and signature.batch is not None and signature.batch < 2:
         signature = signature.with_rows(2)  # torch.export takes a batch of 1 for a constant
-    args, kwargs = signature.bind_leaves(signature.tensors)
+    args, kwargs = signature.call
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -52,7 +52,7 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
                 opset_version=options.opset,
                 input_names=list(subject.inputs) or None,
                 output_names=list(subject.outputs),
-                dynamic_shapes=_dynamic_shapes(subject, options),
+                dynamic_shapes=shapes,
                 verbose=False,
             )
             assert exported is not None
@@ -65,20 +65,20 @@ def write_program(subject: Subject, path: Path, options: Options) -> Draft:
     fastest(file.proto)
     staged = stage(file.proto) if options.staged else 0
     if options.half:
-        _narrow(file, subject.model)
+        _narrow(file, subject)
     save(file)
     return Draft(file, exported.exported_program, options, staged)
 
 
-def _narrow(file: OnnxFile, model: nn.Module) -> None:
-    if any(is_external(tensor) for tensor in tensors(file.proto)):
+def _narrow(file: OnnxFile, subject: Subject) -> None:
+    if file.reaches_out:
         raise ExportError(
-            type(model).__name__,
+            type(subject.model).__name__,
             got="more than 2 GB of weights with half=True",
             need="a model that fits into one file",
             hint="leaving --half out (half=False)",
         )
-    norms = norm_names(model)
+    norms = inside(subject.norms, subject.model)
     wide = {
         name
         for node in file.proto.graph.node
@@ -96,17 +96,15 @@ def _dynamic_shapes(subject: Subject, options: Options) -> dict[str, Any] | None
     axes = {
         name: torch.export.Dim(name) for name in ("batch", "depth", "height", "width", "length")
     }
-    specs: list[dict[int, Any] | None] = []
-    for tensor in signature.tensors:
+    specs: list[_Spec] = []  # wrapped: pytree must not look into the dicts
+    for item in signature.inputs:
         spec: dict[int, Any] = {}
-        if signature.has_rows(tensor) and not options.static_batch:
+        if item.rows and not options.static_batch:
             spec[0] = axes["batch"]
         if options.dynamic_size:
-            spec |= {2 + i: axes[name] for i, name in enumerate(signature.spatial(tensor))}
-        specs.append(spec or None)
-    args, kwargs = signature.bind_leaves(
-        [_Spec(spec) for spec in specs]  # wrapped: pytree must not look into the dicts
-    )
+            spec |= {2 + i: axes[name] for i, name in enumerate(item.axes)}
+        specs.append(_Spec(spec or None))
+    args, kwargs = signature.with_leaves(specs).call
     bound = inspect.signature(subject.model.forward).bind(*args, **kwargs).arguments
     shapes: dict[str, Any] = pytree.tree_map(
         lambda leaf: leaf.axes if isinstance(leaf, _Spec) else None, dict(bound)

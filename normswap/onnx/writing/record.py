@@ -44,9 +44,9 @@ def _preprocessing(
     recorded: dict[str, Any] | None, signature: Signature, options: Options
 ) -> dict[str, Any] | None:
     """What the model wants of its input, at the one size that the file takes."""
-    sizes = [list(t.shape[1:]) for t in signature.tensors if signature.spatial(t)]
+    sizes = [list(item.shape[1:]) for item in signature.inputs if item.axes]
     if signature.batch is None:  # a detector, with one image
-        sizes = [list(t.shape[-3:]) for t in signature.tensors if t.ndim >= 3]
+        sizes = [list(item.shape[-3:]) for item in signature.inputs if len(item.shape) >= 3]
     if recorded is None or options.dynamic_size or len(sizes) != 1:
         return recorded
     usual = {name: value for name, value in recorded.items() if not name.startswith("test_")}

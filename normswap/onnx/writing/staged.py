@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from normswap.onnx.writing.forms import Wiring, reads
+from normswap.onnx.file.parsing import reads
+from normswap.onnx.writing.forms import Wiring
 
 
 def stage(proto: onnx.ModelProto) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.file.parsing import OnnxFile, is_external, read_onnx, save, tensors
+from normswap.onnx.file.parsing import read_onnx, save
 from normswap.onnx.subject import Subject
 from normswap.onnx.writing.draft import MODULES_KEY, Draft, Options, quiet
 from normswap.onnx.writing.forms import fastest
@@ -33,7 +33,7 @@ def write_traced(subject: Subject, path: Path, options: Options) -> Draft:
         ExportError: torch no longer has that exporter, or cannot trace the model.
     """
     _check(subject, options)
-    args, _ = subject.signature.bind_leaves(subject.signature.tensors)
+    args, _ = subject.signature.call
     try:
         with quiet(), torch.no_grad():
             torch.onnx.export(
@@ -49,7 +49,7 @@ def write_traced(subject: Subject, path: Path, options: Options) -> Draft:
     except Exception as error:
         raise _cannot_trace(subject.model, error) from error
     file = read_onnx(path)
-    if any(is_external(tensor) for tensor in tensors(file.proto)):
+    if file.reaches_out:
         raise ExportError(
             type(subject.model).__name__,
             got="a detector of more than 2 GB",
@@ -61,7 +61,7 @@ def write_traced(subject: Subject, path: Path, options: Options) -> Draft:
     fastest(file.proto)
     staged = stage(file.proto) if options.staged else 0
     save(file)
-    return Draft(OnnxFile(path, file.proto), None, options, staged)
+    return Draft(file, None, options, staged)
 
 
 def _check(subject: Subject, options: Options) -> None:
@@ -108,7 +108,7 @@ def _cannot_trace(model: nn.Module, error: Exception) -> ExportError:
 
 def _axes(subject: Subject, options: Options) -> dict[str, dict[int, str]]:
     """The number of detections is open, and height and width where that is asked for."""
-    rank = subject.signature.tensors[0].ndim
+    rank = len(subject.signature.inputs[0].shape)
     axes: dict[str, dict[int, str]] = {name: {0: "detections"} for name in subject.outputs}
     if options.dynamic_size:
         axes[subject.inputs[0]] = {rank - 2: "height", rank - 1: "width"}

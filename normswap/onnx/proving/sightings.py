@@ -20,9 +20,10 @@ from torch import nn
 
 from normswap.errors import ExportError
 from normswap.onnx.file.detections import Cut, bound, errors, ill_formed, match
-from normswap.onnx.file.parity import CEILING, Array, tolerance_for
+from normswap.onnx.file.parity import CEILING, Array
 from normswap.onnx.file.selftest import pictured
-from normswap.onnx.proving.trials import GroundTruth, Trial
+from normswap.onnx.proving.expectation import GroundTruth
+from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import Subject, as_array
 
 SHAKE = 1e-5
@@ -48,7 +49,7 @@ STEADY = 0.5
 
 
 @dataclass(frozen=True)
-class Scene:
+class Sighting:
     """One image and what the model finds there.
 
     Attributes:
@@ -81,7 +82,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Scenes:
+class Sightings:
     """What a detector is asked.
 
     Attributes:
@@ -91,15 +92,15 @@ class Scenes:
         most: how many detections the model gives at most; None if unknown.
     """
 
-    found: tuple[Scene, ...]
+    found: tuple[Sighting, ...]
     unfirm: int = 0
     thresholds: tuple[float, ...] = ()
     most: int | None = None
 
     @property
-    def telling(self) -> list[Scene]:
+    def telling(self) -> list[Sighting]:
         """Those with detections that a file must give."""
-        return [scene for scene in self.found if scene.bound]
+        return [sighting for sighting in self.found if sighting.bound]
 
 
 def deciders(model: nn.Module) -> list[nn.Module]:
@@ -143,7 +144,7 @@ def at_threshold(truth: GroundTruth, threshold: float | None) -> Iterator[None]:
 
 @dataclass
 class Searcher:
-    """Looks for scenes.
+    """Looks for sightings.
 
     Attributes:
         truth: the model.
@@ -168,15 +169,15 @@ class Searcher:
         """How many detections the model gives at most."""
         return min(self.limits, default=None)
 
-    def scene(self, trial: Trial, threshold: float | None) -> Scene | None:
-        """The scene of one image; None if the model's decisions hang by a hair there."""
+    def sighting(self, trial: Trial, threshold: float | None) -> Sighting | None:
+        """The sighting of one image; None if the model's decisions hang by a hair there."""
         names = self.truth.subject.outputs
         runs = [dict(zip(names, run, strict=True)) for run in self._runs(trial, threshold)]
         if any(ill_formed(run) for run in runs):
             return None
         own = self.thresholds[0] if len(self.thresholds) == 1 else None
         cut = Cut(own if threshold is None else threshold, self.most)
-        return _firm(runs, Scene(trial, threshold, runs[0], {}, {}, {}, cut), self.truth)
+        return _firm(runs, Sighting(trial, threshold, runs[0], {}, {}, {}, cut), self.truth)
 
     def _runs(self, trial: Trial, threshold: float | None) -> list[list[Array]]:
         """In float64, in the model's own precision, and on images that were shaken."""
@@ -217,12 +218,14 @@ def _shaken(array: Array, seed: int) -> Array:
     return (array * (1 + SHAKE * noise)).astype(array.dtype)
 
 
-def _firm(runs: Sequence[Mapping[str, Array]], scene: Scene, truth: GroundTruth) -> Scene | None:
-    """A scene with its tolerances, if all runs find the same."""
+def _firm(
+    runs: Sequence[Mapping[str, Array]], sighting: Sighting, truth: GroundTruth
+) -> Sighting | None:
+    """A sighting with its tolerances, if all runs find the same."""
     right = runs[0]
     most = truth.tolerance or CEILING
     loose = dict.fromkeys(right, most)
-    matchings = [match(run, right, loose, scene.cut) for run in runs[1:]]
+    matchings = [match(run, right, loose, sighting.cut) for run in runs[1:]]
     count = len(right["scores"])
     if not all(matching.whole and len(matching.pairs) == count for matching in matchings):
         return None
@@ -231,17 +234,14 @@ def _firm(runs: Sequence[Mapping[str, Array]], scene: Scene, truth: GroundTruth)
     if count and any(mask.mean() < STEADY for mask in steady.values()):
         return None
     found = {n: float(np.max(apart[0][n], where=steady[n], initial=0.0)) for n in right}
-    limits = {
-        n: truth.tolerance if truth.tolerance is not None else tolerance_for(error)
-        for n, error in found.items()
-    }
-    return replace(scene, torch_errors=found, tolerances=limits, steady=steady)
+    limits = {n: truth.allows(error) for n, error in found.items()}
+    return replace(sighting, torch_errors=found, tolerances=limits, steady=steady)
 
 
-def scenes_of(
+def sightings_of(
     truth: GroundTruth, *, dynamic_size: bool = False, images: Any = None, brief: bool = False
-) -> Scenes:
-    """Scenes of the example images, of images that are given, and of generated ones.
+) -> Sightings:
+    """Sightings of the example images, of images that are given, and of generated ones.
 
     Args:
         truth: the model.
@@ -254,60 +254,60 @@ def scenes_of(
     given = [*_examples(subject), *_given(subject, images, dynamic_size=dynamic_size)]
     enough = ENOUGH if brief else max(len(given), ENOUGH + 1)
     trials = iter([*given, *_generated(subject, grow=False)])
-    found: list[Scene] = []
+    found: list[Sighting] = []
     moved: float | None = None
     for index, trial in enumerate(trials):
         if index >= enough and len(_telling(found)) >= ENOUGH:
             break
         fresh, moved = of_image(searcher, trial, moved)
-        if not any(scene.bound for scene in fresh):
+        if not any(sighting.bound for sighting in fresh):
             searcher.unfirm += 1
         found += fresh
     if brief:
-        return Scenes(tuple(found), searcher.unfirm, searcher.thresholds, searcher.most)
+        return Sightings(tuple(found), searcher.unfirm, searcher.thresholds, searcher.most)
     found += _extremes(searcher, found)
     if dynamic_size:
         found += _of_another_size(searcher, moved)
-    return Scenes(tuple(found), searcher.unfirm, searcher.thresholds, searcher.most)
+    return Sightings(tuple(found), searcher.unfirm, searcher.thresholds, searcher.most)
 
 
-def _telling(scenes: Sequence[Scene]) -> set[str]:
+def _telling(sightings: Sequence[Sighting]) -> set[str]:
     """The images that show something."""
-    return {scene.trial.name for scene in scenes if scene.bound}
+    return {sighting.trial.name for sighting in sightings if sighting.bound}
 
 
 def of_image(
     searcher: Searcher, trial: Trial, moved: float | None
-) -> tuple[list[Scene], float | None]:
-    """The scenes of one image: at the model's own threshold, and at one where it finds much."""
-    found = [scene for scene in [searcher.scene(trial, None)] if scene is not None]
+) -> tuple[list[Sighting], float | None]:
+    """The sightings of one image: at the model's own threshold, and at one where it finds much."""
+    found = [sighting for sighting in [searcher.sighting(trial, None)] if sighting is not None]
     if not searcher.thresholds:
         return found, moved
     shares = SHARES
     choices = [moved] if moved is not None else [searcher.threshold(trial, *s) for s in shares]
     for threshold in choices:
-        scene = None if threshold is None else searcher.scene(trial, threshold)
-        if scene is not None and scene.bound:
-            return [*found, scene], threshold
+        sighting = None if threshold is None else searcher.sighting(trial, threshold)
+        if sighting is not None and sighting.bound:
+            return [*found, sighting], threshold
     return found, moved
 
 
-def _extremes(searcher: Searcher, found: Sequence[Scene]) -> list[Scene]:
+def _extremes(searcher: Searcher, found: Sequence[Sighting]) -> list[Sighting]:
     """More detections than the model gives at most, and none at all."""
-    telling = next((scene for scene in found if scene.bound), None)
+    telling = next((sighting for sighting in found if sighting.bound), None)
     if telling is None or not searcher.thresholds:
         return []
     thresholds = [searcher.threshold(telling.trial, *BEYOND), NOTHING]
-    scenes = [searcher.scene(telling.trial, t) for t in thresholds if t is not None]
-    return [scene for scene in scenes if scene is not None]
+    sightings = [searcher.sighting(telling.trial, t) for t in thresholds if t is not None]
+    return [sighting for sighting in sightings if sighting is not None]
 
 
-def _of_another_size(searcher: Searcher, moved: float | None) -> list[Scene]:
+def _of_another_size(searcher: Searcher, moved: float | None) -> list[Sighting]:
     """The first generated image of another size that shows something."""
-    found: list[Scene] = []
+    found: list[Sighting] = []
     for trial in _generated(searcher.truth.subject, grow=True):
         found, moved = of_image(searcher, trial, moved)
-        if any(scene.bound for scene in found):
+        if any(sighting.bound for sighting in found):
             return found
     raise ExportError(
         "dynamic_size",
@@ -318,9 +318,9 @@ def _of_another_size(searcher: Searcher, moved: float | None) -> list[Scene]:
 
 
 def _examples(subject: Subject) -> list[Trial]:
-    shape = subject.signature.arrays[0].shape
-    arrays = [subject.signature.arrays[0], *subject.spare][:MOST_IMAGES]
-    fitting = [array for array in arrays if array.shape == shape]
+    example = subject.signature.inputs[0].example
+    arrays = [example, *subject.spare][:MOST_IMAGES]
+    fitting = [array for array in arrays if array.shape == example.shape]
     return [Trial(f"example image {i + 1}", [array], 1) for i, array in enumerate(fitting)]
 
 
@@ -328,11 +328,12 @@ def _given(subject: Subject, images: Any, *, dynamic_size: bool) -> list[Trial]:
     """Images that the caller gave."""
     if images is None:
         return []
-    like = subject.signature.tensors[0]
+    like = subject.signature.inputs[0]
     arrays = [as_array(torch.as_tensor(image).to(like.dtype)) for image in images][:MOST_IMAGES]
-    arrays = [array.reshape((1,) * (like.ndim - array.ndim) + array.shape) for array in arrays]
+    rank = len(like.shape)
+    arrays = [array.reshape((1,) * (rank - array.ndim) + array.shape) for array in arrays]
     fixed = like.shape[:-2] if dynamic_size else like.shape
-    if not arrays or any(a.shape[: len(fixed)] != tuple(fixed) for a in arrays):
+    if not arrays or any(a.shape[: len(fixed)] != fixed for a in arrays):
         raise ExportError(
             "images",
             got=f"shapes {', '.join(str(list(a.shape)) for a in arrays) or 'none'}",
@@ -343,7 +344,7 @@ def _given(subject: Subject, images: Any, *, dynamic_size: bool) -> list[Trial]:
 
 
 def _generated(subject: Subject, *, grow: bool) -> Iterator[Trial]:
-    like = subject.signature.arrays[0]
+    like = subject.signature.inputs[0].example
     shape = (*like.shape[:-2], like.shape[-2] + 32, like.shape[-1] + 64) if grow else like.shape
     size = "×".join(str(axis) for axis in shape[-2:])
     for seed in range(TRIES):
