@@ -60,7 +60,7 @@ _HOME = {
     "plan": "planning",
     "Source": "sources",
     "Conversion": "swap",
-    "apply_plan": "swap",
+    "apply_plan": "keeping",
     "convert": "keeping",
     "Option": "recommendation",
     "Recommendation": "recommendation",
@@ -187,6 +187,7 @@ if TYPE_CHECKING:
     from normswap.graph import Site as Site
     from normswap.graph import register_batchnorm as register_batchnorm
     from normswap.graph import walk as walk
+    from normswap.keeping import apply_plan as apply_plan
     from normswap.keeping import convert as convert
     from normswap.onnx import Case as Case
     from normswap.onnx import OnnxModel as OnnxModel
@@ -213,7 +214,6 @@ if TYPE_CHECKING:
     from normswap.recommendation import recommend as recommend
     from normswap.sources import Source as Source
     from normswap.swap import Conversion as Conversion
-    from normswap.swap import apply_plan as apply_plan
     from normswap.sweeps import Sweep as Sweep
     from normswap.sweeps import sweep as sweep
     from normswap.training import Epoch as Epoch

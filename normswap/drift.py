@@ -347,7 +347,7 @@ class _OutputError:
         return _ratio(seen) if seen else None
 
 
-class _Recorder:
+class _SiteErrors:
     """Hooks that compare every site of two models, call by call."""
 
     def __init__(self, pairs: tuple[Pair, ...], producers: Mapping[str, Movable]) -> None:
@@ -467,7 +467,7 @@ def measure_drift(
     pairs = paired_sites(model, teacher)
     found_batches, device = batches(images, batch_size), device_of(model)
     producers = _moved_producers(pairs, model, teacher, moved(found_batches[0], device))
-    recorder, whole, agreement, seen = _Recorder(pairs, producers), _OutputError(), Agreement(), 0
+    recorder, whole, agreement, seen = _SiteErrors(pairs, producers), _OutputError(), Agreement(), 0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, teacher))
         recorder.install(stack)

@@ -245,6 +245,26 @@ def _matched(
         )
 
 
+def apply_plan(
+    model: nn.Module, plan: Plan, *, example_inputs: Any = None, optimizer: Any = None
+) -> Conversion:
+    """Apply a plan to the model it was made for, or to a fresh copy of it.
+
+    Args:
+        model: the model; it is changed in place, or not at all if anything raises.
+        plan: what becomes what.
+        example_inputs: what the model is called with, for a plan with steady scales; None: what it
+            remembers.
+        optimizer: an optimizer whose parameter groups move to the new parameters.
+
+    Raises:
+        PlanError: the plan has steady scales, and nothing says what the model is called with.
+        SwapError: the plan names modules that are not there or are something else.
+    """
+    with scaled(model, plan, example_inputs):
+        return swap.apply_plan(model, plan, optimizer=optimizer)
+
+
 def _check(target: Any, keep: Any, images: Any, seconds: float) -> None:
     wrong = None
     number = isinstance(keep, (int, float)) and not isinstance(keep, bool)

@@ -54,7 +54,8 @@ def test_statistics_differ_less_between_samples_and_the_output_less_from_the_ori
     teacher, target
 ):
     model, x = copy.deepcopy(teacher), images(64, 9)
-    plain = normswap.apply_plan(copy.deepcopy(teacher), plan(teacher, target)).model
+    matched = plan(teacher, target, init="match")
+    plain = normswap.apply_plan(copy.deepcopy(teacher), matched).model
     ours = normswap.convert(model, target, example_inputs=x[:2], init="steady").model
     with torch.no_grad():
         truth = teacher(x)
@@ -93,6 +94,20 @@ def test_a_passage_begins_at_the_original_and_a_plan_may_be_read_again(teacher):
     with torch.no_grad():
         normswap.Passage(model, steps=10)
         assert torch.allclose(model(x), teacher(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_that_is_applied_has_its_steady_scales_or_says_what_it_lacks(teacher):
+    x = images(8, 5)
+    model = copy.deepcopy(teacher)
+    with pytest.raises(PlanError, match="need what the model is called with"):
+        normswap.apply_plan(model, plan(teacher))
+    assert torch.equal(model.stem.weight, teacher.stem.weight)
+    assert type(model.bn1) is nn.BatchNorm2d
+    found = normswap.apply_plan(model, plan(teacher), example_inputs=x[:2]).model
+    wanted = normswap.convert(copy.deepcopy(teacher), "gn", example_inputs=x[:2], init="steady")
+    state = wanted.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
+    assert not torch.equal(found.stem.weight, teacher.stem.weight)
 
 
 def test_a_plan_that_names_another_module_is_refused_and_nothing_moves(teacher):

@@ -21,7 +21,7 @@ from normswap.layers import (
     FrozenBatchNorm2d,
 )
 from normswap.onnx import export, export_onnx, verify_onnx
-from normswap.onnx.file.parity import compare, relative_error, tolerance_for
+from normswap.onnx.file.parity import deviation, relative_error, tolerance_for
 from normswap.onnx.file.parsing import save
 from normswap.onnx.proving import proof
 from normswap.onnx.proving.expectation import GroundTruth
@@ -460,12 +460,12 @@ def test_the_rule():
 
 def test_the_comparison():
     right = np.array([[1.0, 3.0, 2.0], [5.0, 5.0 + 1e-6, 0.0]])
-    same = compare(right + 1e-7, right, tie=1e-4)
+    same = deviation(right + 1e-7, right, tie=1e-4)
     assert (same.decided, same.agreed, same.ties) == (1, 1, 1)
-    flipped = compare(right[:, ::-1], right, tie=1e-4)
+    flipped = deviation(right[:, ::-1], right, tie=1e-4)
     assert flipped.agreed == 1  # the middle wins the first row either way
-    assert compare(right[:1], right, tie=1e-4).problem.startswith("shape")
-    assert compare(right * np.nan, right, tie=1e-4).problem == "NaN or Inf"
+    assert deviation(right[:1], right, tie=1e-4).problem.startswith("shape")
+    assert deviation(right * np.nan, right, tie=1e-4).problem == "NaN or Inf"
     assert relative_error(np.array([2.0, 1.0]), np.array([2.0, -2.0])) == 1.5
     assert relative_error(np.zeros(3), np.zeros(3)) == 0.0
     assert relative_error(np.array([-np.inf, 1.5]), np.array([-np.inf, 2.0])) == 0.25

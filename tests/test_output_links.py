@@ -123,7 +123,7 @@ def test_cells_and_events_lie_in_their_folder(tmp_path):
             out=tmp_path / "sweep",
         )  # fmt: skip
     with pytest.raises(TrainingError, match=f"{records.EVENTS}: got a link"):
-        records.Recorder(tmp_path / "run", step=0, tensorboard=True)
+        records.MetricsLog(tmp_path / "run", step=0, tensorboard=True)
     assert (victim / "gn-b2-s0" / "key").read_text() == "mine"
     assert [path.name for path in victim.iterdir()] == ["gn-b2-s0"]
 

@@ -16,7 +16,7 @@ from normswap.cli.boundary import describe
 from normswap.errors import ArtifactError, ExportError, TrainingError
 from normswap.room import full, room_for
 from normswap.training.checkpoints import write_checkpoint
-from normswap.training.records import Recorder
+from normswap.training.records import MetricsLog
 
 NUMBERS = pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 WORDS = {errno.ENOSPC: "a full disk", errno.EDQUOT: "a full quota"}
@@ -100,11 +100,11 @@ def test_checkpoint(number, tmp_path, monkeypatch):
 
 
 def test_metrics(tmp_path):
-    recorder = Recorder(tmp_path, step=0, tensorboard=False)
-    recorder._file.close()
-    recorder._file = SimpleNamespace(name="metrics.jsonl", write=failing(errno.ENOSPC, False))
+    log = MetricsLog(tmp_path, step=0, tensorboard=False)
+    log._file.close()
+    log._file = SimpleNamespace(name="metrics.jsonl", write=failing(errno.ENOSPC, False))
     with pytest.raises(TrainingError, match=r"metrics\.jsonl: got a full disk"):
-        recorder.write("train", {"step": 1})
+        log.write("train", {"step": 1})
 
 
 @NUMBERS

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.cli.completion import complete_target
 from normswap.cli.console import print_json, print_table, say, say_next
 from normswap.cli.options import (
     ModelChoice,
+    batch_size_option,
     cli_command,
     json_option,
     known_targets,
     model_options,
+    targets_option,
 )
 from normswap.cli.tasks import TASKS
 from normswap.targets import split_targets
@@ -36,18 +37,10 @@ def _split(ctx: click.Context, parameter: click.Parameter, value: str) -> dict[s
 
 
 @cli_command("bench")
-@click.option(
-    "--to", "targets", default="gn,frn,brn,cbn(window=4),cbn(window=8)", show_default=True,
-    callback=_split, shell_complete=complete_target, metavar="TARGET,…",
-    help="Settings stand in brackets.",
-)  # fmt: skip
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="Images in a training step and an inference.",
+@targets_option(
+    "gn,frn,brn,cbn(window=4),cbn(window=8)", "Settings stand in brackets.", callback=_split
 )
+@batch_size_option(2, "Images in a training step and an inference.")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=15, show_default=True,
     help="Measurements of each; they take turns.",

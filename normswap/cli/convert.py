@@ -22,6 +22,7 @@ from normswap.cli.options import (
     known_fallback,
     known_target,
     model_options,
+    report_option,
 )
 from normswap.errors import PlanError
 from normswap.reading import reading
@@ -142,19 +143,15 @@ def _number_of_groups(
     help="Convert as many layers as leave this share of MODEL's decisions on the images of "
     "--calibrate; the others become frozen, which needs no batch either.",
 )
-@click.option(
+@report_option(
     "--costs",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="With --keep: write what every layer costs by itself: a picture (.png), JSON (.json) or a "
+    "With --keep: write what every layer costs by itself: a picture (.png), JSON (.json) or a "
     "table.",
 )
-@click.option(
+@report_option(
     "--drift",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write how far every layer is from the original: a picture (.png), JSON (.json) or a "
-    "table. Measured with --calibrate, else predicted.",
+    "Write how far every layer is from the original: a picture (.png), JSON (.json) or a table. "
+    "Measured with --calibrate, else predicted.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 @force_option

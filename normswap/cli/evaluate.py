@@ -17,6 +17,7 @@ from normswap.cli.console import print_json, print_table, progress, say, suggest
 from normswap.cli.images import ignore_index_option, max_pixels_option
 from normswap.cli.options import (
     ModelChoice,
+    batch_size_option,
     check_device,
     cli_command,
     json_option,
@@ -48,13 +49,7 @@ _logger = logging.getLogger("normswap")
 )
 @task_option
 @click.option("--split", default="val", show_default=True, help="Which part of it.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Images in one forward.",
-)
+@batch_size_option(32, "Images in one forward.")
 @workers_option
 @click.option(
     "--val-split",

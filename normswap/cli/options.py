@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from normswap.children import FOREVER, ROOT, SECONDS, safe_path
-from normswap.cli.completion import complete_model
+from normswap.cli.completion import complete_model, complete_target
 from normswap.cli.console import quiet_libraries, results_alone
 from normswap.errors import NormSwapError, in_short
 from normswap.files import contents, sole_writer
@@ -375,6 +375,39 @@ def known_targets(_ctx: click.Context, _parameter: click.Parameter, value: str) 
     for name in names:
         check_target(name, "some")
     return names
+
+
+def targets_option(
+    default: str, help_text: str, *, callback: Callable[..., Any] = known_targets
+) -> Callable[[Function], Function]:
+    """A ``--to`` that takes several targets, as ``targets``."""
+    return click.option(
+        "--to",
+        "targets",
+        callback=callback,
+        shell_complete=complete_target,
+        default=default,
+        show_default=True,
+        metavar="TARGET,…",
+        help=help_text,
+    )
+
+
+def batch_size_option(default: int, help_text: str) -> Callable[[Function], Function]:
+    """``--batch-size``, where it is a number."""
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help=help_text,
+    )
+
+
+def report_option(name: str, help_text: str) -> Callable[[Function], Function]:
+    """An option for a file that is a picture, JSON or a table, by its ending."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    return click.option(name, type=file, metavar="FILE", help=help_text)
 
 
 def known_fallback(

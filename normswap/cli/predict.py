@@ -11,6 +11,7 @@ from normswap.cli.evaluate import open_model
 from normswap.cli.images import max_pixels_option
 from normswap.cli.options import (
     ModelChoice,
+    batch_size_option,
     check_device,
     cli_command,
     json_option,
@@ -37,13 +38,7 @@ from normswap.cli.tasks import chosen_task, task_option
     help="Boxes with less are left out.",
 )
 @click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="Classes.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Images in one forward.",
-)
+@batch_size_option(32, "Images in one forward.")
 @click.option("--skip-broken", is_flag=True, help="Name broken images instead of stopping.")
 @max_pixels_option
 @timeout_option

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.cli.completion import complete_target
 from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.options import (
     ModelChoice,
+    batch_size_option,
     check_file,
     cli_command,
     force_option,
     json_option,
-    known_targets,
     model_options,
+    report_option,
+    targets_option,
 )
 
 if TYPE_CHECKING:
@@ -31,22 +32,9 @@ if TYPE_CHECKING:
     metavar="IMAGES",
     help="A folder of your images, at any depth; labels are not looked at.",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="Images in a training step.",
-)
-@click.option(
-    "--to",
-    "targets",
-    callback=known_targets,
-    shell_complete=complete_target,
-    default="gn,frn,brn,cbn,frozen",
-    show_default=True,
-    metavar="TARGET,…",
-    help="What is compared; settings stand in brackets: gn(groups=16).",
+@batch_size_option(2, "Images in a training step.")
+@targets_option(
+    "gn,frn,brn,cbn,frozen", "What is compared; settings stand in brackets: gn(groups=16)."
 )
 @click.option(
     "--seconds",
@@ -55,12 +43,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Time for all of it, once the model and the images are read.",
 )
-@click.option(
-    "--picture",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write what was measured: a picture (.png), JSON (.json) or a table.",
-)
+@report_option("--picture", "Write what was measured: a picture (.png), JSON (.json) or a table.")
 @force_option
 @json_option
 @model_options

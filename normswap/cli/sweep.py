@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.cli.completion import complete_target
 from normswap.cli.console import print_json, print_table, progress, say, say_next
 from normswap.cli.options import (
     ModelChoice,
@@ -16,8 +15,8 @@ from normswap.cli.options import (
     cli_command,
     json_option,
     keep_others_out,
-    known_targets,
     model_options,
+    targets_option,
 )
 from normswap.cli.tasks import metric_name
 from normswap.cli.training import RunChoice, run_options
@@ -35,15 +34,8 @@ def _sizes(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tupl
 
 
 @cli_command("sweep")
-@click.option(
-    "--to",
-    "targets",
-    callback=known_targets,
-    shell_complete=complete_target,
-    default="bn,gn,frn,brn,cbn",
-    show_default=True,
-    metavar="TARGET,…",
-    help="bn is the control; settings stand in brackets: gn(groups=16).",
+@targets_option(
+    "bn,gn,frn,brn,cbn", "bn is the control; settings stand in brackets: gn(groups=16)."
 )
 @click.option(
     "--batch-sizes",

@@ -15,23 +15,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from normswap.data.images import MAX_PIXELS, images_below, read_image, size_of
 from normswap.data.pairing import (
     WHOLE,
+    Samples,
     check_classes,
+    check_undivided,
     divided,
     folder_of,
+    halves,
+    named_classes,
     names_of,
     no_split,
-    readable,
+    numbers_of,
 )
 from normswap.data.segmentation import variations
 from normswap.errors import DataError
@@ -39,7 +42,6 @@ from normswap.reading import reading
 from normswap.regular import read_text
 
 BACKGROUND = "__background__"
-CLASSES = "classes.txt"
 
 _LAYOUT = "COCO's train/ and annotations/instances_train.json, or YOLO's images/ and labels/"
 _FORMATS = "COCO's instances, or lines of YOLO's class, centre and size"
@@ -68,7 +70,7 @@ class Annotated:
 _Found = tuple[list[Annotated], tuple[str, ...]]
 
 
-class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+class DetectionImages(Samples[Annotated, tuple[Tensor, dict[str, Tensor]]]):
     """Images with boxes, as torchvision's detectors take them.
 
     Args:
@@ -94,29 +96,13 @@ class DetectionImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         augmentation: Mapping[str, Any] | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.items = list(items)
-        self.class_names = tuple(class_names)
+        super().__init__(items, class_names)
         self.train, self.max_pixels = train, max_pixels
         self.variations = variations(**(augmentation or {})) if train else []
 
     def listed(self) -> list[tuple[tuple[Path, ...], tuple[Any, ...]]]:
         """File and boxes of every sample, for who wants to know whether they are the same again."""
         return [((item.file,), (item.boxes, item.classes, item.crowd)) for item in self.items]
-
-    def check(self) -> None:
-        """Read every image once.
-
-        Raises:
-            DataError: some cannot be used; the text names them.
-        """
-        readable(self, skip=False)
-
-    def leave_out_broken(self) -> None:
-        """Go on without what cannot be used, and name it."""
-        self.items = [self.items[index] for index in readable(self, skip=True)]
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         from torchvision import tv_tensors
@@ -199,14 +185,8 @@ def _part(folder: Path, split: str, val_split: float | None, seed: int) -> _Foun
     found = None
     if split != WHOLE:
         found = _coco_split(folder, split) or _yolo_split(folder, split)
-    if found is not None and val_split is not None:
-        raise DataError(
-            str(folder),
-            got=f"val_split={val_split} for a folder that is divided already",
-            need="one or the other",
-            hint="leaving out --val-split (val_split)",
-        )
     if found is not None:
+        check_undivided(folder, val_split)
         return found
     whole = _coco_whole(folder) or _yolo_whole(folder)
     if whole is not None and split == WHOLE:
@@ -226,19 +206,8 @@ def _renumbered(
     """The data's own classes, or the same under the numbers that a model gives them."""
     if wanted is None or tuple(wanted) == names:
         return items, names
-    unknown = sorted(set(names) - set(wanted))
-    if unknown:
-        raise DataError(
-            str(items[0].source),
-            got=f"classes that the model does not know: {', '.join(unknown[:5])}",
-            need=f"classes among its {len(wanted)}",
-            hint="renaming them, or fine-tuning the model on these data first",
-        )
-    numbers = {number: list(wanted).index(name) for number, name in enumerate(names)}
-    moved = [
-        Annotated(i.file, i.boxes, tuple(numbers[c] for c in i.classes), i.crowd, i.source)
-        for i in items
-    ]
+    numbers = numbers_of(names, wanted, items[0].source)
+    moved = [replace(item, classes=tuple(numbers[c] for c in item.classes)) for item in items]
     return moved, tuple(wanted)
 
 
@@ -325,14 +294,8 @@ def _finite(value: Any) -> bool:
 
 
 def _yolo_split(root: Path, split: str) -> _Found | None:
-    for name in names_of(split):
-        for images, labels in (
-            (root / "images" / name, root / "labels" / name),
-            (root / name / "images", root / name / "labels"),
-        ):
-            if images.is_dir() and labels.is_dir():
-                return _yolo(images, labels, root)
-    return None
+    part = halves(root, split, "labels")
+    return None if part is None else _yolo(*part, root)
 
 
 def _yolo_whole(root: Path) -> _Found | None:
@@ -351,7 +314,7 @@ def _yolo(images: Path, labels: Path, root: Path) -> _Found:
                 need=f"an image of that name in {images}",
                 hint="adding it, or removing the labels",
             )
-    names = _yolo_names(root)
+    names = named_classes(root)
     items = [
         read_yolo(path, labels / f"{stem}.txt", len(names) if names else None)
         for stem, path in by_stem.items()
@@ -360,13 +323,6 @@ def _yolo(images: Path, labels: Path, root: Path) -> _Found:
         raise DataError(str(images), got="no images", need="images", hint="another folder")
     most = max((number for item in items for number in item.classes), default=1)
     return items, (BACKGROUND, *(names or tuple(str(n) for n in range(most))))
-
-
-def _yolo_names(root: Path) -> tuple[str, ...] | None:
-    file = root / CLASSES
-    if not file.is_file():
-        return None
-    return tuple(line.strip() for line in _text(file).splitlines() if line.strip()) or None
 
 
 def read_yolo(image: Path, labels: Path, classes: int | None = None) -> Annotated:
@@ -434,9 +390,4 @@ def _image(folder: Path, name: str, file: Path) -> Path:
 
 
 def _malformed(file: Path, got: str) -> DataError:
-    return DataError(
-        str(file),
-        got=got,
-        need=_FORMATS,
-        hint="correcting the file",
-    )
+    return DataError(str(file), got=got, need=_FORMATS, hint="correcting the file")

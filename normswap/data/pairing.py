@@ -1,4 +1,4 @@
-"""What the readers of dense data share: where a split lies, and how one folder is divided."""
+"""What the readers of dense data share: where a split lies, its classes, what cannot be read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
+
+from torch.utils.data import Dataset
 
 from normswap.errors import DataError, NormSwapError
+from normswap.regular import read_text
 
 _log = logging.getLogger("normswap")
 
@@ -20,7 +23,63 @@ SPLITS = {
 WHOLE = "all"
 """All of a folder that has no parts."""
 
+CLASSES = "classes.txt"
+
 Item = TypeVar("Item")
+Sample = TypeVar("Sample")
+
+
+class Samples(Dataset[Sample], Generic[Item, Sample]):
+    """What is read from files, one sample at a time.
+
+    Args:
+        items: where each sample lies.
+        class_names: in the order of their numbers.
+    """
+
+    def __init__(self, items: Sequence[Item], class_names: Sequence[str]) -> None:
+        self.items = list(items)
+        self.class_names = tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def check(self) -> None:
+        """Read every sample once.
+
+        Raises:
+            DataError: some cannot be used; the text names them.
+        """
+        self._readable(skip=False)
+
+    def leave_out_broken(self) -> None:
+        """Go on without what cannot be used, and name it.
+
+        Raises:
+            DataError: nothing can.
+        """
+        self.items = [self.items[index] for index in self._readable(skip=True)]
+
+    def _readable(self, *, skip: bool) -> list[int]:
+        """The samples that can be read, after reading each of them once."""
+        good: list[int] = []
+        faults: list[NormSwapError] = []
+        for index in range(len(self)):
+            try:
+                self[index]
+                good.append(index)
+            except NormSwapError as error:
+                faults.append(error)
+        if not faults:
+            return good
+        if skip and good:
+            names = ", ".join(fault.where for fault in faults[:10])
+            _log.warning("skipped %d of %d images: broken: %s", len(faults), len(self), names)
+            return good
+        first = faults[0]
+        more = f", and {len(faults) - 1} more: " if len(faults) > 1 else ""
+        rest = ", ".join(fault.where for fault in faults[1:10])
+        raise DataError(first.where, got=first.got + more + rest, need=first.need, hint=first.hint)
 
 
 def folder_of(root: str | Path) -> Path:
@@ -81,34 +140,66 @@ def is_divided(root: str | Path, split: str = "val") -> bool:
     )
 
 
-def readable(dataset: Any, *, skip: bool) -> list[int]:
-    """The samples that can be read, after reading each of them once.
+def halves(root: Path, split: str, other: str) -> tuple[Path, Path] | None:
+    """The folders of a split's images and of what belongs to them; None if there are none."""
+    for name in names_of(split):
+        for images, others in (
+            (root / name / "images", root / name / other),
+            (root / "images" / name, root / other / name),
+        ):
+            if images.is_dir() and others.is_dir():
+                return images, others
+    return None
 
-    Args:
-        dataset: with ``listed()``.
-        skip: go on without the others, and name them.
+
+def named_classes(root: Path) -> tuple[str, ...] | None:
+    """The names in ``classes.txt``, one a line; None where there are none.
 
     Raises:
-        DataError: some cannot be read, and none may be skipped, or none can.
+        DataError: the file is no text.
     """
-    good: list[int] = []
-    faults: list[NormSwapError] = []
-    for index in range(len(dataset)):
-        try:
-            dataset[index]
-            good.append(index)
-        except NormSwapError as error:
-            faults.append(error)
-    if not faults:
-        return good
-    if skip and good:
-        names = ", ".join(fault.where for fault in faults[:10])
-        _log.warning("skipped %d of %d images: broken: %s", len(faults), len(dataset), names)
-        return good
-    first = faults[0]
-    more = f", and {len(faults) - 1} more: " if len(faults) > 1 else ""
-    rest = ", ".join(fault.where for fault in faults[1:10])
-    raise DataError(first.where, got=first.got + more + rest, need=first.need, hint=first.hint)
+    file = root / CLASSES
+    if not file.exists():
+        return None
+    try:
+        names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            str(file), got=str(error), need="one class name a line", hint="removing it"
+        ) from error
+    return tuple(names) or None
+
+
+def numbers_of(own: Sequence[str], wanted: Sequence[str], file: Path) -> list[int]:
+    """What a folder's own class numbers are called in the order of the model.
+
+    Raises:
+        DataError: a class that the model does not know.
+    """
+    unknown = [name for name in own if name not in wanted]
+    if unknown:
+        raise DataError(
+            str(file),
+            got=f"classes that the model does not know: {', '.join(unknown[:5])}",
+            need=f"classes among its {len(wanted)}",
+            hint="renaming them, or fine-tuning the model on these data first",
+        )
+    return [list(wanted).index(name) for name in own]
+
+
+def check_undivided(root: Path, val_split: float | None) -> None:
+    """Raise where a folder that has parts is to be divided.
+
+    Raises:
+        DataError: ``val_split`` says so.
+    """
+    if val_split is not None:
+        raise DataError(
+            str(root),
+            got=f"val_split={val_split} for a folder that is divided already",
+            need="one or the other",
+            hint="leaving out --val-split (val_split)",
+        )
 
 
 def divided(

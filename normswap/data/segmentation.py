@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from normswap.data.bands import Bands
 from normswap.data.images import (
@@ -32,27 +31,29 @@ from normswap.data.images import (
     size_of,
 )
 from normswap.data.pairing import (
+    CLASSES,
     WHOLE,
+    Samples,
     check_classes,
+    check_undivided,
     divided,
     folder_of,
-    names_of,
+    halves,
+    named_classes,
     no_split,
-    readable,
+    numbers_of,
 )
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import DataError
-from normswap.regular import open_regular, read_text
+from normswap.regular import open_regular
 
 IGNORED = 255
 """The number that marks pixels of no class, as in Pascal VOC and Cityscapes."""
 
-CLASSES = "classes.txt"
-
 _LAYOUT = "train/images, train/masks, val/images and val/masks, or images/ and masks/ alone"
 
 
-class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
+class SegmentationImages(Samples[tuple[Path, Path], tuple[Tensor, Tensor]]):
     """Images with masks, as (image, mask) pairs.
 
     Args:
@@ -86,8 +87,7 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
         max_pixels: int = MAX_PIXELS,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        self.pairs = list(pairs)
-        self.class_names = tuple(class_names)
+        super().__init__(pairs, class_names)
         self.numbers = np.asarray(range(len(class_names)) if numbers is None else numbers)
         self.ignored, self.max_pixels = ignored, max_pixels
         self.channels = channels_of(preprocessing)
@@ -95,27 +95,17 @@ class SegmentationImages(Dataset[tuple[Tensor, Tensor]]):
 
     def listed(self) -> list[tuple[tuple[Path, ...], None]]:
         """The files of every sample, for who wants to know whether they are the same again."""
-        return [(pair, None) for pair in self.pairs]
+        return [(pair, None) for pair in self.items]
 
-    def check(self) -> None:
-        """Read every image and mask once.
-
-        Raises:
-            DataError: some cannot be used; the text names them.
-        """
-        readable(self, skip=False)
-
-    def leave_out_broken(self) -> None:
-        """Go on without what cannot be used, and name it."""
-        self.pairs = [self.pairs[index] for index in readable(self, skip=True)]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+    @property
+    def pairs(self) -> list[tuple[Path, Path]]:
+        """(image file, mask file) of every sample."""
+        return self.items
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         from torchvision import tv_tensors
 
-        image_file, mask_file = self.pairs[index]
+        image_file, mask_file = self.items[index]
         image = read_image(image_file, self.channels, self.max_pixels)
         size = (image.images[0] if isinstance(image, Bands) else image).size
         mask = read_mask(mask_file, size)
@@ -263,7 +253,7 @@ def segmentation_dataset(
     """
     folder = folder_of(root)
     pairs = _pairs(folder, split, val_split, seed)
-    own = _named(folder)
+    own = named_classes(folder)
     names = tuple(class_names or own or _counted(pairs, ignored))
     return SegmentationImages(
         pairs,
@@ -273,40 +263,17 @@ def segmentation_dataset(
         ignored=ignored,
         augmentation=augmentation,
         max_pixels=max_pixels,
-        numbers=None if own is None else _numbers(own, names, folder / CLASSES),
+        numbers=None if own is None else numbers_of(own, names, folder / CLASSES),
     )
-
-
-def _numbers(own: tuple[str, ...], wanted: tuple[str, ...], file: Path) -> list[int]:
-    """What a folder's own class numbers are called in the order of the model."""
-    unknown = [name for name in own if name not in wanted]
-    if unknown:
-        raise DataError(
-            str(file),
-            got=f"classes that the model does not know: {', '.join(unknown[:5])}",
-            need=f"classes among its {len(wanted)}",
-            hint="renaming them, or fine-tuning the model on these data first",
-        )
-    return [wanted.index(name) for name in own]
 
 
 def _pairs(root: Path, split: str, val_split: float | None, seed: int) -> list[tuple[Path, Path]]:
     if split == WHOLE:
         return _matched(root / "images", root / "masks")
-    for name in names_of(split):
-        for images, masks in (
-            (root / name / "images", root / name / "masks"),
-            (root / "images" / name, root / "masks" / name),
-        ):
-            if images.is_dir() and masks.is_dir():
-                if val_split is not None:
-                    raise DataError(
-                        str(root),
-                        got=f"val_split={val_split} for a folder that is divided already",
-                        need="one or the other",
-                        hint="leaving out --val-split (val_split)",
-                    )
-                return _matched(images, masks)
+    part = halves(root, split, "masks")
+    if part is not None:
+        check_undivided(root, val_split)
+        return _matched(*part)
     images, masks = root / "images", root / "masks"
     if not (images.is_dir() and masks.is_dir()) or val_split is None:
         raise no_split(root, split, _LAYOUT)
@@ -339,19 +306,6 @@ def _matched(images: Path, masks: Path) -> list[tuple[Path, Path]]:
             str(images), got="no images", need="images and their masks", hint="another folder"
         )
     return [(pictures[stem], drawn[stem]) for stem in sorted(pictures)]
-
-
-def _named(root: Path) -> tuple[str, ...] | None:
-    file = root / CLASSES
-    if not file.exists():
-        return None
-    try:
-        names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            str(file), got=str(error), need="one class name a line", hint="removing it"
-        ) from error
-    return tuple(names) or None
 
 
 def _counted(pairs: Sequence[tuple[Path, Path]], ignored: int) -> tuple[str, ...]:

@@ -58,24 +58,7 @@ def convert(
     optimizer: Any = None,
     allow_nonfinite: bool = False,
 ) -> Conversion:
-    """Replace the BatchNorm layers of a model, in place, all or nothing.
-
-    Args:
-        model: any eager module, also on the meta device.
-        target: a target, as in ``gn`` or ``gn(groups=16)``, a recipe, a mapping from
-            name patterns to either, or a :class:`Plan` that was made before.
-        example_inputs: what the model is called with; see :func:`normswap.plan`.
-        include: patterns of the names to convert.
-        exclude: patterns of the names to leave alone.
-        fallback: what a site becomes that the target cannot take.
-        init: ``match``, ``copy`` or ``reset``; see :func:`normswap.plan`.
-        optimizer: an optimizer whose parameter groups move to the new parameters.
-        allow_nonfinite: convert weights and running statistics that are not finite, and negative
-            variances, all the same.
-
-    Returns:
-        Conversion: the model, the plan, the new modules by name, and the kept ones with reasons. A
-            plan that converts nothing leaves the model as it was, and is logged as a warning.
+    """See :func:`normswap.convert`, which scales producers and decides what to keep as well.
 
     Raises:
         PlanError: a request that cannot be satisfied; see :func:`normswap.plan`.
@@ -83,16 +66,6 @@ def convert(
         SwapError: the plan does not fit the model, or ``optimizer`` is none.
         ImpossibleNumbersError: weights or running statistics that are not finite, or negative
             variances.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> convert(net, "frn", example_inputs=torch.zeros(1, 3, 8, 8)).model
-        Sequential(
-          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-          (1): FilterResponseNorm2d(8, eps=1e-06, affine=True, learnable_eps=False, tlu=True)
-          (2): Identity()
-        )
     """
     if isinstance(target, Plan):
         _check_settled(include=include, exclude=exclude, fallback=fallback)
@@ -128,12 +101,7 @@ def _check_settled(**options: Any) -> None:
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> Conversion:
-    """Apply a plan to the model it was made for, or to a fresh copy of it.
-
-    Args:
-        model: the model; it is changed in place, or not at all if anything raises.
-        plan: what becomes what.
-        optimizer: an optimizer whose parameter groups move to the new parameters.
+    """See :func:`normswap.apply_plan`, which looks after steady scales as well.
 
     Raises:
         SwapError: the plan names modules that are not there or are something else.

@@ -79,7 +79,7 @@ from normswap.training.records import (
     CURVE,
     Epoch,
     History,
-    Recorder,
+    MetricsLog,
     TrainingCallback,
     TrainingProgress,
     draw_learning_curve,
@@ -341,7 +341,7 @@ class Run:
         self.wrapped = execution.wrap(self.model, accelerator)
         scale_schedules(self.model, self.steps * self.options.gradient_accumulation)
         self.place, self.meter, self.clock = Place(), Meter(), Clock()
-        self.recorder = Recorder(None, step=0, tensorboard=False)
+        self.metrics_log = MetricsLog(None, step=0, tensorboard=False)
         self.identity: dict[str, Any] = {}
         self._begun = False
         self._say()
@@ -596,7 +596,7 @@ class Run:
             images_per_second=images / max(self.meter.seconds, 1e-9),
         )
         self.record.epochs.append(row)
-        self.recorder.write("epoch", asdict(row))
+        self.metrics_log.write("epoch", asdict(row))
         log.info("%s", _line(row, self.options.epochs, self.task.metric_name))
         if not math.isfinite(row.val_loss or 0.0):
             log.warning("epoch %d: the logits on the validation data are not finite", row.epoch)
@@ -703,7 +703,7 @@ class Run:
     def _record_step(self) -> None:
         now = self._progress()
         kept = ("step", "epoch", "loss", "accuracy", "learning_rate", "images_per_second")
-        self.recorder.write("step", {name: getattr(now, name) for name in kept})
+        self.metrics_log.write("step", {name: getattr(now, name) for name in kept})
 
     def _draw(self) -> None:
         if self._writes() and self.job.folder is not None and self.record.epochs:
@@ -732,7 +732,7 @@ class Run:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_parts(folder)
-        self.recorder = Recorder(
+        self.metrics_log = MetricsLog(
             folder,
             step=self.place.step,
             tensorboard=options.tensorboard and "tensorboard" not in options.track,
@@ -741,7 +741,7 @@ class Run:
 
     def close(self) -> None:
         """Close what is open, whatever has happened."""
-        self.recorder.close()
+        self.metrics_log.close()
         execution.unwrap(self.wrapped, self.accelerator)
 
     # checkpoints
@@ -754,7 +754,7 @@ class Run:
         self._draw_examples(BEFORE)
         known = (("start", start), ("original", original))
         scores = {f"{name}_{k}": v for name, m in known if m for k, v in m.to_json().items()}
-        self.recorder.write("start", {"step": 0, **plain(scores)})
+        self.metrics_log.write("start", {"step": 0, **plain(scores)})
         row = Epoch(
             epoch=0,
             step=0,

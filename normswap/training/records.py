@@ -213,7 +213,7 @@ def _points(difference: float, metric: bool) -> str:
     return f"{difference:+.4g}" if metric else f"{100 * difference:+.2f} points"
 
 
-class Recorder:
+class MetricsLog:
     """Writes ``metrics.jsonl`` and TensorBoard's events below a folder.
 
     Args:

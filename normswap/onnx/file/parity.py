@@ -48,7 +48,7 @@ def tolerance_for(torch_error: float, *, half: bool = False) -> float:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Deviation:
     """One array against its reference.
 
     Attributes:
@@ -101,7 +101,7 @@ def relative_error(value: Array, reference: Array) -> float:
     return difference / scale if scale > 0 else difference
 
 
-def compare(value: Array, reference: Array, *, tie: float) -> Comparison:
+def deviation(value: Array, reference: Array, *, tie: float) -> Deviation:
     """Compare one output with its reference.
 
     Args:
@@ -113,14 +113,14 @@ def compare(value: Array, reference: Array, *, tie: float) -> Comparison:
     """
     if value.shape != reference.shape:
         problem = f"shape {list(value.shape)} where {list(reference.shape)} is right"
-        return Comparison(float("inf"), 0.0, problem=problem)
+        return Deviation(float("inf"), 0.0, problem=problem)
     wide, ref = _wide(value), _wide(reference)
     if not np.isfinite(ref).all():
-        return Comparison(float("inf"), 0.0, problem=NOT_FINITE)
+        return Deviation(float("inf"), 0.0, problem=NOT_FINITE)
     if not np.isfinite(wide).all():
-        return Comparison(float("inf"), 0.0, problem="NaN or Inf")
+        return Deviation(float("inf"), 0.0, problem="NaN or Inf")
     decided, agreed, ties = _winners(wide, ref, tie)
-    return Comparison(relative_error(value, reference), _cosine(wide, ref), decided, agreed, ties)
+    return Deviation(relative_error(value, reference), _cosine(wide, ref), decided, agreed, ties)
 
 
 def _wide(array: Array) -> Array:

@@ -13,7 +13,7 @@ from normswap import children
 from normswap.errors import ExportError
 from normswap.onnx.file.detections import KEYS, describe, detects, ill_formed, match, rows_apart
 from normswap.onnx.file.metadata import Metadata
-from normswap.onnx.file.parity import CEILING, Array, Case, Parity, compare, passes, summarise
+from normswap.onnx.file.parity import CEILING, Array, Case, Parity, deviation, passes, summarise
 from normswap.onnx.file.parsing import OnnxFile, read_onnx
 from normswap.onnx.file.selftest import Expected, SelfTest, sample
 from normswap.onnx.file.session import LEVELS, Failed, Here, Outputs, start_worker
@@ -191,7 +191,7 @@ def _self_test_case(value: Array, expected: Expected, stage: str) -> Case:
     whole = value.size == expected.values.size
     reference = expected.values.reshape(value.shape) if whole else expected.values
     mine = value if whole else sample(value)
-    result = compare(mine, reference, tie=expected.tolerance)
+    result = deviation(mine, reference, tie=expected.tolerance)
     error, problem = result.error, result.problem
     if problem is None and not whole:  # the scale is the one of the whole output
         error *= (_most(reference) or 1.0) / (expected.scale or 1.0)

@@ -219,7 +219,7 @@ def node_values(
     return found if isinstance(found, Failed) else dict(zip([*names, *inner], found, strict=True))
 
 
-class _Recorder(torch.fx.Interpreter):
+class _EveryValue(torch.fx.Interpreter):
     """Runs a program and keeps every value under its node's name."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
@@ -237,12 +237,12 @@ def program_values(draft: Draft, inputs: Sequence[Array], subject: Subject) -> d
     """Every value of the exported program, under the names that the ONNX graph uses for them."""
     assert draft.program is not None
     module = draft.program.module()
-    recorder = _Recorder(module)
+    run = _EveryValue(module)
     args, kwargs = subject.signature.bind(inputs)
     leaves = list(pytree.tree_leaves((args, kwargs)))
     with torch.no_grad():
-        result = recorder.run(*leaves)
+        result = run.run(*leaves)
     tensors = flat_tensors(result)
     outputs = [value.name for value in draft.file.proto.graph.output]
     named = dict(zip(outputs, (as_array(tensor) for tensor in tensors), strict=False))
-    return recorder.values | named
+    return run.values | named

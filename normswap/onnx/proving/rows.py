@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from normswap.errors import ExportError
-from normswap.onnx.file.parity import Case, Parity, compare, passes, relative_error
+from normswap.onnx.file.parity import Case, Parity, deviation, passes, relative_error
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.selftest import MAX_STORED, MAX_TOLERANCE, Expected, SelfTest, TestInput
 from normswap.onnx.file.session import LEVELS, Failed, Outputs, Runner
@@ -134,7 +134,7 @@ class Rows(Expectation):
         cases = []
         for index, name in enumerate(names):
             limit = reference.tolerances[index]
-            result = compare(outputs[index], reference.outputs[index], tie=limit)
+            result = deviation(outputs[index], reference.outputs[index], tie=limit)
             error = reference.torch_errors[index]
             made = case(name, torch_error=error, tolerance=limit, **asdict(result))
             cases.append(replace(made, passed=passes(made)))
