@@ -1,7 +1,8 @@
 """Filter Response Normalization, with its Thresholded Linear Unit fused in.
 
 Two forms of one function. The eager form is an ``autograd.Function`` that reads the batch as seldom
-as it can; the plain form is what compilers and exporters get to see.
+as it can, with kernels of its own on a GPU; the plain form is what compilers and exporters get to
+see.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from normswap.layers.batch_statistics import (
     statistics_dtype,
 )
 from normswap.layers.fused import Fused
+from normswap.layers.gpu.launching import can_launch
 from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
 
 _FRESH_LEARNT_EPS = 1e-4
@@ -163,6 +165,23 @@ class _FilterResponse(torch.autograd.Function):
         eps_l: Tensor | None,
         eps: float,
     ) -> Tensor:
+        ctx.eps = eps
+        kernels = _kernels_for(x)
+        made = None if kernels is None else kernels.forward(x, weight, bias, tau, eps_l, eps)
+        ctx.kernels = None if made is None else kernels
+        y, inverse_root = made or _FilterResponse._forward(x, weight, bias, tau, eps_l, eps)
+        ctx.save_for_backward(x, inverse_root, weight, bias, tau, eps_l)
+        return y
+
+    @staticmethod
+    def _forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tau: Tensor | None,
+        eps_l: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
         mean_square = _mean_square(x)
         dtype = mean_square.dtype
         epsilon: float | Tensor = abs(eps)
@@ -174,14 +193,18 @@ class _FilterResponse(torch.autograd.Function):
         if tau is not None:
             threshold = per_channel(tau.to(y.dtype), y)
             torch.maximum(y, threshold, out=y)
-        ctx.eps = eps
-        ctx.save_for_backward(x, inverse_root, weight, bias, tau, eps_l)
-        return y
+        return y, inverse_root
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # somebody wants second derivatives
             return _differentiable_backward(ctx, grad)
+        if ctx.kernels is not None:
+            x, inverse_root, *vectors = ctx.saved_tensors
+            needed = ctx.needs_input_grad[:5]
+            found = ctx.kernels.backward(grad, x, inverse_root, tuple(vectors), needed)
+            if found is not None:
+                return *found, None
         with full_precision(grad.device.type):
             return _FilterResponse._backward(ctx, grad)
 
@@ -234,6 +257,16 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
     return tuple(gradients)
+
+
+def _kernels_for(x: Tensor) -> Any:
+    """The module that works on ``x`` with kernels of its own, or None."""
+    if not x.is_cuda or not can_launch(x):
+        return None
+    # with it comes Triton, which most installations never need
+    from normswap.layers.gpu import filter_response
+
+    return filter_response
 
 
 def _rows(values: Tensor, x: Tensor) -> Tensor:

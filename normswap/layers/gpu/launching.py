@@ -1,0 +1,133 @@
+"""Whether Triton's kernels can run, and how they are launched with little Python in between.
+
+A training step at batch 2 waits for the host, so a launch must cost microseconds. Triton looks at
+every argument of every call to see which compiled kernel fits; here that is asked once per plan,
+and a plan is looked up by all that the answer depends on.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("normswap")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)
+_LARGEST_SAMPLE = 2**31 - 1  # offsets within a sample are 32-bit
+_SAME_DEVICE: AbstractContextManager[Any] = nullcontext()
+_failed = False
+
+Strides = tuple[int, int, int]
+"""Of samples, channels and positions."""
+
+
+class CannotLaunchError(Exception):
+    """Triton could not build or start a kernel here; the eager form goes on."""
+
+
+class Launch:
+    """A kernel with its grid and its constants."""
+
+    __slots__ = ("_constants", "_grid", "_kernel", "_run", "_warps")
+
+    def __init__(self, kernel: Any, programs: int, constants: tuple[Any, ...], warps: int) -> None:
+        self._kernel, self._constants, self._warps = kernel, constants, warps
+        self._grid = (programs, 1, 1)
+        self._run: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch with the kernel's first arguments; the constants are its last."""
+        if self._run is None:
+            self._first(arguments)
+        else:
+            self._run(*arguments, *self._constants)
+
+    def _first(self, arguments: tuple[Any, ...]) -> None:
+        try:
+            compiled = self._kernel[self._grid](*arguments, *self._constants, num_warps=self._warps)
+            if compiled is not None:  # Triton's interpreter compiles nothing
+                self._run = compiled[self._grid]
+        except Exception as error:
+            global _failed
+            _failed = True
+            log.warning("Triton kernels: got %r; torch's own operations take their place.", error)
+            raise CannotLaunchError from error
+
+
+def can_launch(x: Tensor) -> bool:
+    """Whether kernels may take ``x``: an ordinary tensor on an NVIDIA GPU that Triton knows."""
+    return x.is_cuda and type(x) in _PLAIN and not _failed and _is_supported(x.get_device())
+
+
+@lru_cache(maxsize=64)
+def _is_supported(device: int) -> bool:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    # Triton, and only now: most installations have no GPU
+    from normswap.layers.gpu import language
+
+    return language.tl is not None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; make that the device of ``x``."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _SAME_DEVICE
+    return torch.cuda.device(x.get_device())
+
+
+def kind(vector: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a launch depends on in a (C,) argument."""
+    if vector is None:
+        return None
+    return vector.dtype, vector.get_device(), vector.stride(), type(vector) in _PLAIN
+
+
+def are_usual(kinds: tuple[tuple[Any, ...] | None, ...], device: int) -> bool:
+    """Whether vectors of these ``kinds`` are dense, real, and on the ``device``."""
+    return all(
+        one is None or (one[0] in _DTYPES and one[1] == device and one[2] == (1,) and one[3])
+        for one in kinds
+    )
+
+
+def memory_format_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.memory_format | None:
+    """The format in which a batch of maps lies in memory without gaps, or None."""
+    like = torch.empty_strided(shape, stride, device="meta")
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for candidate in (torch.contiguous_format, formats.get(len(shape))):
+        if candidate is not None and like.is_contiguous(memory_format=candidate):
+            return candidate
+    return None
+
+
+def strides_in(shape: tuple[int, ...], memory_format: torch.memory_format) -> Strides:
+    """How far apart samples, channels and positions are."""
+    channels = shape[1]
+    positions = positions_of(shape)
+    if memory_format == torch.contiguous_format:
+        return channels * positions, positions, 1
+    return channels * positions, 1, channels
+
+
+def positions_of(shape: tuple[int, ...]) -> int:
+    """Elements of one channel of one sample."""
+    positions = 1
+    for extent in shape[2:]:
+        positions *= extent
+    return positions
+
+
+def takes(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether kernels can work on batches of this shape and dtype."""
+    return (
+        dtype in _DTYPES
+        and len(shape) > 2
+        and 0 < shape[1] * positions_of(shape) <= _LARGEST_SAMPLE
+    )
