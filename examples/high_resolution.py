@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     normswap.finetune(
         original,
         Surfaces(crops, 128, seed=0),
-        options=normswap.FineTune(batch_size=16, epochs=4, learning_rate=0.05),
+        options=normswap.FineTune(batch_size=16, epochs=4, optimizer="sgd", learning_rate=0.05),
     )
     train = Surfaces(chosen.images, chosen.size, seed=1)
     test = Surfaces(max(8, chosen.images // 2), chosen.size, seed=2)
@@ -121,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         options = normswap.FineTune(
             batch_size=chosen.batch_size,
             epochs=chosen.epochs,
+            optimizer="sgd",
             learning_rate=0.002 * chosen.batch_size,
             clip_grad=1.0,
         )

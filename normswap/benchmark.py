@@ -340,22 +340,26 @@ def kept_for_backward(model: nn.Module, inputs: Any, lowered: _Precision = nullc
     Counted tensor by tensor, each storage once and parameters not at all: resident memory says more
     about the allocator than about the model.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages: dict[int, int] = {}
+    twin = copied(model).train()
+    tensors = (*model.parameters(), *model.buffers(), *twin.parameters(), *twin.buffers())
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # not the tensor: a node that holds its own output is never freed
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            storages[storage.data_ptr()] = storage
 
-    twin = copied(model).train()
-    own |= {t.untyped_storage().data_ptr() for t in (*twin.parameters(), *twin.buffers())}
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, _never_unpacked)
     with lowered(), hooks:
         output = call(twin, inputs)
     del output
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _never_unpacked(_: None) -> Tensor:
+    raise AssertionError("there is no backward")
 
 
 def _history_bytes(model: nn.Module) -> int:

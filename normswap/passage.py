@@ -73,6 +73,11 @@ def _aims(recipe: Recipe) -> bool:
     return type(recipe).aim is not Recipe.aim
 
 
+def _exact(values: Statistics) -> dict[str, Tensor]:
+    """In float64, on the CPU: the layer may be elsewhere by now, where there may be none."""
+    return {name: value.to("cpu", torch.float64) for name, value in values.items()}
+
+
 class _Place(NamedTuple):
     """What a layer adds its training to, at one share a of the way; all linear in a.
 
@@ -129,10 +134,9 @@ class _Crossing:
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """The rows of a ``_Place`` at the beginning and at the end of the way."""
-        known = {name: value.double() for name, value in self.statistics.items()}
-        start = {name: value.double() for name, value in self.start.items()}
+        known, start = _exact(self.statistics), _exact(self.start)
         dead = known["unit_weight"] == 0  # the match gives such a channel β alone
-        matched = self._matched(known, dead)
+        matched = self._matched(known, start, dead)
         zero, one = torch.zeros_like(known["bias"]), torch.ones_like(known["bias"])
         unit = torch.where(dead, 1.0, known["unit_weight"])
         tilt = torch.where(dead, 0.0, known["unit_bias"]) / unit
@@ -145,7 +149,7 @@ class _Crossing:
         end = weight, bias, zero, zero, zero, bias, weight, zero
         return torch.stack(begin), torch.stack(end)
 
-    def _matched(self, known: Statistics, dead: Tensor) -> dict[str, Tensor]:
+    def _matched(self, known: Statistics, start: Statistics, dead: Tensor) -> dict[str, Tensor]:
         """γ and β with which the layer comes nearest to the BatchNorm; where they start if dead."""
         matched = {
             "weight": known["weight"] * known["unit_weight"],
@@ -154,7 +158,7 @@ class _Crossing:
         if _aims(self.recipe):
             matched = {"weight": known["unit_weight"], "bias": known["unit_bias"]}
         matched["bias"] = torch.where(dead, known["bias"], matched["bias"])
-        matched["weight"] = torch.where(dead, self.start["weight"].double(), matched["weight"])
+        matched["weight"] = torch.where(dead, start["weight"], matched["weight"])
         return matched
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 
 import torch
@@ -70,6 +71,21 @@ def test_mixed_precision_keeps_fewer_bytes_and_leaves_the_weights_alone():
     mixed = compare(model, {"gn": "gn"}, x, rounds=1, warmup=1, onnx=False, amp="bf16").rows
     assert all(a.kept < b.kept for a, b in zip(mixed, plain, strict=True))
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_nothing_of_a_measurement_stays_in_memory():
+    def layers():
+        gc.collect()
+        return sum(type(held).__name__ == "CrossIterationBatchNorm2d" for held in gc.get_objects())
+
+    x = torch.randn(2, 3, 8, 8)
+    model = normswap.convert(net().train(), "cbn", example_inputs=x).model  # whose nodes hold it
+    model[2] = nn.Sigmoid()  # whose node keeps its own output
+    for _ in range(2):
+        model(x)
+    before = layers()
+    assert kept_for_backward(model, x) > 0
+    assert layers() == before
 
 
 def test_measuring_leaves_the_model_alone():
