@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from normswap.errors import CheckpointError
-from normswap.fitting import fit_checkpoint, some
+from normswap.errors import CheckpointError, some
+from normswap.fitting import fit_checkpoint
 from normswap.pickles import unfolds
 from normswap.reading import reading
 from normswap.regular import check_regular

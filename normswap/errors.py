@@ -23,6 +23,7 @@ Every message reads ``where: got X; need Y. Try Z.``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 RETURNED = {"returned": True}
@@ -43,6 +44,17 @@ def in_short(error: BaseException, most: int = 200) -> str:
         return f"{error.where}: {error.got}"
     lines = (line.strip() for line in str(error).splitlines())
     return next((line[:most] for line in lines if line), type(error).__name__)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many there are beyond.
+
+    Example:
+        >>> some(["stem", "conv1", "conv2"], 2)
+        'stem, conv1 and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class NormSwapError(Exception):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import CheckpointError
+from normswap.errors import CheckpointError, some
 from normswap.reading import reading
 
 logger = logging.getLogger("normswap")
@@ -342,9 +342,3 @@ def _unfit(
     return CheckpointError(
         where, got="; ".join(parts), need=f"the {count} tensors of this model", hint=hint
     )
-
-
-def some(names: Collection[str]) -> str:
-    """The first of some names, and how many there are beyond."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(list(names)[:_SHOWN]) + more

@@ -7,6 +7,9 @@ This room holds the record; it never reads files and never builds models.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -53,6 +56,15 @@ def remember(model: nn.Module, **changes: Any) -> None:
     """Replace fields of the model's record."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is no place to keep it
     object.__setattr__(model, _ATTRIBUTE, replace(provenance_of(model), **changes))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Python's version, and those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def portable(source: dict[str, Any] | None) -> dict[str, Any] | None:

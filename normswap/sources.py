@@ -8,6 +8,7 @@ room refuses to guess: a checkpoint fits in every key and shape, its head apart,
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -116,21 +117,20 @@ def build(
     in_chans: int | None = None,
     checkpoint_prefix: str | None = None,
     ignore_head: bool = False,
+    recorded: bool = False,
 ) -> Source:
-    """Build a model from a spec, with weights.
+    """Build a model from a spec, with weights; :func:`normswap.load_model` says what is what.
 
     Args:
         spec: see the module's docstring.
         pretrained: with the library's own weights, through its own download code.
         checkpoint: weights from a file instead; nothing is downloaded.
-        num_classes: outputs of the head; pretrained weights keep all but the head.
+        num_classes: outputs of the head.
         image_size: height and width, where they differ from the model's own.
-        in_chans: channels of the input, where they are not red, green and blue; a pretrained first
-            convolution is adapted by timm's rule.
-        checkpoint_prefix: under which the model's keys stand in the file (``module.encoder_q.``);
-            found by itself where exactly one fits.
-        ignore_head: a head that the file lacks, or has in another size, starts afresh. With
-            ``num_classes`` it does so anyway.
+        in_chans: channels of the input.
+        checkpoint_prefix: under which the model's keys stand in the file.
+        ignore_head: a head that does not fit starts afresh.
+        recorded: the spec comes from a record, and not from whoever calls.
 
     Returns:
         The model in eval mode with its provenance.
@@ -144,30 +144,6 @@ def build(
         >>> source.model(source.example_inputs(batch_size=2)).shape
         torch.Size([2, 10])
     """
-    return _build(
-        spec,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        num_classes=num_classes,
-        image_size=image_size,
-        in_chans=in_chans,
-        prefix=checkpoint_prefix,
-        ignore_head=ignore_head,
-    )
-
-
-def _build(
-    spec: str,
-    *,
-    pretrained: bool = True,
-    checkpoint: str | Path | None = None,
-    num_classes: int | None = None,
-    image_size: int | Sequence[int] | None = None,
-    in_chans: int | None = None,
-    prefix: str | None = None,
-    ignore_head: bool = False,
-    recorded: bool = False,
-) -> Source:
     family, name = _family(spec)
     if num_classes is not None and num_classes < 1:
         raise SpecError(
@@ -175,7 +151,7 @@ def _build(
         )
     if in_chans is not None and in_chans < 1:
         raise SpecError("in_chans", got=str(in_chans), need="at least 1", hint="leaving it out")
-    _check_file_options(checkpoint, prefix, ignore_head=ignore_head)
+    _check_file_options(checkpoint, checkpoint_prefix, ignore_head=ignore_head)
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     request = Request(
         spec,
@@ -196,13 +172,13 @@ def _build(
             state,
             where=str(checkpoint),
             num_classes=classes if isinstance(classes, int) else None,
-            prefix=prefix,
+            prefix=checkpoint_prefix,
             fresh_head=ignore_head or num_classes is not None,
             head=lambda: _head_keys(built, family, request),
             adapt=_stem_adapter(built.model),
         )
     found = _recorded(spec, built, num_classes, pretrained=pretrained, checkpoint=checkpoint)
-    return _with_file_options(found, prefix, ignore_head=ignore_head)
+    return _with_file_options(found, checkpoint_prefix, ignore_head=ignore_head)
 
 
 def _with_file_options(source: Source, prefix: str | None, *, ignore_head: bool) -> Source:
@@ -243,12 +219,17 @@ def _head_keys(built: Built, family: Any, request: Request) -> frozenset[str]:
 
 
 def _shapes(family: Any, request: Request) -> dict[str, tuple[int, ...]]:
-    try:
-        with torch.device("meta"):
-            model = family(request).model
-    except NormSwapError:  # some constructors compute with their weights
-        model = family(request).model
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = _without_values(family, request).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _without_values(family: Any, request: Request) -> nn.Module:
+    """The model on the meta device, where its constructor allows that."""
+    with contextlib.suppress(NormSwapError), torch.device("meta"):
+        model: nn.Module = family(request).model
+        return model
+    found: nn.Module = family(request).model  # some constructors compute with their weights
+    return found
 
 
 def _stem_adapter(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
@@ -424,12 +405,12 @@ def original(origin: Mapping[str, Any], *, trust: Trust = None) -> nn.Module:
     if not isinstance(prefix, str | type(None)) or not isinstance(ignore_head, bool):
         raise _bad_record("checkpoint_prefix or ignore_head")
     channels = _recorded_channels(arguments)
-    source = _build(
+    source = build(
         spec,
         checkpoint=checkpoint,
         num_classes=classes,
         in_chans=channels,
-        prefix=prefix,
+        checkpoint_prefix=prefix,
         ignore_head=ignore_head,
         recorded=True,
     )
@@ -591,11 +572,6 @@ def count_batchnorms(spec: str) -> int:
         SpecError: unknown model.
     """
     family, name = _family(spec)
-    request = Request(spec, name, filled_later=True)
-    try:
-        with torch.device("meta"):
-            model = family(request).model
-    except NormSwapError:  # some constructors compute with their weights
-        model = family(request).model
+    model = _without_values(family, Request(spec, name, filled_later=True))
     kind = nn.modules.batchnorm._BatchNorm
     return sum(isinstance(module, kind) for module in model.modules())

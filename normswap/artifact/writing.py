@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from normswap.errors import ArtifactError, NormSwapError, SpecError
 from normswap.files import contents, draft_folder, file_digest, final_name, sole_writer
 from normswap.passage import refuse_crossing
 from normswap.plain import plain
-from normswap.provenance import Provenance, portable, provenance_of
+from normswap.provenance import Provenance, portable, provenance_of, versions
 from normswap.room import full
 from normswap.sources import canonical, rebuild
 from normswap.trust import typed
@@ -191,7 +189,7 @@ def _describe(
     document = {
         "format_version": FORMAT_VERSION,
         "normswap": normswap.__version__,
-        "versions": _versions(),
+        "versions": {**versions("torchvision", "timm"), "torch": str(torch.__version__)},
         "model": type(model).__name__,
         "source": _explicit_source(record, source),
         "preprocessing": record.preprocessing,
@@ -265,14 +263,6 @@ def _main_dtype(model: nn.Module) -> str:
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
     main = max(set(kinds), key=kinds.count) if kinds else torch.float32
     return str(main).removeprefix("torch.")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("torchvision", "timm"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def _check_source(

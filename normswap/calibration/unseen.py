@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.calibration.steady import Moments, steady_scales
-from normswap.errors import SwapError, WalkError
+from normswap.errors import SwapError, WalkError, some
 from normswap.graph import Movable, call
 from normswap.graph.norms import BatchNormState, is_batchnorm, state_of
 from normswap.planning import Plan, inputs_for
@@ -95,12 +95,10 @@ def scaled(model: nn.Module, plan: Plan, example_inputs: Any) -> Iterator[None]:
 
 def _tell_of_others(names: list[str]) -> None:
     if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         _log.warning(
-            "%s%s: matched without steady scales: the model does not take made-up samples, or "
-            "they do not say what goes together there",
-            names[0],
-            more,
+            "%s: matched without steady scales: the model does not take made-up samples, or they "
+            "do not say what goes together there",
+            some(names, 1),
         )
 
 

@@ -30,7 +30,7 @@ from normswap.data.images import (
 )
 from normswap.data.pairing import SPLITS
 from normswap.data.preprocessing import Preprocessing
-from normswap.errors import DataError, InstallationError, NormSwapError, in_short
+from normswap.errors import DataError, InstallationError, NormSwapError, in_short, some
 from normswap.libraries import library
 from normswap.regular import open_regular
 
@@ -105,7 +105,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         if found:
             raise DataError(
                 found[0],
-                got=f"{len(found)} of {len(self)} images broken: {_some(found, 10)}",
+                got=f"{len(found)} of {len(self)} images broken: {some(sorted(found), 10)}",
                 need="images that can be decoded",
                 hint="repairing or removing them, or --skip-broken (on_broken='skip')",
             )
@@ -121,7 +121,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
                 "skipped %d of %d images: broken: %s",
                 len(self.skipped),
                 len(paths),
-                _some(map(str, self.skipped), 10),
+                some(sorted(map(str, self.skipped)), 10),
             )
         if not self.samples:
             raise DataError(
@@ -298,7 +298,7 @@ def _check_same_classes(folder: Path, found: set[str], expected: set[str]) -> No
         if names:
             raise DataError(
                 str(folder),
-                got=f"class folders {what}: {_some(names)}",
+                got=f"class folders {what}: {some(sorted(names), 5)}",
                 need="the same class folders in train and val",
                 hint="adding or removing them",
             )
@@ -316,15 +316,15 @@ def _class_numbers(folder: Path, folders: Iterable[str], names: Sequence[str]) -
     if twice:
         raise DataError(
             str(folder),
-            got=f"class folders that name several classes of the model: {_some(twice)}",
+            got=f"class folders that name several classes of the model: {some(sorted(twice), 5)}",
             need="one class for each folder",
             hint="class_names without repetition; ImageNet's folders by their WordNet ids",
         )
     if unknown:
         raise DataError(
             str(folder),
-            got=f"class folders that the model does not know: {_some(unknown)}",
-            need=f"folders among its {len(names)} classes: {_some(names)}",
+            got=f"class folders that the model does not know: {some(sorted(unknown), 5)}",
+            need=f"folders among its {len(names)} classes: {some(sorted(names), 5)}",
             hint="renaming them, or fine-tuning the model on this folder first",
         )
     return numbers
@@ -334,12 +334,6 @@ def imagenet_names() -> tuple[str, ...]:
     """The WordNet ids of ImageNet's thousand classes, which are the names of its folders."""
     found: tuple[str, ...] = tuple(library("timm.data").ImageNetInfo().label_names())
     return found
-
-
-def _some(names: Iterable[str], count: int = 5) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - count} more" if len(ordered) > count else ""
-    return ", ".join(ordered[:count]) + more
 
 
 def _take(

@@ -185,26 +185,20 @@ def _factory_options(factory: Callable[..., Any], request: Request) -> dict[str,
     parameters = inspect.signature(factory).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     options: dict[str, Any] = dict(request.arguments or {})
-    if request.num_classes is not None:
-        if "num_classes" not in parameters and not open_ended:
+    for name in ("num_classes", "in_chans"):
+        value = getattr(request, name)
+        if value is None:
+            continue
+        if name not in parameters and not open_ended:
             raise SpecError(
                 request.spec,
-                got=f"num_classes={request.num_classes}",
-                need="a factory that takes num_classes",
-                hint="adding that argument to the factory, or leaving num_classes out",
+                got=f"{name}={value}",
+                need=f"a factory that takes {name}",
+                hint=f"adding that argument to the factory, or leaving {name} out",
             )
-        options["num_classes"] = request.num_classes
+        options[name] = value
     if "pretrained" in parameters:
         options["pretrained"] = request.pretrained
-    if request.in_chans is not None:
-        if "in_chans" not in parameters and not open_ended:
-            raise SpecError(
-                request.spec,
-                got=f"in_chans={request.in_chans}",
-                need="a factory that takes in_chans",
-                hint="adding that argument to the factory, or leaving in_chans out",
-            )
-        options["in_chans"] = request.in_chans
     if request.image_size is not None and "image_size" in parameters:
         height, width = request.image_size
         options["image_size"] = height if height == width else request.image_size

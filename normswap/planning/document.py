@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from normswap.errors import PlanError
+from normswap.errors import PlanError, some
 from normswap.graph import CallSite, Removal
 from normswap.graph.vocabulary import REPLACEABLE
 from normswap.reading import Malformed, reading
@@ -98,7 +98,7 @@ class Plan:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             reasons.setdefault(reason, []).append(name or "(root)")
-        told = "; ".join(f"{reason} ({_some(names)})" for reason, names in reasons.items())
+        told = "; ".join(f"{reason} ({some(names)})" for reason, names in reasons.items())
         return PlanError(
             f"the conversion to {self.target}",
             got=f"none of {len(self)} BatchNorm layers that can be converted: {told}",
@@ -150,11 +150,6 @@ class Plan:
         lines = [f"Plan to {self.target}: {len(self.entries)} BatchNorm layers: {counts}"]
         lines += [f"  {_line(entry, width)}" for entry in self.entries]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def _line(entry: PlanEntry, width: int) -> str:

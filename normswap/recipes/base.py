@@ -258,6 +258,33 @@ class Recipe(ABC):
         return {"target": self.target, **asdict(self)}[name]
 
 
+class Tracked(Recipe):
+    """A target with BatchNorm's running statistics, which in eval mode is BatchNorm exactly.
+
+    Attributes:
+        family: of its layers in :mod:`normswap.layers`.
+    """
+
+    family: ClassVar[str]
+
+    def refusal(self, site: Site, model: nn.Module) -> str | None:
+        del model
+        return needs_running_statistics(site)
+
+    def build(
+        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
+    ) -> nn.Module:
+        del init, activation
+        state, own = state_of(norm), factory(norm) | self.settings(norm)
+        affine = state.weight is not None
+        new = ranked(self.family, rank)(state.channels, eps=state.eps, affine=affine, **own)
+        return take_over(norm, share_tensors(norm, new))
+
+    def settings(self, norm: nn.Module) -> dict[str, Any]:
+        """What its layer's constructor takes besides, in the place of ``norm``."""
+        return {"momentum": origin_of(norm)["momentum"], **asdict(self)}
+
+
 def ranked(family: str, rank: int) -> type[nn.Module]:
     """The class of ``family`` in :mod:`normswap.layers` for ``rank`` spatial dimensions."""
     found: type[nn.Module] = getattr(layers, f"{family}{max(rank, 1)}d")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -45,7 +45,7 @@ class SyncBatchNorm(base.Recipe):
 
 
 @dataclass(frozen=True)
-class FrozenBatchNorm(base.Recipe):
+class FrozenBatchNorm(base.Tracked):
     """BatchNorm in eval form for good.
 
     Args:
@@ -53,6 +53,7 @@ class FrozenBatchNorm(base.Recipe):
     """
 
     target: ClassVar[str] = "frozen"
+    family: ClassVar[str] = "FrozenBatchNorm"
     layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("FrozenBatchNorm")
 
     trainable: bool = True
@@ -62,25 +63,20 @@ class FrozenBatchNorm(base.Recipe):
         """Only while γ and β are trained."""
         return self.trainable
 
-    def refusal(self, site: Site, model: nn.Module) -> str | None:
-        del model
-        return base.needs_running_statistics(site)
-
     def build(
         self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
     ) -> nn.Module:
-        del init, activation
-        state = state_of(norm)
-        new = base.ranked("FrozenBatchNorm", rank)(
-            state.channels, eps=state.eps, affine=state.weight is not None, **base.factory(norm)
-        )
-        base.share_tensors(norm, new)
+        new = super().build(norm, rank=rank, init=init, activation=activation)
         if not self.trainable:
             for name, parameter in list(new.named_parameters(recurse=False)):
                 # A parameter of its own: the original's gradient flag is not ours to change.
                 fixed = nn.Parameter(parameter.detach(), requires_grad=False)
                 new.register_parameter(name, fixed)
-        return base.take_over(norm, new)
+        return new
+
+    def settings(self, norm: nn.Module) -> dict[str, Any]:
+        del norm
+        return {}
 
 
 @dataclass(frozen=True)

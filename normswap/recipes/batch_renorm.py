@@ -10,7 +10,6 @@ from torch import nn
 
 from normswap import checks
 from normswap.graph.norms import state_of
-from normswap.graph.sites import Site
 from normswap.recipes import base
 
 _PAPER_RUN = 130_000  # steps of the paper's run, section 4
@@ -18,7 +17,7 @@ _PAPER_SCHEDULE = {"warmup": 5_000, "r_ramp": 35_000, "d_ramp": 20_000}
 
 
 @dataclass(frozen=True)
-class BatchRenorm(base.Recipe):
+class BatchRenorm(base.Tracked):
     """Batch Renormalization; exactly BN in eval mode.
 
     Args:
@@ -34,6 +33,7 @@ class BatchRenorm(base.Recipe):
     """
 
     target: ClassVar[str] = "brn"
+    family: ClassVar[str] = "BatchRenorm"
     layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("BatchRenorm")
     apart: ClassVar[str | None] = "BRN: the correction r, d comes from each process's own batch"
 
@@ -50,29 +50,6 @@ class BatchRenorm(base.Recipe):
         yield "momentum", checks.number(self.momentum, 0, 1), "a number from 0 to 1"
         for name in ("warmup", "r_ramp", "d_ramp"):
             yield name, checks.whole(getattr(self, name), 0), "an integer of at least 0"
-
-    def refusal(self, site: Site, model: nn.Module) -> str | None:
-        del model
-        return base.needs_running_statistics(site)
-
-    def build(
-        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
-    ) -> nn.Module:
-        del init, activation
-        state = state_of(norm)
-        new = base.ranked("BatchRenorm", rank)(
-            state.channels,
-            eps=state.eps,
-            momentum=self.momentum,
-            affine=state.weight is not None,
-            r_max=self.r_max,
-            d_max=self.d_max,
-            warmup=self.warmup,
-            r_ramp=self.r_ramp,
-            d_ramp=self.d_ramp,
-            **base.factory(norm),
-        )
-        return base.take_over(norm, base.share_tensors(norm, new))
 
     def schedule(self, layer: nn.Module) -> dict[str, int]:
         return {name: int(getattr(layer, name)) for name in _PAPER_SCHEDULE}

@@ -17,7 +17,7 @@ from normswap.recipes import base
 
 
 @dataclass(frozen=True)
-class CrossIterationBatchNorm(base.Recipe):
+class CrossIterationBatchNorm(base.Tracked):
     """Cross-Iteration Batch Normalization; exactly BN in eval mode.
 
     Args:
@@ -36,6 +36,7 @@ class CrossIterationBatchNorm(base.Recipe):
     target: ClassVar[str] = "cbn"
     fallback: ClassVar[str] = "brn"
     wired: ClassVar[bool] = True
+    family: ClassVar[str] = "CrossIterationBatchNorm"
     layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("CrossIterationBatchNorm")
     apart: ClassVar[str | None] = (
         "CBN: the window of past batches is each process's own and is not shared"
@@ -72,26 +73,11 @@ class CrossIterationBatchNorm(base.Recipe):
             problem = f"{producer.kind} does not run on its stored weight"
         return problem
 
-    def build(
-        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
-    ) -> nn.Module:
-        del init, activation
-        state = state_of(norm)
-        new = base.ranked("CrossIterationBatchNorm", rank)(
-            state.channels,
-            eps=state.eps,
-            momentum=base.origin_of(norm)["momentum"],
-            affine=state.weight is not None,
-            window=self.window,
-            burn_in=self.burn_in,
-            compensate=self.compensate,
-            variance_rule=self.variance_rule,
-            through_history=self.through_history,
-            sampling=self.sampling,
-            history_dtype=torch.bfloat16 if self.half_history else None,
-            **base.factory(norm),
-        )
-        return base.take_over(norm, base.share_tensors(norm, new))
+    def settings(self, norm: nn.Module) -> dict[str, Any]:
+        own = super().settings(norm)
+        half = own.pop("half_history")
+        own["history_dtype"] = torch.bfloat16 if half else None
+        return {"compensate": self.compensate, **own}
 
     def wire(
         self, layer: Any, producer: nn.Module, *, norm: nn.Module, init: str

@@ -9,13 +9,11 @@ from typing import ClassVar
 from torch import nn
 
 from normswap import checks
-from normswap.graph.norms import state_of
-from normswap.graph.sites import Site
 from normswap.recipes import base
 
 
 @dataclass(frozen=True)
-class GhostBatchNorm(base.Recipe):
+class GhostBatchNorm(base.Tracked):
     """Ghost Batch Normalization; exactly BN in eval mode.
 
     Args:
@@ -27,6 +25,7 @@ class GhostBatchNorm(base.Recipe):
     """
 
     target: ClassVar[str] = "gbn"
+    family: ClassVar[str] = "GhostBatchNorm"
     layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("GhostBatchNorm")
     apart: ClassVar[str | None] = "GBN: each process splits its own batch"
 
@@ -34,22 +33,3 @@ class GhostBatchNorm(base.Recipe):
 
     def limits(self) -> Iterator[tuple[str, bool, str]]:
         yield "size", checks.whole(self.size, 1), "a positive integer"
-
-    def refusal(self, site: Site, model: nn.Module) -> str | None:
-        del model
-        return base.needs_running_statistics(site)
-
-    def build(
-        self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
-    ) -> nn.Module:
-        del init, activation
-        state = state_of(norm)
-        new = base.ranked("GhostBatchNorm", rank)(
-            state.channels,
-            eps=state.eps,
-            momentum=base.origin_of(norm)["momentum"],
-            affine=state.weight is not None,
-            size=self.size,
-            **base.factory(norm),
-        )
-        return base.take_over(norm, base.share_tensors(norm, new))

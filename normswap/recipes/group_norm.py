@@ -61,6 +61,15 @@ class _Grouped(base.Recipe):
     def warnings(self, site: Site, *, init: str) -> tuple[str, ...]:
         return base.affine_warnings(site, init)
 
+    def standardise(self, layer: Any, x: Tensor) -> Tensor:
+        return F.group_norm(x, layer.num_groups, None, None, layer.eps)
+
+    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.group_norm(x, layer.num_groups, weight.to(x.dtype), None, layer.eps)
+
+    def sharing(self, layer: Any) -> int | None:
+        return int(layer.num_groups)
+
     def standalone(self, layer: Any) -> str:
         if isinstance(layer, nn.GroupNorm):
             return f"nn.GroupNorm({layer.num_groups}, {layer.num_channels}, eps={layer.eps!r})"
@@ -143,15 +152,6 @@ class GroupNorm(_Grouped):
     def drift(self, state: BatchNormState) -> float | None:
         return predicted_group_drift(state, self.groups_for(state))
 
-    def standardise(self, layer: Any, x: Tensor) -> Tensor:
-        return F.group_norm(x, layer.num_groups, None, None, layer.eps)
-
-    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-        return F.group_norm(x, layer.num_groups, weight.to(x.dtype), None, layer.eps)
-
-    def sharing(self, layer: Any) -> int | None:
-        return int(layer.num_groups)
-
     def sharing_at(self, state: BatchNormState) -> int | None:
         return None if self.wired else self.groups_for(state)
 
@@ -228,15 +228,6 @@ class LayerNorm(_Grouped):
     def drift(self, state: BatchNormState) -> float:
         return predicted_group_drift(state, 1)
 
-    def standardise(self, layer: Any, x: Tensor) -> Tensor:
-        return GroupNorm().standardise(layer, x)
-
-    def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-        return GroupNorm().scaled(layer, x, weight)
-
-    def sharing(self, layer: Any) -> int | None:
-        return GroupNorm().sharing(layer)
-
     def sharing_at(self, state: BatchNormState) -> int | None:
         del state
         return 1
@@ -295,3 +286,6 @@ class InstanceNorm(_Grouped):
 
     def scaled(self, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.instance_norm(x, weight=weight.to(x.dtype), eps=layer.eps)
+
+    def sharing(self, layer: Any) -> None:
+        del layer

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from normswap.children import safe_path
 from normswap.data.images import check_on_broken
-from normswap.errors import DataError, TrainingError
+from normswap.errors import DataError, TrainingError, some
 from normswap.training.samples import (
     Batch,
     PlainReader,
@@ -325,8 +325,7 @@ def named_samples(data: Any, indices: Iterable[int]) -> str:
     files = getattr(data, "samples", None) if listed is None else [p[::-1] for p, _ in listed()]
     known = isinstance(files, list) and all(isinstance(item, tuple) for item in files)
     names = [str(files[index][0]) if known and files else str(index) for index in sorted(indices)]
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return some(names, 10)
 
 
 def _as_batch(batch: Any) -> Batch:

@@ -10,7 +10,7 @@ import torch
 
 from normswap.artifact.record import OWN_FILES
 from normswap.checkpoints import check_archive, save_checkpoint
-from normswap.errors import TrainingError, in_short
+from normswap.errors import TrainingError, in_short, some
 from normswap.files import content_digest, current, write_whole
 from normswap.reading import Malformed, reading
 from normswap.room import full
@@ -134,8 +134,7 @@ def check_fit(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     other = sorted(mine.keys() ^ theirs.keys())
     other += [k for k in mine if k in theirs and _shape(mine[k]) != _shape(theirs[k])]
     if other:
-        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-        raise Malformed(f"{other[0]}{more}")
+        raise Malformed(some(other, 1))
 
 
 def _shape(value: Any) -> Any:

@@ -6,7 +6,6 @@ Kept in every checkpoint as short hashes, so that a resumed run can tell what ha
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import logging
 import os
 import platform
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from normswap.files import content_digest, file_digest
+from normswap.provenance import versions
 from normswap.training.batches import in_memory
 from normswap.training.samples import SeededReader
 
@@ -167,18 +167,12 @@ def machine_identity(device: torch.device | str | None) -> dict[str, Any]:
     where = platform.processor() or platform.machine()
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
-    found = {
+    return {
         "threads": torch.get_num_threads(),
         "device": f"{device.type} ({where})",
-        "python": platform.python_version(),
+        **versions(*_PACKAGES),
         "torch": str(torch.__version__),
     }
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def machine_changes(now: dict[str, Any], then: Any) -> list[str]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 from typing import Any
 
 from torch import nn
 
+import normswap
 from normswap.onnx.file.parity import Parity
 from normswap.onnx.file.selftest import SelfTest
 from normswap.onnx.subject import Signature
 from normswap.onnx.writing.draft import Options
-from normswap.provenance import portable, provenance_of
+from normswap.provenance import portable, provenance_of, versions
+
+_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 def record_of(
@@ -27,7 +28,7 @@ def record_of(
         "preprocessing": _preprocessing(record.preprocessing, signature, options),
         "class_names": names,
         "history": list(record.history),
-        "versions": _versions(),
+        "versions": {"normswap": normswap.__version__, **versions(*_PACKAGES)},
         "export": {
             "opset": options.opset,
             "static_batch": options.static_batch,
@@ -64,15 +65,3 @@ def _digest(parity: Parity) -> dict[str, Any]:
         "worst": worst.describe() if worst is not None else None,
         "failure": parity.failure,
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from normswap import __version__
-
-    found = {"normswap": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
