@@ -155,51 +155,35 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from normswap import layers as layers
-    from normswap import recipes as recipes
-    from normswap.artifact import Push as Push
-    from normswap.artifact import load as load
-    from normswap.artifact import load_model as load_model
-    from normswap.artifact import push_to_hub as push_to_hub
-    from normswap.artifact import save as save
-    from normswap.calibration import Calibration as Calibration
-    from normswap.calibration.calibrate import calibrate as calibrate
-    from normswap.drift import Drift as Drift
-    from normswap.drift import SiteDrift as SiteDrift
-    from normswap.drift import measure_drift as measure_drift
-    from normswap.errors import ArtifactError as ArtifactError
-    from normswap.errors import BusyError as BusyError
-    from normswap.errors import CalibrationError as CalibrationError
-    from normswap.errors import CheckpointError as CheckpointError
-    from normswap.errors import DataError as DataError
-    from normswap.errors import ExportError as ExportError
-    from normswap.errors import ImpossibleNumbersError as ImpossibleNumbersError
-    from normswap.errors import InstallationError as InstallationError
-    from normswap.errors import LayerError as LayerError
-    from normswap.errors import NormSwapError as NormSwapError
-    from normswap.errors import ParityError as ParityError
-    from normswap.errors import PlanError as PlanError
-    from normswap.errors import SpecError as SpecError
-    from normswap.errors import SwapError as SwapError
-    from normswap.errors import TrainingError as TrainingError
-    from normswap.errors import WalkError as WalkError
-    from normswap.graph import Graph as Graph
-    from normswap.graph import Site as Site
-    from normswap.graph import register_batchnorm as register_batchnorm
-    from normswap.graph import walk as walk
-    from normswap.keeping import apply_plan as apply_plan
-    from normswap.keeping import convert as convert
-    from normswap.onnx import Case as Case
-    from normswap.onnx import OnnxModel as OnnxModel
-    from normswap.onnx import Parity as Parity
-    from normswap.onnx import export_onnx as export_onnx
-    from normswap.onnx import load_onnx as load_onnx
-    from normswap.onnx import verify_onnx as verify_onnx
-    from normswap.passage import Passage as Passage
-    from normswap.planning import Plan as Plan
-    from normswap.planning import PlanEntry as PlanEntry
-    from normswap.planning import plan as plan
-    from normswap.progress import Progress as Progress
+    from normswap import layers, recipes
+    from normswap.artifact import Push, load, load_model, push_to_hub, save
+    from normswap.calibration import Calibration
+    from normswap.calibration.calibrate import calibrate
+    from normswap.drift import Drift, SiteDrift, measure_drift
+    from normswap.errors import (
+        ArtifactError,
+        BusyError,
+        CalibrationError,
+        CheckpointError,
+        DataError,
+        ExportError,
+        ImpossibleNumbersError,
+        InstallationError,
+        LayerError,
+        NormSwapError,
+        ParityError,
+        PlanError,
+        SpecError,
+        SwapError,
+        TrainingError,
+        WalkError,
+    )
+    from normswap.graph import Graph, Site, register_batchnorm, walk
+    from normswap.keeping import apply_plan, convert
+    from normswap.onnx import Case, OnnxModel, Parity, export_onnx, load_onnx, verify_onnx
+    from normswap.passage import Passage
+    from normswap.planning import Plan, PlanEntry, plan
+    from normswap.progress import Progress
     from normswap.recipes import BatchNorm as BatchNorm
     from normswap.recipes import BatchRenorm as BatchRenorm
     from normswap.recipes import CrossIterationBatchNorm as CrossIterationBatchNorm
@@ -209,22 +193,21 @@ if TYPE_CHECKING:
     from normswap.recipes import InstanceNorm as InstanceNorm
     from normswap.recipes import LayerNorm as LayerNorm
     from normswap.recipes import SyncBatchNorm as SyncBatchNorm
-    from normswap.recommendation import Option as Option
-    from normswap.recommendation import Recommendation as Recommendation
-    from normswap.recommendation import recommend as recommend
-    from normswap.sources import Source as Source
-    from normswap.swap import Conversion as Conversion
-    from normswap.sweeps import Sweep as Sweep
-    from normswap.sweeps import sweep as sweep
-    from normswap.training import Epoch as Epoch
-    from normswap.training import FineTune as FineTune
-    from normswap.training import History as History
-    from normswap.training import Metrics as Metrics
-    from normswap.training import TrainingInterrupted as TrainingInterrupted
-    from normswap.training import TrainingProgress as TrainingProgress
-    from normswap.training import evaluate as evaluate
-    from normswap.training import finetune as finetune
-    from normswap.unwrapping import unwrap as unwrap
+    from normswap.recommendation import Option, Recommendation, recommend
+    from normswap.sources import Source
+    from normswap.swap import Conversion
+    from normswap.sweeps import Sweep, sweep
+    from normswap.training import (
+        Epoch,
+        FineTune,
+        History,
+        Metrics,
+        TrainingInterrupted,
+        TrainingProgress,
+        evaluate,
+        finetune,
+    )
+    from normswap.unwrapping import unwrap
 else:  # a type checker that saw this would believe in every name
 
     def __getattr__(name: str) -> Any:

@@ -13,12 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normswap.onnx.export import export_onnx as export_onnx
-    from normswap.onnx.file.parity import Case as Case
-    from normswap.onnx.file.parity import Parity as Parity
-    from normswap.onnx.runtime import OnnxModel as OnnxModel
-    from normswap.onnx.runtime import load_onnx as load_onnx
-    from normswap.onnx.verify import verify_onnx as verify_onnx
+    from normswap.onnx.export import export_onnx
+    from normswap.onnx.file.parity import Case, Parity
+    from normswap.onnx.runtime import OnnxModel, load_onnx
+    from normswap.onnx.verify import verify_onnx
 
 _HOME = {
     "export_onnx": "export",

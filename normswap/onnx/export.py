@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from normswap.errors import ExportError, ParityError
 from normswap.files import put_files_in_place, scratch_folder
 from normswap.onnx.file.metadata import sign
 from normswap.onnx.file.parity import Parity, check_tolerance
-from normswap.onnx.file.parsing import OnnxFile, external, is_external, read_onnx, tensors
+from normswap.onnx.file.parsing import avoid_data_of, data_of
 from normswap.onnx.proving.expectation import Expectation
 from normswap.onnx.proving.proof import asked_of, prove_draft
 from normswap.onnx.subject import subject_of
@@ -102,8 +101,9 @@ def export_onnx(
             raise _failure(target, parity)
         test = asked.self_test(draft.file, parity)
         record = record_of(model, draft.options, subject.signature, parity, test)
-        sign(_named_anew(draft.file, target), record)
-        put_files_in_place(folder, target, gone=_external_data(target))
+        avoid_data_of(target, draft.file)
+        sign(draft.file, record)
+        put_files_in_place(folder, target, gone=data_of(target))
     return parity
 
 
@@ -159,33 +159,6 @@ def _staging(target: Path) -> Iterator[Path]:
         except OSError as error:
             raise _unwritable(target, error) from error
         yield folder
-
-
-def _external_data(path: Path) -> set[str]:
-    """The names of the files that belong to an ONNX file and to no other."""
-    if not path.is_file():
-        return set()
-    try:
-        file = read_onnx(path)
-    except ExportError:  # whatever it is, nothing beside it is known to be its own
-        return set()
-    places = {external(file, tensor).path for tensor in tensors(file.proto) if is_external(tensor)}
-    own = f"{path.name}."
-    return {p.name for p in places if p.parent == file.folder and p.name.startswith(own)}
-
-
-def _named_anew(file: OnnxFile, target: Path) -> OnnxFile:
-    """Data beside the file get a name that is free, so that an old file keeps its own till then."""
-    old = file.path.with_name(f"{target.name}.data")
-    if not old.exists() or not (target.parent / old.name).exists():
-        return file
-    new = old.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
-    old.rename(new)
-    for tensor in tensors(file.proto):
-        for entry in tensor.external_data:
-            if entry.key == "location" and entry.value == old.name:
-                entry.value = new.name
-    return file
 
 
 def _failure(target: Path, parity: Parity) -> ParityError:

@@ -7,6 +7,7 @@ folder, in a plain file, within its bounds; sizes that tensors claim must match 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,7 +18,6 @@ from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-un
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.file.parity import Array
 from normswap.regular import check_regular, open_regular
 
 _MOST_BYTES = 1 << 31
@@ -295,21 +295,35 @@ def _check_tensor(file: OnnxFile, tensor: onnx.TensorProto) -> None:
         )
 
 
-def tensor_array(file: OnnxFile, tensor: onnx.TensorProto) -> Array:
-    """The values of a tensor, read from the checked place."""
-    if not is_external(tensor):
-        return onnx.numpy_helper.to_array(tensor)
-    loaded = onnx.TensorProto()
-    loaded.CopyFrom(tensor)
-    del loaded.external_data[:]
-    loaded.data_location = onnx.TensorProto.DEFAULT
-    loaded.raw_data = external_bytes(file, tensor)
-    return onnx.numpy_helper.to_array(loaded)
-
-
 def external_bytes(file: OnnxFile, tensor: onnx.TensorProto) -> bytes:
     """The bytes of an external tensor."""
     return b"".join(external(file, tensor).pieces())
+
+
+def data_of(path: Path) -> set[str]:
+    """The names of the files that belong to an ONNX file and to no other."""
+    if not path.is_file():
+        return set()
+    try:
+        file = read_onnx(path)
+    except ExportError:  # whatever it is, nothing beside it is known to be its own
+        return set()
+    places = {external(file, tensor).path for tensor in tensors(file.proto) if is_external(tensor)}
+    own = f"{path.name}."
+    return {p.name for p in places if p.parent == file.folder and p.name.startswith(own)}
+
+
+def avoid_data_of(target: Path, file: OnnxFile) -> None:
+    """Data beside ``file`` get a name that is free, so that an old ``target`` keeps its own."""
+    old = file.path.with_name(f"{target.name}.data")
+    if not old.exists() or not (target.parent / old.name).exists():
+        return
+    new = old.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
+    old.rename(new)
+    for tensor in tensors(file.proto):
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value == old.name:
+                entry.value = new.name
 
 
 def _not_onnx(path: Path, got: str) -> ExportError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -198,18 +198,13 @@ def _self_test_case(value: Array, expected: Expected, stage: str) -> Case:
         if abs(_most(value) - expected.scale) > expected.tolerance * expected.scale:
             problem = f"values up to {_most(value):.3g} where {expected.scale:.3g} is recorded"
     case = Case(
-        name="recorded inputs",
-        stage=stage,
-        output=expected.name,
-        batch=expected.shape[0] if expected.shape else 1,
-        error=error,
+        "recorded inputs",
+        stage,
+        expected.name,
+        expected.shape[0] if expected.shape else 1,
         torch_error=expected.torch_error,
         tolerance=expected.tolerance,
-        cosine=result.cosine,
-        decided=result.decided,
-        agreed=result.agreed,
-        ties=result.ties,
-        problem=problem,
+        **asdict(replace(result, error=error, problem=problem)),
     )
     return replace(case, passed=passes(case))
 

@@ -6,6 +6,7 @@ no detection shows: that of a class which does not occur in the images of the pr
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import nn
 from normswap.onnx.file.detections import rows_apart
 from normswap.onnx.file.parity import CEILING, Array
 from normswap.onnx.file.parsing import reads
+from normswap.onnx.file.selftest import MAX_STORED, MAX_TOLERANCE, Expected
 from normswap.onnx.proving.expectation import GroundTruth
 from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import Subject, as_array
@@ -106,6 +108,22 @@ def right_layers(
         core = apart <= (truth.tolerance or CEILING)
         found[name] = RightLayer(value, core, float(np.max(apart, where=core, initial=0.0)))
     return found
+
+
+def recorded_layers(
+    proto: onnx.ModelProto, truth: GroundTruth, trial: Trial
+) -> tuple[Expected, ...]:
+    """Of each layer the whole, where it is run on the whole image, or as many firm rows as fit."""
+    found = []
+    for name, layer in right_layers(truth, trial, last_layers(proto, truth.subject.model)).items():
+        value = layer.value
+        if value.shape[0] != 1:
+            value = value[layer.core]
+            value = value[: MAX_STORED // max(1, math.prod(value.shape[1:]))]
+        if layer.core.any() and value.size:
+            limit = min(MAX_TOLERANCE, truth.allows(layer.error))
+            found.append(Expected.of(name, value, limit, layer.error))
+    return tuple(found)
 
 
 def _layer_values(

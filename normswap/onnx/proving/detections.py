@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +22,13 @@ from normswap.onnx.file.selftest import (
 )
 from normswap.onnx.file.session import LEVELS, Failed, Outputs, Runner
 from normswap.onnx.file.variants import with_outputs, with_threshold, written
-from normswap.onnx.proving.deciding import LastLayer, RightLayer, last_layers, right_layers
+from normswap.onnx.proving.deciding import (
+    LastLayer,
+    RightLayer,
+    last_layers,
+    recorded_layers,
+    right_layers,
+)
 from normswap.onnx.proving.expectation import Evidence, Expectation, GroundTruth, unsound
 from normswap.onnx.proving.sightings import (
     ENOUGH,
@@ -206,26 +211,15 @@ class Detections(Expectation):
                 chosen = telling[-1]
                 break
         moved = None if chosen is None else chosen.threshold
-        layers = last_layers(file.proto, self.subject.model)
+        trial = Trial("self-test", [item.make()], 1)
         with at_threshold(self.truth, moved):
-            right = right_layers(self.truth, Trial("self-test", [item.make()], 1), layers)
+            layers = recorded_layers(file.proto, self.truth, trial)
         return SelfTest(
             (item,),
             () if chosen is None else _found(chosen),
-            tuple(self._decided_by(right)),
+            layers,
             None if moved is None else Shift(searcher.thresholds, moved),
         )
-
-    def _decided_by(self, right: Mapping[str, RightLayer]) -> Iterator[Expected]:
-        """Of each layer the whole, where it is run on the whole image, or what firm rows fit."""
-        for name, layer in right.items():
-            value = layer.value
-            if value.shape[0] != 1:
-                value = value[layer.core]
-                value = value[: MAX_STORED // max(1, math.prod(value.shape[1:]))]
-            if layer.core.any() and value.size:
-                limit = min(MAX_TOLERANCE, self.truth.allows(layer.error))
-                yield Expected.of(name, value, limit, layer.error)
 
 
 def _example(subject: Subject) -> Trial:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -75,6 +75,20 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def label(node: onnx.NodeProto, modules: Container[str], scope: str) -> None:
+    """Say in a node which modules it computes, in place of all else that it says of itself.
+
+    Args:
+        node: of a fresh graph.
+        modules: the names of the model's.
+        scope: the module in whose forward it was made.
+    """
+    owners = [name.rpartition(".")[0] for name in node.input if "." in name]
+    names = dict.fromkeys([owner for owner in owners if owner and owner in modules] + [scope])
+    del node.metadata_props[:]
+    node.metadata_props.add(key=MODULES_KEY, value=",".join(names))
 
 
 def modules_of(node: onnx.NodeProto) -> tuple[str, ...]:

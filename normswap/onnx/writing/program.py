@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from normswap.errors import ExportError, in_short
 from normswap.onnx.file.parsing import OnnxFile, read_onnx, save
 from normswap.onnx.subject import Subject
-from normswap.onnx.writing.draft import MODULES_KEY, modules_of, quiet
 from normswap.onnx.writing.draft import Draft as Draft
 from normswap.onnx.writing.draft import Options as Options
+from normswap.onnx.writing.draft import label, modules_of, quiet
 from normswap.onnx.writing.forms import fastest
 from normswap.onnx.writing.half import inside, to_half
 from normswap.onnx.writing.staged import stage
@@ -144,16 +144,10 @@ def _label_nodes(proto: onnx.ModelProto, model: nn.Module) -> None:
     previous = ""
     for node in proto.graph.node:
         facts = {entry.key: entry.value for entry in node.metadata_props}
-        scope = _scope(facts, modules, previous)
-        owners = [name.rpartition(".")[0] for name in node.input if "." in name]
-        names = dict.fromkeys([o for o in owners if o in modules and o] + [scope])
-        del node.metadata_props[:]
-        entry = node.metadata_props.add()
-        entry.key, entry.value = MODULES_KEY, ",".join(names)
+        previous = _scope(facts, modules, previous)
+        label(node, modules, previous)
         if "namespace" in facts:
-            entry = node.metadata_props.add()
-            entry.key, entry.value = "namespace", facts["namespace"]
-        previous = scope
+            node.metadata_props.add(key="namespace", value=facts["namespace"])
     for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del value.metadata_props[:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -29,13 +30,7 @@ def record_of(
         "class_names": names,
         "history": list(record.history),
         "versions": {"normswap": normswap.__version__, **versions(*_PACKAGES)},
-        "export": {
-            "opset": options.opset,
-            "static_batch": options.static_batch,
-            "dynamic_size": options.dynamic_size,
-            "half": options.half,
-            "staged": options.staged,
-        },
+        "export": asdict(options),
         "proof": _digest(parity),
         "self_test": test.to_json(),
     }

@@ -18,7 +18,7 @@ from torch import nn
 from normswap.errors import ExportError, in_short
 from normswap.onnx.file.parsing import read_onnx, save
 from normswap.onnx.subject import Subject
-from normswap.onnx.writing.draft import MODULES_KEY, Draft, Options, quiet
+from normswap.onnx.writing.draft import Draft, Options, label, quiet
 from normswap.onnx.writing.forms import fastest
 from normswap.onnx.writing.staged import stage
 
@@ -197,12 +197,7 @@ def _label_nodes(proto: onnx.ModelProto, model: nn.Module) -> None:
     """Say which module a node computes, as the newer exporter's files do."""
     modules = dict(model.named_modules())
     for node in proto.graph.node:
-        scope = _scope(node.output[0], modules) if node.output else ""
-        owners = [name.rpartition(".")[0] for name in node.input if "." in name]
-        names = dict.fromkeys([o for o in owners if o in modules and o] + [scope])
-        del node.metadata_props[:]
-        entry = node.metadata_props.add()
-        entry.key, entry.value = MODULES_KEY, ",".join(names)
+        label(node, modules, _scope(node.output[0], modules) if node.output else "")
         node.doc_string = ""
         if not node.name:
             node.name = f"node_{node.output[0]}"
