@@ -535,6 +535,35 @@ def test_training_resumes_to_the_bit(tmp_path):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("broken_off_after", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"through_history": False, "variance_rule": "drop"}, {"compensate": False}, {"frozen": 1}],
+    ids=["default", "paper", "naive", "frozen producer"],
+)
+def test_a_history_goes_on_in_the_same_places(arguments, broken_off_after):
+    """Sums run over the places, so that only the same ones give the same bits."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 4, 3, padding=1).requires_grad_("frozen" not in arguments)
+    settings = {name: value for name, value in arguments.items() if name != "frozen"}
+    model = wired(conv, CrossIterationBatchNorm2d(4, window=4, **settings))
+    batches = torch.randn(10, 2, 2, 9, 9)
+    for x in batches[:broken_off_after]:
+        model(x)
+    twin = wired(copy.deepcopy(conv), CrossIterationBatchNorm2d(4, window=4, **settings))
+    twin[0]._forward_hooks.popitem(last=False)
+    state = training_state(model)
+    load_training_state(twin, copy.deepcopy(state))
+    for name, value in training_state(twin)["1"].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(state["1"][name]))
+    # the oldest first
+    newest = state["1"]["rows"][-1, 0]
+    offset = conv(x).mean((0, 2, 3)) - conv.bias * ("compensate" not in arguments)
+    torch.testing.assert_close(newest, offset, rtol=1e-4, atol=1e-5)
+    for x in batches[broken_off_after:]:
+        assert torch.equal(model(x), twin(x))
+
+
 def test_training_state_of_another_model_is_refused():
     state = training_state(nn.Sequential(BatchRenorm2d(2)))
     with pytest.raises(LayerError, match="differ"):

@@ -113,6 +113,16 @@ def test_small_maps_are_not_sampled():
     assert sampling_step(conv, torch.Size((2, 4, 56, 56)), 1) == 1
 
 
+def test_large_maps_are_sampled_more_sparsely():
+    conv = nn.Conv2d(3, 4, 3)
+    steps = {size: sampling_step(conv, torch.Size((2, 4, size, size)), 2) for size in (14, 28, 56)}
+    assert steps == {14: 2, 28: 4, 56: 8}
+    assert sampling_step(conv, torch.Size((2, 4, 28, 28)), 6) == 6
+    assert sampling_step(conv, torch.Size((2, 4, 28, 5)), 2) == 2
+    # one position of each is the least
+    assert sampling_step(conv, torch.Size((5000, 4, 5, 5)), 2) == 5
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("name", PRODUCERS)
 def test_weights_that_stand_still_make_it_naive(name):

@@ -10,7 +10,9 @@ from normswap.layers import (
     CrossIterationBatchNorm3d,
     producer_problem,
 )
+from normswap.layers import producers as producers_room
 from normswap.layers.producers import fold_weight, mean_patch, unfold_weight, weight_gradient
+from normswap.layers.sampled_gradient import Positions, sampled_gradient
 
 CASES = {
     "plain": (nn.Conv2d(3, 4, 3), (2, 3, 7, 6)),
@@ -95,6 +97,38 @@ def test_mean_patch_and_variance_slope_against_autograd(name):
         slope = weight_gradient(producer, call, centred, None) * 2 / centred[:, 0].numel()
     torch.testing.assert_close(slope, fold_weight(producer, expected).flatten(0, 1))
     torch.testing.assert_close(unfold_weight(producer, slope), expected)
+    norm.detach()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("name", [name for name in CASES if "linear" not in name])
+def test_the_mean_patch_of_a_large_map_is_taken_axis_by_axis(name, monkeypatch):
+    producer, norm, x = case(name)
+    call, _ = call_of(norm, producer, x)
+    at_once = mean_patch(producer, call, None)
+    monkeypatch.setattr(producers_room, "_SMALL_MAP", 0)
+    torch.testing.assert_close(mean_patch(producer, call, None), at_once)
+    norm.detach()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("at", [Positions(1, 0), Positions(2, 0), Positions(2, 1), Positions(3, 1)])
+@pytest.mark.parametrize("name", [n for n in CASES if "linear" not in n and "transposed" not in n])
+def test_a_sampled_gradient_is_that_of_the_sampled_positions(name, at, channels_last):
+    producer, norm, x = case(name)
+    if channels_last and x.dim() == 4:
+        producer, x = (t.to(memory_format=torch.channels_last) for t in (producer, x))
+    call, y = call_of(norm, producer, x)
+    kept = at.of(y)
+    upstream = torch.randn_like(kept)
+    (expected,) = torch.autograd.grad((kept * upstream).sum(), producer.weight)
+    found = torch.empty_like(fold_weight(producer, expected).flatten(0, 1))
+    with torch.no_grad():
+        sampled_gradient(producer, call, upstream, None, at, out=found)
+    torch.testing.assert_close(unfold_weight(producer, found), expected)
+    if x.dim() == 4:
+        producer.to(memory_format=torch.contiguous_format)
     norm.detach()
 
 

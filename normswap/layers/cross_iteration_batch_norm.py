@@ -24,12 +24,13 @@ from normswap.layers.batch_statistics import (
     is_recomputation,
 )
 from normswap.layers.fused import Fused
-from normswap.layers.iteration_history import Batch, History, Past
+from normswap.layers.iteration_history import Batch, History, Past, Present
 from normswap.layers.iteration_window import (
     Entries,
     Reach,
     Window,
     average,
+    join,
     normalise,
     offsets_of,
     predict,
@@ -231,7 +232,7 @@ class _CrossIterationBatchNorm(TracksBatches):
     def _naive(self, mean: Tensor, variance: Tensor) -> Window:
         self._history.prepare(mean, None, mean.dtype)
         window, _, _ = self._join_constant(mean, variance, mean)
-        self._history.push(Batch(mean, variance, variance), None)
+        self._history.push(Batch(mean, variance, variance))
         return window
 
     def _compensated(
@@ -245,26 +246,27 @@ class _CrossIterationBatchNorm(TracksBatches):
         if self._is_constant(producer):
             return self._beside_a_constant(producer, mean, variance)
         weight = fold_weight(producer, _tensor(producer, "weight").to(mean.dtype))
-        groups, per_group, taps = weight.shape
-        slopes = (groups * per_group, taps)
-        self._history.prepare(mean, slopes, self.history_dtype or mean.dtype)
-        past = self._history.past()
-        patch = mean_patch(producer, call._replace(input=call.input.to(mean.dtype)), link.pad)
+        history = self._history
+        history.prepare(mean, (*weight.shape,), self.history_dtype or mean.dtype)
+        wide = call._replace(input=call.input.to(mean.dtype))
+        mean_patch(producer, wide, link.pad, out=history.place())
+        present = history.present()
         # one contraction for the present and the past: the weight is read once
-        patches = torch.stack([patch] if past is None else [patch, *past.patches])
-        offsets = offsets_of(patches, weight)
+        offsets = offsets_of(present.patches, weight)
+        offset = offsets[present.here]
         reach = None
-        if past is None:
+        if history.filled == 0:
             bias = _bias(producer)
-            self._check_input(mean, variance, offsets[0] if bias is None else offsets[0] + bias)
+            self._check_input(mean, variance, offset if bias is None else offset + bias)
             window = Window(mean, variance, 1.0)
         else:
+            moved = offsets - present.offset
+            variances = predict(present, variance, moved, weight)
             # a bias moves all means alike
-            shift, moved = offsets[1:] - offsets[0], offsets[1:] - past.offset
-            variances = predict(past, moved, weight)
-            window, entries = average(mean, variance, shift, variances, self.variance_rule)
-            reach = self._reach(entries, past.slots, moved, patches[1:])
-        room = self._history.room()
+            shift = offsets - offset
+            window, entries = join(mean, shift, variances, present.here, self.variance_rule)
+            reach = self._reach(entries, moved, present)
+        room = history.room()
         moments = mean, variance
         along = variance_slope(
             producer, call, x, moments, link.pad, sampling=self.sampling, out=room
@@ -273,11 +275,8 @@ class _CrossIterationBatchNorm(TracksBatches):
             # what rounding took from the slope is taken from the base, so that v̂(w_τ) = v_τ
             along = (room.to(mean.dtype) * weight.flatten(0, 1)).sum(-1)
         if not _is_known_finite(window):
-            finite = torch.isfinite(mean + variance)
-            # such an entry does not count, but whoever multiplies it by 0 must not meet a NaN
-            room.copy_(torch.where(finite.unsqueeze(1), room, 0.0).nan_to_num_())
-            patch = torch.nan_to_num(patch, posinf=0.0, neginf=0.0)
-        self._history.push(Batch(offsets[0], variance, along - variance), patch)
+            history.forget_values(torch.isfinite(mean + variance))
+        history.push(Batch(offset, variance, along - variance))
         return window, reach
 
     def _is_constant(self, producer: nn.Module) -> bool:
@@ -296,8 +295,8 @@ class _CrossIterationBatchNorm(TracksBatches):
         window, past, entries = self._join_constant(mean, variance, offset)
         reach = None
         if past is not None and entries is not None:
-            reach = self._reach(entries, past.slots, torch.zeros_like(entries.deviation), None)
-        self._history.push(Batch(offset, variance, variance), None)
+            reach = self._reach(entries, torch.zeros_like(entries.deviation), None)
+        self._history.push(Batch(offset, variance, variance))
         return window, reach
 
     def _join_constant(
@@ -311,21 +310,19 @@ class _CrossIterationBatchNorm(TracksBatches):
         window, entries = average(mean, variance, shift, past.variance, self.variance_rule)
         return window, past, entries
 
-    def _reach(
-        self, entries: Entries, slots: tuple[int, ...], moved: Tensor, patches: Tensor | None
-    ) -> Reach | None:
+    def _reach(self, entries: Entries, moved: Tensor, present: Present | None) -> Reach | None:
         """What the gradient needs to go on through past batches, if it shall."""
         if not self.through_history or self._link is None:
             return None
         weight = cast(Tensor, self._link.producer.weight)
         bias = cast(Tensor | None, self._link.producer.bias)
-        if patches is None or not weight.requires_grad:
+        if present is None or not weight.requires_grad:
             if bias is None or not bias.requires_grad:
                 return None
-            return Reach(entries, moved, None, None)
+            return Reach(entries, moved, None)
         if isinstance(entries.share, Tensor):
             moved = torch.where(entries.share > 0, moved, 0.0)
-        return Reach(entries, moved, patches, self._history.lend(slots, weight))
+        return Reach(entries, moved, self._history.lend(present, weight))
 
     def _check_input(self, mean: Tensor, variance: Tensor, made: Tensor) -> None:
         """What comes in must be what the producer makes: an operation between moves the means."""
@@ -421,7 +418,8 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
             does so with compensation. The paper stops it there, which leaves the weight's scale
             free to grow; at batch 2 training can be very much slower for it.
         sampling: on maps of convolutions, estimate how the variance depends on the weight from
-            every how many-th row and column; 1 looks at all. Maps with fewer than 32 positions in
+            every how many-th row and column, and from fewer on maps so large that about 100
+            positions of the batch are left; 1 looks at all. Maps with fewer than 32 positions in
             the sample are looked at whole. The batch's own statistics are exact either way, past
             means too, and so is BatchNorm's scale invariance.
         history_dtype: ``torch.bfloat16`` or ``torch.float16`` for a history of half the size; None

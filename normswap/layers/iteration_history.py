@@ -1,9 +1,12 @@
 """The last batches that a normaliser keeps, and the loan of them to a backward.
 
-A ring of fixed size, written in place. A backward that needs the entries of its forward takes a
-loan: should a later forward overwrite one of them first, the loan gets a copy of its own.
+A ring of fixed size, written in place. The batch of this forward has its place in it, beside those
+it is averaged with, so that nothing is put together first. A backward that needs the entries of
+its forward takes a loan: should a later forward overwrite one of them first, the loan gets a copy
+of its own.
 
-Shapes: n entries, G groups, C channels, F the weights of one channel.
+Shapes: n entries, k = n + 1 with the present batch, G groups, C channels, F the weights of one
+channel.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from normswap.errors import LayerError
 
+_SMALL = 1 << 17
 _REPEATABLE = 4
 """How many forwards without gradients keep what a reentrant checkpoint may come back for."""
 
@@ -39,28 +43,43 @@ class Batch(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Entries of the history, the oldest first.
+    """Entries of the history as they were.
 
     Attributes:
-        offset, variance, base: (n, C), as in :class:`Batch`.
-        patches: (G, F) of each, ∂mean/∂w; empty without compensation.
-        slopes: ∂variance/∂w in pieces of (C, F, n), views of the ring; empty likewise.
-        slots: where in the ring they are.
+        offset, variance: (n, C), as in :class:`Batch`.
     """
 
     offset: Tensor
     variance: Tensor
+
+
+class Present(NamedTuple):
+    """The window: past entries, and a row among them for the present batch.
+
+    Attributes:
+        here: the present batch's row.
+        offset, base: (k, C), as in :class:`Batch`; undefined for the present batch.
+        patches: (k, G, F), ∂mean/∂w.
+        slopes: ∂variance/∂w in pieces of (C, F, rows).
+        gap: before which piece the present batch's row is, if it is in none.
+        slots: where in the ring the past entries are.
+    """
+
+    here: int
+    offset: Tensor
     base: Tensor
-    patches: list[Tensor]
+    patches: Tensor
     slopes: list[Tensor]
+    gap: int | None
     slots: tuple[int, ...]
 
 
 class Loan:
-    """The slopes of some entries for as long as somebody holds this."""
+    """The slopes and patches of some entries for as long as somebody holds this."""
 
-    def __init__(self, ring: Tensor, slots: Sequence[int], weight: Tensor) -> None:
+    def __init__(self, ring: Tensor, patches: Tensor, slots: Sequence[int], weight: Tensor) -> None:
         self.ring, self.slots = ring, tuple(slots)
+        self._patches = patches
         self._weight, self._version = weakref.ref(weight), _version(weight)
         self._kept: dict[int, Tensor] = {}
         self._lost = False
@@ -71,6 +90,21 @@ class Loan:
         Raises:
             LayerError: one was overwritten after the weights had moved on.
         """
+        self._check()
+        kept = self._kept
+        rows = self.ring.unbind(0)
+        return [kept[slot] if slot in kept else rows[slot] for slot in self.slots]
+
+    def patches(self) -> Tensor:
+        """(k, G, F) of the window.
+
+        Raises:
+            LayerError: as for slopes.
+        """
+        self._check()
+        return self._patches
+
+    def _check(self) -> None:
         if self._lost:
             raise LayerError(
                 "CrossIterationBatchNorm.backward",
@@ -78,7 +112,6 @@ class Loan:
                 need="the history as it was in the forward",
                 hint="one backward for each forward, before the weights change",
             )
-        return [self._kept[slot] if slot in self._kept else self.ring[slot] for slot in self.slots]
 
     def rescue(self, slot: int, copies: list[Tensor]) -> None:
         """Prepare for ``slot`` to be overwritten; ``copies`` shares one copy among loans."""
@@ -92,6 +125,8 @@ class Loan:
             return
         if not copies:
             copies.append(self.ring[slot].clone())
+        if not self._kept:
+            self._patches = self._patches.clone()
         self._kept[slot] = copies[0]
 
 
@@ -111,68 +146,108 @@ class History:
         self.size = size
         self.slots = size + 1 if lends and size > 0 else size
         self.position = 0
-        self._rows: deque[Tensor] = deque(maxlen=size)
-        self._patches: deque[Tensor] = deque(maxlen=size)
+        self.filled = 0
+        self._rows: Tensor | None = None
+        self._patches: Tensor | None = None
         self._ring: Tensor | None = None
         self._forget_what_is_passing()
 
     def _forget_what_is_passing(self) -> None:
-        self._views: dict[tuple[int, int], Tensor] = {}
         self._loans: list[weakref.ref[Loan]] = []
         self._repeatable: deque[Loan] = deque(maxlen=_REPEATABLE)
         self._seen: tuple[int, int] | None = None
+        self._forget_views()
 
-    @property
-    def filled(self) -> int:
-        """How many batches there are."""
-        return len(self._rows)
+    def _forget_views(self) -> None:
+        self._kind: tuple[Any, ...] | None = None
+        self._views: dict[tuple[int, int], Tensor] = {}
 
     @property
     def has_slopes(self) -> bool:
         """Whether the entries know how their variance depends on the weights."""
-        return len(self._patches) > 0
+        return self.filled > 0 and self._ring is not None
+
+    @property
+    def here(self) -> int:
+        """The row of the present batch: behind the others where all slots are taken by them."""
+        return self.position if self.slots > self.size else self.size
 
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        kept = [*self._rows, *self._patches, *([] if self._ring is None else [self._ring])]
+        kept = [t for t in (self._rows, self._patches, self._ring) if t is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
-    def prepare(self, like: Tensor, slope: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    def prepare(
+        self, like: Tensor, folded: tuple[int, int, int] | None, dtype: torch.dtype
+    ) -> None:
         """Make room for batches of this kind; what does not fit any more is forgotten.
 
         Args:
             like: (C,), a statistic, which gives device and dtype.
-            slope: (C, F), or None without compensation.
+            folded: (G, C/G, F), or None without compensation.
             dtype: what slopes are kept in.
         """
-        if self._rows and self._rows[0].device != like.device:
-            self._move(like.device)
-        fits = not self._rows or (
-            self._rows[0].dtype == like.dtype and self._rows[0].shape[1:] == like.shape
-        )
-        ring = self._ring
-        if slope is None:
-            fits = fits and ring is None
-        else:
-            fits = fits and ring is not None and ring.dtype == dtype and ring.shape[1:] == slope
-        if fits:
+        kind = (like.device, like.dtype, like.shape, folded, dtype)
+        if kind == self._kind:
             return
-        self._rows.clear()
-        self._patches.clear()
-        self._views.clear()
-        self._ring = None if slope is None else like.new_empty((self.slots, *slope), dtype=dtype)
-        self.position = 0
+        self._move(like.device)
+        if self._fits(like, folded, dtype):
+            self._kind = kind
+            return
+        self.position = self.filled = 0
+        self._forget_views()
+        with torch.inference_mode(False):
+            self._rows = like.new_zeros((self.size + 1, 3, *like.shape))
+            self._ring = self._patches = None
+            if folded is not None:
+                groups, per_group, taps = folded
+                self._patches = like.new_zeros((self.size + 1, groups, taps))
+                self._ring = like.new_empty((self.slots, groups * per_group, taps), dtype=dtype)
+        self._kind = kind
+
+    def _fits(self, like: Tensor, folded: tuple[int, int, int] | None, dtype: torch.dtype) -> bool:
+        rows, ring, patches = self._rows, self._ring, self._patches
+        if rows is None or rows.dtype != like.dtype or rows.shape[2:] != like.shape:
+            return False
+        if folded is None or ring is None or patches is None:
+            return folded is None and ring is None
+        groups, per_group, taps = folded
+        return (
+            ring.dtype == dtype
+            and ring.shape[1:] == (groups * per_group, taps)
+            and patches.shape[1:] == (groups, taps)
+        )
 
     def past(self) -> Past | None:
         """All entries, or None if there are none."""
-        if not self._rows:
+        if self.filled == 0:
             return None
-        offset, variance, base = torch.stack(tuple(self._rows)).unbind(1)
-        if self._ring is None:
-            return Past(offset, variance, base, [], [], ())
-        slots, runs = _slots_in_order(self.position, self.filled, self.slots)
-        pieces = [self._view(run) for run in runs]
-        return Past(offset, variance, base, list(self._patches), pieces, slots)
+        assert self._rows is not None  # there are entries
+        runs = _window(self.position, self.filled, self.size, self.slots).runs
+        rows = torch.cat([self._rows[start:end] for start, end in runs])
+        return Past(rows[:, 0], rows[:, 1])
+
+    def place(self) -> Tensor:
+        """(G, F) to write the present batch's patch into, before anything else is asked."""
+        assert self._patches is not None  # prepare() was told of slopes
+        self._rescue()
+        return self._patches[self.here]
+
+    def present(self) -> Present:
+        """The window with the present batch in its place."""
+        assert self._rows is not None  # prepare() was told of slopes
+        assert self._patches is not None
+        assert self._ring is not None
+        window = _window(self.position, self.filled, self.size, self.slots)
+        rows, patches = self._rows, self._patches
+        runs = window.runs
+        gap: int | None = window.gap
+        if self.filled < self.size:
+            rows, patches = rows[window.rows], patches[window.rows]
+        elif self.slots > self.size and self._ring.numel() < _SMALL:
+            runs, gap = [(0, self.slots)], None  # one product in place of two
+        slopes = [self._view(run) for run in runs]
+        return Present(window.here, rows[:, 0], rows[:, 2], patches, slopes, gap, window.slots)
 
     def _view(self, run: tuple[int, int]) -> Tensor:
         if run not in self._views:
@@ -180,10 +255,10 @@ class History:
             self._views[run] = self._ring[run[0] : run[1]].permute(1, 2, 0)
         return self._views[run]
 
-    def lend(self, slots: Sequence[int], weight: Tensor) -> Loan:
-        """Lend the slopes in ``slots`` to the backward of a forward with this ``weight``."""
-        assert self._ring is not None  # slots are those of a past with slopes
-        loan = Loan(self._ring, slots, weight)
+    def lend(self, present: Present, weight: Tensor) -> Loan:
+        """Lend slopes and patches to the backward of a forward with this ``weight``."""
+        assert self._ring is not None  # a window has slopes
+        loan = Loan(self._ring, present.patches, present.slots, weight)
         self._loans.append(weakref.ref(loan))
         return loan
 
@@ -197,34 +272,51 @@ class History:
         return seen not in (None, self._seen)
 
     def room(self) -> Tensor:
-        """(C, F) to write the next batch's slope into."""
+        """(C, F) to write the present batch's slope into."""
         assert self._ring is not None  # prepare() was told of slopes
+        return self._ring[self.position]
+
+    def _rescue(self) -> None:
+        if not self._loans:
+            return
         copies: list[Tensor] = []
         alive = [(ref, loan) for ref in self._loans if (loan := ref()) is not None]
         for _, loan in alive:
             if loan.ring is self._ring:
                 loan.rescue(self.position, copies)
         self._loans = [ref for ref, _ in alive]
-        return self._ring[self.position]
 
-    def push(self, batch: Batch, patch: Tensor | None) -> None:
-        """Put ``batch`` in the place of the oldest entry; its slope is in its room already."""
+    def forget_values(self, finite: Tensor) -> None:
+        """What has just been entered is not finite but in these channels, and must harm nobody.
+
+        It does not count, but whoever multiplies it by 0 must not meet a NaN.
+        """
+        assert self._patches is not None
+        room = self.room()
+        room.copy_(torch.where(finite.unsqueeze(1), room, 0.0).nan_to_num_())
+        self._patches[self.here].nan_to_num_(posinf=0.0, neginf=0.0)
+
+    def push(self, batch: Batch) -> None:
+        """Put ``batch`` in the place of the oldest entry; its slope and patch are there already."""
         if self.size == 0:
             return
-        self._rows.append(torch.stack(batch))
-        if patch is not None:
-            self._patches.append(patch)
-            self.position = (self.position + 1) % self.slots
+        assert self._rows is not None  # prepare() has been called
+        torch.stack(batch, out=self._rows[self.position])
+        if self._patches is not None and self.here != self.position:
+            self._patches[self.position].copy_(self._patches[self.here])
+        self.position = (self.position + 1) % self.slots
+        self.filled = min(self.filled + 1, self.size)
 
     def state(self) -> dict[str, Tensor | int]:
-        """Plain data, ready for a training checkpoint."""
+        """Plain data, ready for a training checkpoint; the oldest entry first."""
         state: dict[str, Tensor | int] = {"position": self.position}
-        if self._rows:
-            state["rows"] = torch.stack(tuple(self._rows))
-        if self._ring is not None and self._patches:
-            slots, _ = _slots_in_order(self.position, self.filled, self.slots)
-            state["patches"] = torch.stack(tuple(self._patches))
-            state["slopes"] = self._ring[list(slots)]
+        if self.filled == 0 or self._rows is None:
+            return state
+        slots = list(_slots_in_order(self.position, self.filled, self.slots))
+        state["rows"] = self._rows[slots]
+        if self._ring is not None and self._patches is not None:
+            state["patches"] = self._patches[slots]
+            state["slopes"] = self._ring[slots]
         return state
 
     def load(self, state: dict[str, Tensor | int]) -> None:
@@ -240,28 +332,30 @@ class History:
                 need="one of this version",
                 hint="finishing that run with the version that began it",
             )
-        rows, patches, slopes = (state.get(name) for name in ("rows", "patches", "slopes"))
         self._forget_what_is_passing()
-        self.position = int(state["position"])
-        self._rows = deque(rows.clone() if isinstance(rows, Tensor) else (), maxlen=self.size)
-        self._patches = deque(
-            patches.clone() if isinstance(patches, Tensor) else (), maxlen=self.size
-        )
-        self._ring = None
-        if isinstance(slopes, Tensor):
-            slots, _ = _slots_in_order(self.position, self.filled, self.slots)
-            self._ring = slopes.new_empty(self.slots, *slopes.shape[1:])
-            self._ring[list(slots)] = slopes
+        self.position, self.filled = int(state["position"]), 0
+        self._rows = self._patches = self._ring = None
+        rows, patches, slopes = (state.get(name) for name in ("rows", "patches", "slopes"))
+        if not isinstance(rows, Tensor) or self.size == 0:
+            return
+        self.filled = min(len(rows), self.size)
+        slots = list(_slots_in_order(self.position, self.filled, self.slots))
+        self._rows = _placed(rows, slots, self.size + 1)
+        if isinstance(patches, Tensor) and isinstance(slopes, Tensor):
+            self._patches = _placed(patches, slots, self.size + 1)
+            self._ring = _placed(slopes, slots, self.slots)
 
     def _move(self, device: torch.device) -> None:
-        self._rows = deque((row.to(device) for row in self._rows), maxlen=self.size)
-        self._patches = deque((patch.to(device) for patch in self._patches), maxlen=self.size)
+        if self._rows is None or self._rows.device == device:
+            return
+        self._rows = self._rows.to(device)
+        self._patches = None if self._patches is None else self._patches.to(device)
         self._ring = None if self._ring is None else self._ring.to(device)
-        self._views.clear()
+        self._forget_views()
 
     def __getstate__(self) -> dict[str, Any]:
         twin = copy.copy(self.__dict__)
-        for name in ("_views", "_loans", "_repeatable", "_seen"):
+        for name in ("_views", "_kind", "_loans", "_repeatable", "_seen"):
             del twin[name]
         return twin
 
@@ -270,16 +364,46 @@ class History:
         self._forget_what_is_passing()
 
 
+def _placed(entries: Tensor, slots: list[int], size: int) -> Tensor:
+    """The latest of ``entries`` in these slots of a ring."""
+    ring = entries.new_zeros(size, *entries.shape[1:])
+    ring[slots] = entries[-len(slots) :]
+    return ring
+
+
+def _slots_in_order(position: int, filled: int, slots: int) -> tuple[int, ...]:
+    """The slots of the entries, the oldest first."""
+    return tuple((position - i) % slots for i in range(filled, 0, -1))
+
+
+class _Window(NamedTuple):
+    """Where the entries and the present batch are.
+
+    Attributes:
+        slots: of the entries, as they lie in memory.
+        runs: of neighbours among them, from one to before another.
+        gap: the first run that lies behind the present batch.
+        rows: all that are in use.
+        here: the present batch's among them.
+    """
+
+    slots: tuple[int, ...]
+    runs: list[tuple[int, int]]
+    gap: int
+    rows: list[int]
+    here: int
+
+
 @lru_cache(maxsize=1024)
-def _slots_in_order(
-    position: int, filled: int, slots: int
-) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """The slots of the entries, the oldest first, and the runs of neighbours among them."""
-    order = tuple((position - i) % slots for i in range(filled, 0, -1))
+def _window(position: int, filled: int, size: int, slots: int) -> _Window:
+    order = tuple(sorted(_slots_in_order(position, filled, slots)))
     runs: list[tuple[int, int]] = []
     for slot in order:
         if runs and runs[-1][1] == slot:
             runs[-1] = (runs[-1][0], slot + 1)
         else:
             runs.append((slot, slot + 1))
-    return order, runs
+    place = position if slots > size else size
+    rows = sorted({*order, place})
+    gap = sum(start < place for start, _ in runs)
+    return _Window(order, runs, gap, rows, rows.index(place))

@@ -1,29 +1,33 @@
 """The window of Cross-Iteration BatchNorm: its statistics, what they depend on, the normalisation.
 
-Shapes: n past entries, G groups, C channels, F the weights of one channel. Weights are looked at
-as (G, C/G, F).
+Shapes: k batches in the window, n of them past, G groups, C channels, F the weights of one channel.
+Weights are looked at as (G, C/G, F).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from normswap.layers.batch_statistics import (
     aliases,
     answers_at_once,
-    is_all_finite,
     per_channel,
     reduced_axes,
 )
-from normswap.layers.iteration_history import Loan, Past
+from normswap.layers.iteration_history import Loan, Present
 from normswap.layers.producers import fold_weight, unfold_weight
 
 Part = Tensor | float
 """(C,), or one number where all channels have the same."""
+
+_FEW_ENTRIES = 5
+_SMALL = 1 << 16
 
 
 class Window(NamedTuple):
@@ -41,14 +45,16 @@ class Window(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What past entries have to do with the statistics over the window.
+    """What the batches of the window have to do with the statistics over it.
 
     Attributes:
-        share: (n, C) or one number, what an entry counts for in μ̄.
-        deviation: (n, C), μ̂_τ − μ̄ where it counts.
-        grows: like ``share``, what an entry's variance counts for in σ̄².
+        here: the present batch's row.
+        share: (k, C) or one number, what a batch counts for in μ̄.
+        deviation: (k, C), μ̂_τ − μ̄ where it counts.
+        grows: like ``share``, what its variance counts for in σ̄².
     """
 
+    here: int
     share: Part
     deviation: Tensor
     grows: Part
@@ -59,44 +65,50 @@ class Reach(NamedTuple):
 
     Attributes:
         entries: see :class:`Entries`.
-        moved: (n, C), ⟨p̄_τ, w − w_τ⟩ where it counts.
-        patches: (n, G, F), p̄_τ; None where no weight is followed.
-        loan: the entries' slopes; None likewise.
+        moved: (k, C), ⟨p̄_τ, w − w_τ⟩ where it counts.
+        loan: the past entries' slopes and patches; None where no weight is followed.
     """
 
     entries: Entries
     moved: Tensor
-    patches: Tensor | None
     loan: Loan | None
 
 
 def offsets_of(patches: Tensor, weight: Tensor) -> Tensor:
-    """``⟨p̄, w⟩``: (n, G, F) with (G, C/G, F) to (n, C)."""
-    if len(weight) == 1:
-        return torch.mm(patches.squeeze(1), weight[0].t())
+    """``⟨p̄, w⟩``: (k, G, F) with (G, C/G, F) to (k, C)."""
+    if weight.shape[0] == 1:
+        return linear(patches.view(patches.shape[0], -1), weight.view(-1, weight.shape[2]))
     return torch.bmm(weight, patches.permute(1, 2, 0)).flatten(0, 1).t()
 
 
-def predict(past: Past, moved: Tensor, weight: Tensor) -> Tensor:
-    """Variances (n, C) of past batches under today's weights.
+def predict(present: Present, variance: Tensor, moved: Tensor, weight: Tensor) -> Tensor:
+    """Variances (k, C) of the batches of the window under today's weights.
 
     With ``base = ⟨D, w_τ⟩ − v_τ``: ``v̂ = ⟨D, w⟩ − base − ⟨p̄, w − w_τ⟩²``.
+
+    Args:
+        present: the window.
+        variance: (C,), of the present batch.
+        moved: (k, C), ⟨p̄, w − w_τ⟩, anything for the present batch.
+        weight: (G, C/G, F).
     """
     # With the weight as the row, one product per channel takes a fifth of the time of einsum,
     # which makes it the column.
     rows = weight.view(-1, 1, weight.shape[-1])
-    products = [torch.bmm(rows, piece.to(weight.dtype)) for piece in past.slopes]
-    contracted = products[0] if len(products) == 1 else torch.cat(products, 2)
-    return (contracted.squeeze(1).t() - past.base).addcmul_(moved, moved, value=-1)
+    columns = [torch.bmm(rows, slopes.to(weight.dtype)) for slopes in present.slopes]
+    if present.gap is not None:
+        columns.insert(present.gap, variance.view(-1, 1, 1))
+    contracted = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
+    variances = contracted.squeeze(1).t() - present.base
+    variances.addcmul_(moved, moved, value=-1)
+    variances[present.here].copy_(variance)
+    return variances
 
 
 def average(
     mean: Tensor, variance: Tensor, shift: Tensor, past_variance: Tensor, rule: str
 ) -> tuple[Window, Entries]:
     """Join the batch's moments and the past ones, as brought to today's weights.
-
-    ``σ̄² = mean(v̂) + Var(μ̂)`` is the paper's ν̄ − μ̄² without its cancellation. An entry that is
-    not finite has no part in it.
 
     Args:
         mean: (C,), of the batch.
@@ -105,39 +117,50 @@ def average(
         past_variance: (n, C).
         rule: ``"max"`` or ``"drop"``.
     """
-    if answers_at_once(shift) and past_variance.min().item() >= 0.0:
-        # the usual case: if all is finite as well, every entry counts and none needs its rule
-        share = 1.0 / (len(shift) + 1)
-        window, deviation = _joined(mean, variance, shift, past_variance, share)
-        if is_all_finite(window.mean + window.variance):
-            return window, Entries(share, deviation, share)
-    counts = torch.isfinite(shift + past_variance)
+    here = shift.shape[0]
+    shifts = torch.cat([shift, (mean - mean).unsqueeze(0)])
+    variances = torch.cat([past_variance, variance.unsqueeze(0)])
+    return join(mean, shifts, variances, here, rule)
+
+
+def join(
+    mean: Tensor, shift: Tensor, variances: Tensor, here: int, rule: str
+) -> tuple[Window, Entries]:
+    """Join the moments of the batches in a window.
+
+    ``σ̄² = mean(v̂) + Var(μ̂)`` is the paper's ν̄ − μ̄² without its cancellation. A past batch that is
+    not finite has no part in it.
+
+    Args:
+        mean: (C,), of the present batch.
+        shift: (k, C), means less ``mean``.
+        variances: (k, C).
+        here: the present batch's row.
+        rule: ``"max"`` or ``"drop"``.
+    """
+    if answers_at_once(shift):
+        lowest, highest = torch.aminmax(variances)
+        # the usual case: every batch counts and none needs its rule
+        if lowest.item() >= 0.0 and highest.item() < math.inf:
+            share = 1.0 / shift.shape[0]
+            mean_shift = shift.mean(0)
+            deviation = shift - mean_shift
+            spread = torch.addcmul(variances, deviation, deviation).mean(0)
+            window = Window(mean + mean_shift, spread, share)
+            return window, Entries(here, share, deviation, share)
+    counts = torch.isfinite(shift + variances)
     if rule == "drop":
-        counts &= past_variance >= 0
-    part = (1.0 + counts.sum(0)).to(mean.dtype).reciprocal()
+        counts &= variances >= 0
+    counts[here] = True
+    part = counts.sum(0).to(mean.dtype).reciprocal()
     shares = torch.where(counts, part, 0.0)
     shift = torch.where(counts, shift, 0.0)
-    known = torch.where(counts, past_variance, 0.0).clamp_min(0.0)
-    window, deviation = _joined(mean, variance, shift, known, part, counts)
-    grows = torch.where(past_variance > 0, shares, 0.0)
-    return window, Entries(shares, deviation, grows)
-
-
-def _joined(
-    mean: Tensor,
-    variance: Tensor,
-    shift: Tensor,
-    known: Tensor,
-    part: Part,
-    counts: Tensor | None = None,
-) -> tuple[Window, Tensor]:
-    """The window, and how far each entry's mean is from its mean."""
+    known = torch.where(counts, variances, 0.0).clamp_min(0.0)
     mean_shift = shift.sum(0) * part
-    deviation = shift - mean_shift
-    if counts is not None:
-        deviation = torch.where(counts, deviation, 0.0)
-    spread = torch.addcmul((deviation * deviation).sum(0), mean_shift, mean_shift)
-    return Window(mean + mean_shift, (known.sum(0) + variance + spread) * part, part), deviation
+    deviation = torch.where(counts, shift - mean_shift, 0.0)
+    spread = torch.addcmul(known, deviation, deviation).sum(0) * part
+    grows = torch.where(variances > 0, shares, 0.0)
+    return Window(mean + mean_shift, spread, part), Entries(here, shares, deviation, grows)
 
 
 def normalise(
@@ -257,31 +280,45 @@ def _gradient_through_history(
 
     ``∂μ̄ = Σ share·p̄`` and ``∂σ̄² = Σ 2·share·deviation·p̄ + grows·(D − 2·moved·p̄)``.
     """
-    share, deviation, grows = reach.entries
-    of_mean = torch.addcmul(lean, deviation, growth) * (-share)
+    here, share, deviation, grows = reach.entries
+    of_mean = torch.addcmul(lean, deviation, growth).mul_(-share)
     by_weight = by_bias = None
     if bias is not None and bias.requires_grad:
-        by_bias = of_mean.sum(0).to(bias.dtype)
-    if producer is not None and weight is not None and reach.patches is not None:
-        assert reach.loan is not None  # it comes with the patches
+        by_bias = (of_mean.sum(0) - of_mean[here]).to(bias.dtype)
+    if producer is not None and weight is not None and reach.loan is not None:
         of_variance = growth * (-0.5 * grows)
         of_patch = of_mean.addcmul_(of_variance, reach.moved, value=-2.0)
-        by_weight = _spread(of_patch, reach.patches)
-        columns = of_variance.expand_as(deviation).unsqueeze(2).unbind(0)
-        for column, slope in zip(columns, reach.loan.slopes(), strict=True):
-            by_weight.addcmul_(column, slope.to(by_weight.dtype))
+        of_patch[here].zero_()
+        columns = list(of_variance.expand_as(deviation).unsqueeze(2).unbind(0))
+        del columns[here]
+        by_weight = _sum_of_products(zip(columns, reach.loan.slopes(), strict=True))
+        _add_patches(by_weight, of_patch, reach.loan.patches())
         # detached: autograd adds the convolution's own gradient to a view's in new memory
         by_weight = unfold_weight(producer, by_weight.to(weight.dtype)).detach()
     return by_weight, by_bias
 
 
-def _spread(coefficients: Tensor, patches: Tensor) -> Tensor:
-    """``Σ_τ c_τ·p̄_τ``: (n, C) with (n, G, F) to (C, F)."""
-    groups = patches.shape[1]
-    if groups == 1:
-        return torch.mm(coefficients.t(), patches.squeeze(1))
-    by_group = coefficients.t().reshape(groups, -1, len(patches))
-    return torch.bmm(by_group, patches.transpose(0, 1)).flatten(0, 1)
+def _sum_of_products(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    total: Tensor | None = None
+    for column, slope in terms:
+        slope = slope.to(column.dtype)
+        total = column * slope if total is None else total.addcmul_(column, slope)
+    assert total is not None  # a loan is of something
+    return total
+
+
+def _add_patches(total: Tensor, coefficients: Tensor, patches: Tensor) -> None:
+    """Add ``Σ_τ c_τ·p̄_τ``, (k, C) with (k, G, F), to (C, F)."""
+    batches, groups, taps = patches.shape
+    if groups > 1:
+        by_group = coefficients.t().reshape(groups, -1, batches)
+        total.view(groups, -1, taps).baddbmm_(by_group, patches.transpose(0, 1))
+    elif batches > _FEW_ENTRIES or total.numel() < _SMALL:
+        total.addmm_(coefficients.t(), patches.view(batches, taps))
+    else:
+        # matrix products are slow at sums of so few
+        for column, row in zip(coefficients.unsqueeze(2), patches, strict=True):
+            total.addcmul_(column, row)
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -340,17 +377,19 @@ def _gained_through_history(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     producer, weight, bias = followed
-    share, deviation, grows = reach.entries
+    here, share, deviation, grows = reach.entries
+    past = [row for row in range(len(deviation)) if row != here]
+    share, grows = (p[past] if isinstance(p, Tensor) else p for p in (share, grows))
+    deviation, moved = deviation[past], reach.moved[past]
     shift = torch.zeros_like(deviation)
     growth = torch.zeros_like(deviation)
-    if producer is not None and weight is not None and reach.patches is not None:
-        assert reach.loan is not None  # it comes with the patches
+    if producer is not None and weight is not None and reach.loan is not None:
         step = fold_weight(producer, (weight - weight.detach()).to(dtype))
-        along = offsets_of(reach.patches, step)
+        along = offsets_of(reach.loan.patches()[past], step)
         shift = shift + along
         # copies: the ring moves on, and whoever differentiates twice may take his time
         slopes = torch.stack([slope.to(dtype) for slope in reach.loan.slopes()])
-        growth = (slopes * step.flatten(0, 1)).sum(-1) - along * (2.0 * reach.moved + along)
+        growth = (slopes * step.flatten(0, 1)).sum(-1) - along * (2.0 * moved + along)
     if bias is not None:
         shift = shift + (bias - bias.detach()).to(dtype)
     around = share * shift * (2.0 * deviation + shift)

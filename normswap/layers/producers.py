@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 from normswap.layers.batch_statistics import in_eager, is_recomputation
 
 _FEW_POSITIONS = 128
+_SMALL_MAP = 256
 
 Pad = Callable[[Tensor], Tensor]
 """Pads a producer's input by hand, where the module does so in its forward."""
@@ -158,7 +159,6 @@ class ProducerLink:
         self._inbox[:] = [entry for entry in self._inbox if entry[0]() is not None]
         self._inbox.append((weakref.ref(output), Call(x.detach(), output.shape)))
 
-    @in_eager
     def take(self, output: Tensor) -> Call | None:
         """The call that gave ``output``, which may be a view or copy of its result; forgets it."""
         if self._pending:
@@ -207,7 +207,7 @@ def fold_weight(producer: nn.Module, weights: Tensor) -> Tensor:
         by_group = weights.reshape(*head, groups, inputs // groups, outputs, -1)
         return by_group.transpose(-3, -2).reshape(*head, groups, outputs, -1)
     outputs = weights.shape[leading]
-    if _taps_first(producer):
+    if taps_first(producer):
         weights = weights.movedim(leading + 1, -1)
     return weights.reshape(*head, groups, outputs // groups, -1)
 
@@ -219,12 +219,13 @@ def unfold_weight(producer: nn.Module, folded: Tensor) -> Tensor:
         groups = groups_of(producer)
         by_group = folded.reshape(groups, shape[1], shape[0] // groups, -1)
         return by_group.transpose(1, 2).reshape(shape)
-    if _taps_first(producer):
+    if taps_first(producer):
         return folded.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return folded.view(shape)
 
 
-def _taps_first(producer: nn.Module) -> bool:
+def taps_first(producer: nn.Module) -> bool:
+    """Whether the taps come before the input channels in the weight's memory."""
     weight = _weight_of(producer)
     return (
         isinstance(producer, _ConvNd)
@@ -240,7 +241,9 @@ def _weight_of(producer: nn.Module) -> Tensor:
     return weight
 
 
-def mean_patch(producer: nn.Module, call: Call, pad: Pad | None) -> Tensor:
+def mean_patch(
+    producer: nn.Module, call: Call, pad: Pad | None, out: Tensor | None = None
+) -> Tensor:
     """``∂mean(y)/∂w``, the same for every channel of a group: (G, F), ordered like the weight.
 
     Which input rows a kernel tap meets does not depend on the columns, so the mean over positions
@@ -250,64 +253,84 @@ def mean_patch(producer: nn.Module, call: Call, pad: Pad | None) -> Tensor:
         producer: the convolution or linear layer.
         call: its call, the input in the statistics' dtype.
         pad: how the input is padded by hand, or None.
+        out: what to write the result to; None for a new tensor.
     """
-    if isinstance(producer, nn.Linear):
-        return call.input.reshape(-1, call.input.shape[-1]).mean(0, keepdim=True)
-    assert isinstance(producer, _ConvNd)  # producer_problem looked at it
-    x, padding, mode = _pad_by_hand(producer, call.input, pad)
-    if _is_pointwise(producer, padding) and max(producer.stride) == 1:
-        return x.mean([0, *range(2, x.dim())]).unsqueeze(0)
-    spatial = tuple(call.shape[2:])
-    positions = x.shape[0] * math.prod(spatial)
-    sums = _sum_over_positions(producer, x, spatial, padding, mode) / positions
-    sums = sums.reshape(groups_of(producer), -1, *sums.shape[1:])
-    if _taps_first(producer):
-        sums = sums.movedim(1, -1)
-    return sums.reshape(groups_of(producer), -1)
-
-
-def _sum_over_positions(
-    producer: _ConvNd,
-    x: Tensor,
-    spatial: tuple[int, ...],
-    padding: list[tuple[int, int]],
-    mode: str,
-) -> Tensor:
-    """(C_in, taps …): for each tap, the sum of the inputs that it meets."""
-    total = x.sum(0)
-    for axis, out in enumerate(spatial):
-        # tensordot takes the first axis away and puts the taps at the end: the order stays
-        touches = _touches(
-            total.shape[1],
-            out,
-            producer.kernel_size[axis],
-            producer.stride[axis],
-            producer.dilation[axis],
-            padding[axis],
-            mode,
-            producer.transposed,
-            total.device,
-            total.dtype,
+    means = _mean_patch(producer, call, pad)
+    groups = groups_of(producer)
+    if out is None:
+        out = means.new_empty(groups, means.numel() // groups)
+    if taps_first(producer):
+        return (
+            out.view(groups, means.shape[1], -1)
+            .copy_(means.view(groups, -1, means.shape[1]).transpose(1, 2))
+            .view_as(out)
         )
-        total = torch.tensordot(total, touches, dims=([1], [1]))
-    return total
+    out.view(means.shape).copy_(means)
+    return out
+
+
+def _mean_patch(producer: nn.Module, call: Call, pad: Pad | None) -> Tensor:
+    """(C_in, taps)."""
+    if isinstance(producer, nn.Linear):
+        return call.input.reshape(-1, call.input.shape[-1]).mean(0).unsqueeze(1)
+    assert isinstance(producer, _ConvNd)  # producer_problem looked at it
+    x, padding, mode = pad_by_hand(producer, call.input, pad)
+    if _is_pointwise(producer, padding) and max(producer.stride) == 1:
+        return x.mean([0, *range(2, x.dim())]).unsqueeze(1)
+    settings = (producer.kernel_size, producer.stride, producer.dilation, padding)
+    axes = zip(x.shape[2:], call.shape[2:], *settings, strict=True)
+    along = tuple(
+        _Axis(size, out, kernel, stride, dilation, pads, mode, producer.transposed)
+        for size, out, kernel, stride, dilation, pads in axes
+    )
+    return _mean_over_positions(x, along)
+
+
+class _Axis(NamedTuple):
+    """One axis of a convolution."""
+
+    size: int
+    out: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: tuple[int, int]
+    mode: str
+    transposed: bool
+
+
+def _mean_over_positions(x: Tensor, axes: tuple[_Axis, ...]) -> Tensor:
+    """(C_in, taps): for each tap, the mean of the inputs that it meets."""
+    batch, channels, *sizes = x.shape
+    if all(axis.kernel == 1 for axis in axes) or math.prod(sizes) <= _SMALL_MAP:
+        # one product with all taps at once
+        touches = _touches_of_map(axes, batch, x.device, x.dtype)
+        sums = torch.mm(touches, x.reshape(batch * channels, -1).t())
+        return sums.view(-1, batch, channels).sum(1).t()
+    tables = [_touches(axis, x.device, x.dtype) for axis in axes]
+    if len(tables) > 1:
+        x = torch.matmul(tables[-2], x)
+    total = torch.matmul(x.sum(0), tables[-1].t())
+    if len(tables) > 2:
+        total = torch.matmul(tables[0], total.flatten(2))
+    return total.flatten(1).div_(batch * math.prod(axis.out for axis in axes))
+
+
+@lru_cache(maxsize=256)
+def _touches_of_map(
+    axes: tuple[_Axis, ...], batch: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(taps, input positions): each tap's part in a mean over the whole map."""
+    table = _touches(axes[0], device, dtype)
+    for axis in axes[1:]:
+        table = torch.kron(table, _touches(axis, device, dtype))
+    return table / (batch * math.prod(axis.out for axis in axes))
 
 
 @lru_cache(maxsize=512)
-def _touches(
-    size: int,
-    out: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: tuple[int, int],
-    mode: str,
-    transposed: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
+def _touches(axis: _Axis, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(kernel, size): how often each tap meets each input position along one axis."""
-    before, after = padding
+    size, out, kernel, stride, dilation, (before, after), mode, transposed = axis
     rows = [[0.0] * size for _ in range(kernel)]
     if transposed:
         for tap in range(kernel):
@@ -336,7 +359,7 @@ def _padded_positions(size: int, before: int, after: int, mode: str) -> list[int
     return [p if 0 <= p < size else None for p in positions]
 
 
-def _pad_by_hand(
+def pad_by_hand(
     producer: _ConvNd, x: Tensor, pad: Pad | None
 ) -> tuple[Tensor, list[tuple[int, int]], str]:
     """The input, the padding left to do as (before, after) per axis, and its mode."""
@@ -410,11 +433,11 @@ def _gradient_into(
     if every == 1 and grad.shape != call.shape:
         sizes = (call.shape[0], *call.shape[2:], call.shape[1])
         grad = _as_rows(grad).reshape(sizes).movedim(-1, 1)
-    x, padding, mode = _pad_by_hand(producer, call.input, pad)
+    x, padding, mode = pad_by_hand(producer, call.input, pad)
     few = _has_few_positions(producer, grad)
     if few or mode != "zeros" or any(before != after for before, after in padding):
         if any(map(any, padding)):
-            x = _with_padding(x, padding, mode)
+            x = with_padding(x, padding, mode)
         padding = [(0, 0)] * len(padding)
     steps = [step * every for step in producer.stride]
     if _is_pointwise(producer, padding):
@@ -461,7 +484,8 @@ def every_nth(x: Tensor, steps: Sequence[int]) -> Tensor:
     return x
 
 
-def _with_padding(x: Tensor, padding: list[tuple[int, int]], mode: str) -> Tensor:
+def with_padding(x: Tensor, padding: list[tuple[int, int]], mode: str) -> Tensor:
+    """``x`` padded as :func:`pad_by_hand` says."""
     amounts = [amount for pair in padding[::-1] for amount in pair]
     return F.pad(x, amounts, "constant" if mode == "zeros" else mode)
 
@@ -475,9 +499,9 @@ def patches(producer: _ConvNd, x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
         at: for each of R positions the sample, and the place along each axis.
     """
     sample, *place = at
-    x, padding, mode = _pad_by_hand(producer, x, None)
+    x, padding, mode = pad_by_hand(producer, x, None)
     if any(map(any, padding)):
-        x = _with_padding(x, padding, mode)
+        x = with_padding(x, padding, mode)
     rows = x.movedim(1, -1)
     taps = itertools.product(*map(range, producer.kernel_size))
     seen = [rows[(sample, *_met(producer, place, tap))] for tap in taps]
@@ -535,7 +559,7 @@ def _patch_rows(producer: _ConvNd, x: Tensor, sizes: torch.Size, steps: list[int
     # (N, C, positions, taps): channels before the taps, or behind them for channels_last
     front = [0, *range(2, 2 + rank)]
     taps_at = list(range(2 + rank, 2 + 2 * rank))
-    order = [*front, *taps_at, 1] if _taps_first(producer) else [*front, 1, *taps_at]
+    order = [*front, *taps_at, 1] if taps_first(producer) else [*front, 1, *taps_at]
     return x.permute(order).reshape(x.shape[0] * math.prod(sizes), -1)
 
 

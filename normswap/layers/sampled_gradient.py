@@ -1,0 +1,159 @@
+"""A weight gradient from some of the positions of a convolution's output.
+
+Shapes: N samples, G groups, C channels, F the weights of one channel, P positions of a sample.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from normswap.layers.producers import Call, Pad, groups_of, pad_by_hand, taps_first, with_padding
+
+_FEW = 16
+_SMALL = 1 << 16
+
+
+class Positions(NamedTuple):
+    """Every how many-th row and column of a map, and the first of them."""
+
+    every: int
+    first: int
+
+    def along(self, size: int) -> range:
+        """Which of ``size`` rows."""
+        return range(self.first, size, self.every)
+
+    def of(self, y: Tensor) -> Tensor:
+        """The values there: (N, C, *) to (N, C, P), not a view."""
+        kept = [slice(self.first, None, self.every)] * (y.dim() - 2)
+        return (
+            y[(slice(None), slice(None), *kept)]
+            .clone(memory_format=torch.contiguous_format)
+            .flatten(2)
+        )
+
+
+def sampled_gradient(
+    producer: _ConvNd,
+    call: Call,
+    grad: Tensor,
+    pad: Pad | None,
+    at: Positions,
+    *,
+    out: Tensor,
+) -> None:
+    """Write ``Σ grad·∂y/∂w`` into ``out``.
+
+    Args:
+        producer: the convolution, not a transposed one.
+        call: its call.
+        grad: (N, C, P), upstream of the sampled positions in the statistics' dtype.
+        pad: how the input is padded by hand, or None.
+        at: which positions they are.
+        out: (C, F), of any float dtype.
+    """
+    into = out if out.dtype == grad.dtype else torch.empty_like(out, dtype=grad.dtype)
+    patches = _patches(producer, call, pad, at).to(grad.dtype)
+    if len(grad) > 1 and grad.shape[2] < _FEW:
+        grad, patches = _joined(grad), _joined(patches)
+    _contract(grad, patches.transpose(2, 3), into)
+    if into is not out:
+        out.copy_(into)
+
+
+def _contract(grad: Tensor, patches: Tensor, out: Tensor) -> None:
+    """``out = Σ_n``, (N, C, P) by (N, G, P, F) to (C, F)."""
+    samples, groups, _, taps = patches.shape
+    if groups == 1 and samples * out.numel() < _SMALL:
+        torch.sum(torch.bmm(grad, patches[:, 0]), 0, out=out)
+    elif groups == 1:
+        for number in range(samples):
+            torch.addmm(out, grad[number], patches[number, 0], beta=min(number, 1), out=out)
+    else:
+        by_group = grad.view(samples * groups, -1, grad.shape[2])
+        products = torch.bmm(by_group, patches.flatten(0, 1))
+        torch.sum(products.view(samples, -1, taps), 0, out=out)
+
+
+def _joined(x: Tensor) -> Tensor:
+    """(N, *, P) as (1, *, N·P)."""
+    return x.movedim(0, -2).flatten(-2).unsqueeze(0)
+
+
+def _patches(producer: _ConvNd, call: Call, pad: Pad | None, at: Positions) -> Tensor:
+    """What the taps meet: (N, G, F, P), F ordered like the weight's."""
+    x, padding, mode = pad_by_hand(producer, call.input, pad)
+    axes = [
+        _Axis(
+            size,
+            first=at.first * stride - before,
+            steps=len(at.along(made)),
+            step=at.every * stride,
+            taps=taps,
+            dilation=dilation,
+        )
+        for size, made, stride, taps, dilation, (before, _) in zip(
+            x.shape[2:],
+            call.shape[2:],
+            producer.stride,
+            producer.kernel_size,
+            producer.dilation,
+            padding,
+            strict=True,
+        )
+    ]
+    if any(axis.first < 0 or axis.last >= axis.size for axis in axes):
+        x = with_padding(x, padding, mode)
+        axes = [
+            axis._replace(size=axis.size + before + after, first=axis.first + before)
+            for axis, (before, after) in zip(axes, padding, strict=True)
+        ]
+    met = _places(tuple(axes), x.device)
+    groups = groups_of(producer)
+    if taps_first(producer):
+        rows = x.movedim(1, -1).flatten(1, -2)
+        seen = rows.index_select(1, met.t().flatten()).view(
+            len(x), met.shape[1], len(met), groups, -1
+        )
+        return seen.permute(0, 3, 2, 4, 1).flatten(2, 3)
+    seen = x.flatten(2).index_select(2, met.flatten())
+    return seen.view(len(x), groups, -1, met.shape[1])
+
+
+class _Axis(NamedTuple):
+    """Where the taps stand along one axis of the input."""
+
+    size: int
+    first: int
+    steps: int
+    step: int
+    taps: int
+    dilation: int
+
+    @property
+    def last(self) -> int:
+        return self.first + (self.steps - 1) * self.step + (self.taps - 1) * self.dilation
+
+    def places(self) -> list[list[int]]:
+        """For each tap, the places of all steps."""
+        return [
+            [self.first + step * self.step + tap * self.dilation for step in range(self.steps)]
+            for tap in range(self.taps)
+        ]
+
+
+@lru_cache(maxsize=512)
+def _places(axes: tuple[_Axis, ...], device: torch.device) -> Tensor:
+    """(taps, P): where in a flattened map each tap stands at each position."""
+    with torch.inference_mode(False):
+        met = torch.zeros((1, 1), dtype=torch.int64)
+        for axis in axes:
+            here = torch.tensor(axis.places())
+            met = met[:, None, :, None] * axis.size + here[None, :, None, :]
+            met = met.flatten(2).flatten(0, 1)
+        return met.to(device)
