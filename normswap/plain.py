@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def or_none(value: float) -> float | None:
+    """A number; None for NaN."""
+    return None if math.isnan(value) else value
+
+
 def plain(value: Any) -> Any:
     """JSON's types alone: no NaN; tuples, paths, tensors and NumPy scalars are brought to them."""
     if isinstance(value, Mapping):

@@ -28,12 +28,13 @@ from normswap.copying import copied
 from normswap.errors import NormSwapError, TrainingError
 from normswap.files import json_digest, remove, sole_writer, write_whole
 from normswap.passage import needs_passage
+from normswap.plain import or_none
 from normswap.progress import Progress, ProgressCallback
 from normswap.provenance import provenance_of
 from normswap.reading import Malformed, check_no_link, reading
 from normswap.regular import read_text
 from normswap.training import FineTune, TrainingInterrupted, evaluate, finetune
-from normswap.training.batches import in_memory, samples_per_epoch
+from normswap.training.batches import samples_of, samples_per_epoch
 from normswap.training.identity import (
     data_changes,
     data_identity,
@@ -487,15 +488,15 @@ class _Bench:
         except NormSwapError as error:
             log.warning("%s failed: %s", cell.name, error)
             return replace(cell, failure=str(error))
-        size = _size(self.train_data)
+        size = samples_of(self.train_data)
         return replace(
             cell,
             learning_rate=history.learning_rate,
             samples=options.epochs * samples_per_epoch(size, cell.batch_size) if size else 0,
-            start_top1=None if start is None else _known(start.top1),
-            top1=_known(score.top1),
-            top5=_known(score.top5),
-            loss=_known(score.loss) if self.task != "classification" else score.loss,
+            start_top1=None if start is None else or_none(start.top1),
+            top1=or_none(score.top1),
+            top5=or_none(score.top5),
+            loss=or_none(score.loss) if self.task != "classification" else score.loss,
             metric=score.metric,
             start_metric=None if start is None else start.metric,
             seconds=sum(epoch.seconds for epoch in history.epochs),
@@ -558,10 +559,6 @@ def draw_sweep(found: Sweep, path: str | Path) -> Path:
     return pictures.accuracy_by_batch(lines, found.batch_sizes, "bn", path, axis)
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 _FINISHED = Cell("bn", 1, 0, 0.1, samples=1, seconds=1.0)
 """Fields of the types that a file may hold; what is None here may be a number."""
 
@@ -616,13 +613,6 @@ def _identity(model: nn.Module | Callable[[], nn.Module], from_scratch: bool) ->
         count = sum(parameter.numel() for parameter in model.parameters())
         return f"{type(model).__qualname__} of {count:,} parameters"  # their values are drawn anew
     return str(getattr(model, "__qualname__", type(model).__qualname__))
-
-
-def _size(data: Any) -> int | None:
-    pair = in_memory(data)
-    if pair is not None:
-        return len(pair[0])
-    return len(data) if hasattr(data, "__len__") else None
 
 
 def _reset(model: nn.Module) -> None:

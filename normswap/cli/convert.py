@@ -275,7 +275,17 @@ def _converted(
     )
     if teacher is None:
         return result, predict_drift(result.model, originals, plan), None
-    report = _calibrate(result.model, teacher, images, work)
+    scope, seconds, seed = work
+    with progress("calibrating") as show:
+        report: Calibration = normswap.calibrate(
+            result.model,
+            teacher,
+            images,
+            seconds=seconds,
+            parameters=scope,
+            seed=seed,
+            progress=show,
+        )
     return result, report.after, report
 
 
@@ -308,25 +318,6 @@ def _print_kept(result: Any) -> None:
     rows = [(*row[:2], row[2]) for row in result.rows]
     print_table(("layer", "became", "nats by itself"), rows, numeric=("nats by itself",))
     say(result.summary)
-
-
-def _calibrate(
-    model: nn.Module, teacher: nn.Module, images: Any, work: tuple[Any, ...]
-) -> Calibration:
-    import normswap
-
-    scope, seconds, seed = work
-    with progress("calibrating") as show:
-        report: Calibration = normswap.calibrate(
-            model,
-            teacher,
-            images,
-            seconds=seconds,
-            parameters=scope,
-            seed=seed,
-            progress=show,
-        )
-    return report
 
 
 def _print_trust(plan: Plan, report: Calibration | None, drift: Drift) -> None:

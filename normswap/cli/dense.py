@@ -25,18 +25,7 @@ def evaluate(
     confusion: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure mean IoU or mAP and print it.
-
-    Args:
-        opened: the model.
-        chosen: how it was chosen.
-        task: ``"segmentation"`` or ``"detection"``.
-        folder: which images; arguments of ``read_folder``.
-        how: options of ``normswap.evaluate``.
-        per_class: every class by itself, too.
-        confusion: a picture of which class is taken for which.
-        as_json: in place of the tables.
-    """
+    """Measure mean IoU or mAP and print it; ``folder`` is for ``read_folder``, ``how`` the rest."""
     import normswap
     from normswap.data import read_folder
     from normswap.training import FineTune
@@ -103,18 +92,7 @@ def predict(
     how: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Say what is where on images, and draw it.
-
-    Args:
-        opened: the model.
-        chosen: how it was chosen.
-        task: ``"segmentation"`` or ``"detection"``.
-        images: a folder or one file.
-        output: folder for a picture of each image, or None.
-        min_score: boxes with less are left out.
-        how: further arguments of ``dense_predictions``.
-        as_json: in place of the table.
-    """
+    """Say what is where on images, and draw it; ``how`` is more for ``dense_predictions``."""
     from normswap.dense_predictions import dense_predictions
 
     with progress("predicting") as show:

@@ -19,7 +19,7 @@ from normswap.checks import whole
 from normswap.errors import RETURNED, TrainingError, in_short
 from normswap.files import sole_writer
 from normswap.passage import Passage, as_original, forget_statistics, needs_passage
-from normswap.plain import plain
+from normswap.plain import or_none, plain
 from normswap.provenance import add_history
 from normswap.reading import Malformed
 from normswap.running import evaluating, moved, placed
@@ -588,8 +588,8 @@ class Run:
             train_loss=loss / max(images, 1),
             train_top1=hits / judged if judged else None,
             val_loss=self._loss_of(score),
-            val_top1=_or_none(score.top1) if score else None,
-            val_top5=_or_none(score.top5) if score else None,
+            val_top1=or_none(score.top1) if score else None,
+            val_top5=or_none(score.top5) if score else None,
             val_metric=score.metric if score else None,
             passage=None if self.passage is None else self.passage.share,
             seconds=self.meter.seconds,
@@ -660,7 +660,7 @@ class Run:
         for name in ("original", "start"):
             metrics = getattr(self.record, name)
             if metrics is not None:
-                found[f"{name}_top1"] = _or_none(metrics.top1)
+                found[f"{name}_top1"] = or_none(metrics.top1)
                 found[f"{name}_metric"] = metrics.metric
         return {key: value for key, value in found.items() if value is not None}
 
@@ -762,8 +762,8 @@ class Run:
             train_loss=None,
             train_top1=None,
             val_loss=self._loss_of(start),
-            val_top1=_or_none(start.top1),
-            val_top5=_or_none(start.top5),
+            val_top1=or_none(start.top1),
+            val_top5=or_none(start.top5),
             seconds=0.0,
             images_per_second=None,
             val_metric=start.metric,
@@ -963,10 +963,6 @@ def _better(row: Epoch, best: Epoch | None) -> bool:
         return True
     # an epoch that comes up to the start is taken: it has seen the data
     return row.score >= best.score if best.epoch == 0 else row.score > best.score
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _line(row: Epoch, epochs: int, metric: str) -> str:
