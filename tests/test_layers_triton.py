@@ -43,7 +43,7 @@ def run(*arguments, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("layer", ["frn"])
+@pytest.mark.parametrize("layer", ["frn", "brn"])
 def test_kernels_in_the_interpreter(layer):
     if not interpreter_counts():
         pytest.skip("this Triton's interpreter and this numpy do not go together")
@@ -59,14 +59,15 @@ def test_kernels_compile_for_a_card(tmp_path):
     """What the interpreter lets pass, a compiler may not."""
     done = run(HERE / "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for name in ("forward_whole", "forward_parts", "backward_whole", "backward_channels"):
+    for name in ("forward_parts", "backward_whole", "backward_channels", "moments", "renormalise"):
         assert name in done.stdout
 
 
 def test_everything_can_be_imported_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import normswap.layers.gpu.filter_response, normswap.layers.gpu.language as language\n"
+        "import normswap.layers.gpu.filter_response, normswap.layers.gpu.batch_renorm\n"
+        "import normswap.layers.gpu.language as language\n"
         "assert language.tl is None\n"
     )
     done = run("-c", code)
@@ -75,8 +76,9 @@ def test_everything_can_be_imported_without_triton():
 
 def test_a_layer_on_the_cpu_does_not_bring_triton():
     code = (
-        "import sys, torch; from normswap.layers import FilterResponseNorm2d\n"
-        "FilterResponseNorm2d(3)(torch.ones(2, 3, 4, 4, requires_grad=True)).sum().backward()\n"
+        "import sys, torch; from normswap.layers import BatchRenorm2d, FilterResponseNorm2d\n"
+        "for layer in (BatchRenorm2d(3), FilterResponseNorm2d(3)):\n"
+        "    layer(torch.ones(2, 3, 4, 4, requires_grad=True)).sum().backward()\n"
         "assert 'normswap.layers.gpu.language' not in sys.modules\n"
     )
     done = run("-c", code)
@@ -93,9 +95,8 @@ def test_no_tensor_of_the_cpu_is_taken():
 @pytest.mark.parametrize("channels", [1, 3, 64, 2048])
 @pytest.mark.parametrize("positions", [1, 49, 196, 3136, 12544, 160000])
 @pytest.mark.parametrize("dense_channels", [False, True])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_cover_a_batch_once(samples, channels, positions, dense_channels, itemsize):
-    cut = tiles.cut(samples, channels, positions, dense_channels, itemsize)
+def test_tiles_cover_a_batch_once(samples, channels, positions, dense_channels):
+    cut = tiles.cut(samples, channels, positions, dense_channels)
     assert cut.channels & (cut.channels - 1) == 0
     assert cut.positions & (cut.positions - 1) == 0
     assert cut.channels * cut.positions <= tiles.WHOLE
@@ -109,11 +110,27 @@ def test_tiles_cover_a_batch_once(samples, channels, positions, dense_channels, 
     assert cut.warps in (1, 2, 4, 8, 16)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 32, 1000])
+@pytest.mark.parametrize("channels", [1, 3, 64, 2048])
+@pytest.mark.parametrize("positions", [1, 49, 196, 3136, 12544, 160000])
 @pytest.mark.parametrize("dense_channels", [False, True])
-@pytest.mark.parametrize("itemsize", [2, 4])
+def test_shares_cover_a_batch_once(samples, channels, positions, dense_channels):
+    cut = tiles.share(samples, channels, positions, dense_channels)
+    assert cut.channels & (cut.channels - 1) == 0
+    assert cut.positions & (cut.positions - 1) == 0
+    assert cut.channels * cut.positions <= 4096
+    sample_parts = cut.parts // cut.row_parts
+    assert cut.parts == sample_parts * cut.row_parts <= 128
+    assert (sample_parts - 1) * cut.samples < samples <= sample_parts * cut.samples
+    assert (cut.row_parts - 1) * cut.length < positions <= cut.row_parts * cut.length
+    assert cut.programs == cut.parts * -(-channels // cut.channels)
+
+
+@pytest.mark.parametrize("dense_channels", [False, True])
 @pytest.mark.parametrize(
     ("channels", "positions"), [(64, 112**2), (256, 56**2), (64, 200**2), (2048, 49), (64, 400**2)]
 )
-def test_two_images_keep_a_large_card_busy(channels, positions, dense_channels, itemsize):
-    cut = tiles.cut(2, channels, positions, dense_channels, itemsize)
-    assert cut.programs >= 128
+def test_two_images_keep_a_large_card_busy(channels, positions, dense_channels):
+    assert tiles.cut(2, channels, positions, dense_channels).programs >= 128
+    samples, row = (1, 2 * positions) if dense_channels else (2, positions)
+    assert tiles.share(samples, channels, row, dense_channels).programs >= 128

@@ -4,6 +4,7 @@ Run by test_layers_triton.py: Triton decides as it is imported whether it interp
 a process of its own. What a kernel does not write is NaN here.
 """
 
+import copy
 import importlib
 import logging
 import os
@@ -11,14 +12,23 @@ import os
 import pytest
 import reference
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from normswap.layers import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
+from normswap.layers import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    FilterResponseNorm1d,
+    FilterResponseNorm2d,
+    FilterResponseNorm3d,
+)
 from normswap.layers.gpu import launching, tiles
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_layers_triton.py runs it", allow_module_level=True)
 
 frn = importlib.import_module("normswap.layers.filter_response_norm")
+brn = importlib.import_module("normswap.layers.batch_renorm")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 CLASSES = {3: FilterResponseNorm1d, 4: FilterResponseNorm2d, 5: FilterResponseNorm3d}
@@ -36,6 +46,9 @@ class Counted:
 
     def __init__(self, module):
         self.module, self.taken = module, 0
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
 
     def forward(self, *arguments):
         found = self.module.forward(*arguments)
@@ -66,7 +79,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "_PIECE", 32)
     monkeypatch.setattr(tiles, "_MOST_PARTS", 2)
     monkeypatch.setattr(tiles, "_NARROW", 2)
-    monkeypatch.setattr(tiles, "_LINE", 16)
+    monkeypatch.setattr(tiles, "_WIDE", 4)
     yield
     filter_response._plan_forward.cache_clear()
     filter_response._plan_backward.cache_clear()
@@ -136,8 +149,7 @@ def test_frn_of_any_shape(kernels, shape, channels_last):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("long", [False, True])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("long", "own"), [(False, True), (True, False)])
 def test_frn_of_any_dtype(kernels, request, dtype, channels_last, long, own):
     """``own``: parameters of the batch's dtype, not of float32 as under autocast."""
     if long:
@@ -167,7 +179,7 @@ def test_frn_with_and_without_its_parameters(kernels, request, affine, tlu, lear
 def test_frn_of_rows_that_are_long_by_nature(kernels, channels_last):
     torch.manual_seed(4)
     shape = (1, 3, 131, 126)
-    plan = tiles.cut(1, 3, 131 * 126, channels_last, 4)
+    plan = tiles.cut(1, 3, 131 * 126, channels_last)
     assert plan.parts > 1
     x = laid_out(torch.randn(shape), channels_last)
     agree(scrambled(FilterResponseNorm2d(3)), x, torch.randn(shape))
@@ -331,3 +343,323 @@ def test_frn_whose_backward_cannot_be_built_is_the_eager_one(kernels, monkeypatc
     agree(scrambled(FilterResponseNorm2d(3)), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4))
     kernels.module._plan_backward.cache_clear()
     assert kernels.taken == 1
+
+
+RENORMS = {3: BatchRenorm1d, 4: BatchRenorm2d, 5: BatchRenorm3d}
+
+
+@pytest.fixture
+def renorms(monkeypatch):
+    from normswap.layers.gpu import batch_renorm
+
+    counted = Counted(batch_renorm)
+    monkeypatch.setattr(brn, "_kernels_for", lambda x: counted)
+    yield counted
+    batch_renorm._plan_forward.cache_clear()
+    batch_renorm._plan_backward.cache_clear()
+
+
+@pytest.fixture
+def few_parts(monkeypatch):
+    """Parts of several samples, each of several pieces."""
+    monkeypatch.setattr(tiles, "_PIECE", 64)
+    monkeypatch.setattr(tiles, "_FEWEST", 64)
+    monkeypatch.setattr(tiles, "_SMALL", 64)
+    monkeypatch.setattr(tiles, "_MOST_PARTS", 2)
+    monkeypatch.setattr(tiles, "_WIDE", 4)
+
+
+def run_in(layer):
+    """Running statistics and vectors that are somewhere."""
+    scrambled(layer)
+    layer.running_mean.normal_(0.0, 0.5)
+    layer.running_var.uniform_(0.5, 2.0)
+    return layer
+
+
+def renorm(rank, channels, **settings):
+    return run_in(RENORMS[rank](channels, **({"r_max": 1.3, "d_max": 0.4} | settings)))
+
+
+def renorm_agrees(layer, x, grad, bounds=(1.3, 0.4), rate=0.01):
+    """Values, gradients and running statistics against the definition in float64."""
+    running = [layer.running_mean.double(), layer.running_var.double()]
+    versions = [layer.running_mean._version, layer.running_var._version]
+    counted = int(layer.num_batches_tracked)
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    (wide_x,) = reference.wide(x)
+    vectors = [layer.weight, layer.bias]
+    wide = [None if v is None else reference.wide(v)[0] for v in vectors]
+    expected, mean, variance = reference.batch_renorm(
+        wide_x, *wide, *running, layer.eps, rate, *bounds
+    )
+    expected.backward(grad.double())
+    assert y.dtype == x.dtype
+    assert y.stride() == x.stride()
+    tolerance = TOLERANCE[x.dtype]
+    assert distance(y.detach(), expected.detach()) < tolerance
+    # what is left of the gradient when two means are taken off it may be next to nothing
+    room = tolerance * max(float(wide_x.grad.norm()), float(grad.double().norm()))
+    assert float((x.grad.double() - wide_x.grad).norm()) < room
+    for vector, wanted in zip(vectors, wide, strict=True):
+        if vector is not None:
+            assert vector.grad.dtype == vector.dtype
+            room = tolerance * max(float(wanted.grad.norm()), float(grad.double().norm()))
+            assert float((vector.grad.double() - wanted.grad).norm()) < room
+    tolerance = TOLERANCE[layer.running_mean.dtype]
+    assert distance(layer.running_mean, mean) < tolerance
+    assert distance(layer.running_var, variance) < tolerance
+    assert layer.running_mean._version > versions[0]
+    assert layer.running_var._version > versions[1]
+    assert int(layer.num_batches_tracked) == counted + 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 5, 11, 13)])
+def test_brn_of_any_shape(renorms, shape, channels_last):
+    if channels_last and len(shape) == 3:
+        pytest.skip("three axes have one format")
+    torch.manual_seed(1)
+    layer = renorm(len(shape), shape[1])
+    renorm_agrees(layer, laid_out(torch.randn(shape) + 0.5, channels_last), torch.randn(shape))
+    assert renorms.taken == 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("few", "own"), [(False, True), (True, False)])
+def test_brn_of_any_dtype(renorms, request, dtype, channels_last, few, own):
+    """``own``: parameters and buffers of the batch's dtype, not of float32 as under autocast."""
+    if few:
+        request.getfixturevalue("few_parts")
+    torch.manual_seed(2)
+    layer = renorm(4, 5).to(dtype if own else torch.float32)
+    x = laid_out(torch.randn(3, 5, 7, 11), channels_last).to(dtype)
+    renorm_agrees(layer, x, torch.randn(x.shape).to(dtype))
+    assert renorms.taken == 2
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("bounds", [(1.0, 0.0), (1.1, 0.1), (3.0, 5.0), (float("inf"),) * 2])
+def test_brn_with_any_bounds(renorms, few_parts, affine, bounds):
+    torch.manual_seed(3)
+    layer = renorm(4, 3, affine=affine, r_max=bounds[0], d_max=bounds[1], momentum=0.3)
+    renorm_agrees(layer, torch.randn(3, 3, 7, 11), torch.randn(3, 3, 7, 11), bounds, 0.3)
+    assert renorms.taken == 2
+
+
+def test_brn_with_a_cumulative_average(renorms, few_parts):
+    torch.manual_seed(4)
+    layer = renorm(4, 5, momentum=None)
+    layer.num_batches_tracked.fill_(3)
+    for count in (4, 5):
+        x = torch.randn(3, 5, 7, 11)
+        renorm_agrees(layer, x, torch.randn(x.shape), rate=1.0 / count)
+        layer.zero_grad()
+    assert renorms.taken == 4
+
+
+@pytest.mark.parametrize("momentum", [0.2, None])
+def test_brn_without_a_counter(renorms, momentum):
+    torch.manual_seed(5)
+    layer = renorm(4, 3, momentum=momentum)
+    layer.num_batches_tracked = None
+    eager, x = copy.deepcopy(layer), torch.randn(2, 3, 7, 11)
+    y = layer(x)
+    torch.testing.assert_close(y, eager._train_by_torch(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+    assert renorms.taken == 1
+
+
+def test_brn_keeps_its_schedule(renorms, monkeypatch):
+    torch.manual_seed(6)
+    layer = renorm(4, 3, r_max=2.0, d_max=1.0, warmup=2, r_ramp=3, d_ramp=2, momentum=0.5)
+    eager = copy.deepcopy(layer)
+    for step in range(8):
+        x = torch.randn(2, 3, 5, 5) + step
+        y = layer(x)
+        torch.testing.assert_close(y, eager._train_by_torch(x), rtol=1e-5, atol=1e-5)
+        assert layer.iteration == eager.iteration
+        assert layer.limits == eager.limits
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+    assert renorms.taken == 8
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_brn_of_a_mean_far_from_zero(renorms, few_parts, channels_last):
+    torch.manual_seed(7)
+    x = laid_out(torch.randn(3, 5, 7, 11) + 1000.0, channels_last)
+    layer = BatchRenorm2d(5, momentum=1.0)
+    y = layer(x)
+    wide = x.double()
+    assert distance(layer.running_mean, wide.mean((0, 2, 3))) < 1e-6
+    assert distance(layer.running_var, wide.var((0, 2, 3), unbiased=False)) < 1e-4
+    # float32 itself holds 1000 to 6e-5
+    assert float((y.mean((0, 2, 3)) - 5.0).abs().max()) < 1e-3  # d_max
+    assert renorms.taken == 1
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_brn_takes_no_channel_that_is_not_finite(renorms, request, value, few):
+    if few:
+        request.getfixturevalue("few_parts")
+    torch.manual_seed(8)
+    layer = renorm(4, 3)
+    eager = copy.deepcopy(layer)
+    x, grad = torch.randn(3, 3, 7, 11), torch.randn(3, 3, 7, 11)
+    x[2, 1, 6, 3] = value
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    seen = []
+    for train, vectors in ((layer, layer), (eager._train_by_torch, eager)):
+        leaf = x.clone().requires_grad_()
+        y = train(leaf)
+        seen.append([y, *torch.autograd.grad(y, [leaf, *vectors.parameters()], grad)])
+    assert seen[0][0][:, 1].isnan().all()
+    for ours, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, wanted, equal_nan=True, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+    for now, then in zip((layer.running_mean, layer.running_var), before, strict=True):
+        assert now[1] == then[1]
+        assert now[0] != then[0]
+        assert now[2] != then[2]
+    assert renorms.taken == 2
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "all vectors"])
+def test_brn_gives_the_gradients_that_are_asked_for(renorms, few_parts, frozen):
+    torch.manual_seed(9)
+    layer = renorm(4, 4, momentum=0.0)
+    x, grad = torch.randn(3, 4, 7, 11, requires_grad=True), torch.randn(3, 4, 7, 11)
+    layer(x).backward(grad)
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    whole = {name: leaf.grad.clone() for name, leaf in leaves.items()}
+    for name, leaf in leaves.items():
+        leaf.grad = None
+        leaf.requires_grad_(name != frozen and (name == "x" or frozen != "all vectors"))
+    layer(x).backward(grad)
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad, whole[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert leaf.grad is None
+    (only,) = torch.autograd.grad(
+        layer(x), next(v for v in leaves.values() if v.requires_grad), grad
+    )
+    assert only.isfinite().all()
+
+
+def test_brn_takes_gradients_of_any_layout(renorms):
+    torch.manual_seed(10)
+    layer, x = renorm(4, 3), torch.randn(2, 3, 6, 6)
+    for batch, grad in (
+        (x, laid_out(torch.randn(2, 3, 6, 6), True)),
+        (laid_out(x, True), torch.randn(2, 3, 6, 6)),
+        (x, torch.randn(2, 3, 1, 1).expand(2, 3, 6, 6)),
+        (x, torch.randn(2 * 3 * 36 + 1)[1:].view(2, 3, 6, 6)),  # not on a 16-byte border
+    ):
+        layer.zero_grad()
+        renorm_agrees(layer, batch, grad)
+    assert renorms.taken == 8
+
+
+def test_brn_is_the_same_to_the_bit_each_time(renorms, few_parts):
+    torch.manual_seed(11)
+    layer, x = renorm(4, 5, momentum=0.0), torch.randn(3, 5, 7, 11)
+    seen = []
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        y = copy.deepcopy(layer)(leaf)
+        seen.append([y, *torch.autograd.grad(y.square().sum(), leaf)])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_brn_output_may_be_changed_in_place(renorms):
+    layer, x = renorm(4, 3, momentum=0.0), torch.randn(2, 3, 6, 6, requires_grad=True)
+    layer(x).relu_().square().sum().backward()
+    expected = torch.autograd.grad(layer(x).relu().square().sum(), x)[0]
+    assert torch.allclose(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_brn_has_second_derivatives(renorms):
+    torch.manual_seed(12)
+    layer = renorm(4, 3, momentum=0.0)
+    eager = copy.deepcopy(layer)
+    x, v = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    seen = []
+    for train, vectors in ((layer, layer), (eager._train_by_torch, eager)):
+        (first,) = torch.autograd.grad((train(x) ** 3).sum(), x, create_graph=True)
+        seen.append(torch.autograd.grad((first * v).sum(), [x, *vectors.parameters()]))
+    for ours, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+    assert renorms.taken >= 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_brn_under_a_checkpoint_is_the_eager_form(renorms, reentrant):
+    torch.manual_seed(13)
+    layer = renorm(4, 3, momentum=0.3)
+    plain, x = copy.deepcopy(layer), torch.randn(2, 3, 6, 6)
+    leaf = x.clone().requires_grad_()
+    checkpoint(layer, leaf, use_reentrant=reentrant).square().sum().backward()
+    assert renorms.taken == 0
+    other = x.clone().requires_grad_()
+    plain(other).square().sum().backward()
+    assert renorms.taken == 2
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def test_brn_whose_statistics_are_counted_anew_is_the_eager_form(renorms):
+    layer = renorm(4, 3)
+    loader = [torch.randn(2, 3, 4, 4) for _ in range(3)]
+    torch.optim.swa_utils.update_bn(loader, layer)
+    assert renorms.taken == 0
+    assert int(layer.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("name", ["moments", "renormalise"])
+def test_brn_whose_kernel_cannot_be_built_counts_a_batch_once(renorms, monkeypatch, name):
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(launching, "_failed", False)
+    monkeypatch.setattr(renorms.module.kernels, name, Broken())
+    torch.manual_seed(14)
+    layer, x = renorm(4, 3, warmup=3), torch.randn(2, 3, 6, 6)
+    eager = copy.deepcopy(layer)
+    torch.testing.assert_close(layer(x), eager._train_by_torch(x))
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
+    assert layer.iteration == eager.iteration == 1
+    assert renorms.taken == 0
+
+
+def test_brn_whose_backward_cannot_be_built_has_the_eager_one(renorms, monkeypatch):
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("ptxas")
+
+    monkeypatch.setattr(launching, "_failed", False)
+    monkeypatch.setattr(renorms.module.kernels, "backward", Broken())
+    renorm_agrees(renorm(4, 3), torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))
+    assert renorms.taken == 1
+
+
+def test_brn_leaves_what_is_unusual_to_the_eager_form(renorms):
+    x = torch.ones(2, 3, 4, 4)
+    for batch in (x.double(), torch.ones(2, 6, 4, 4)[:, ::2], x[:, :, :1, :1].expand(2, 3, 4, 4)):
+        layer = BatchRenorm2d(3, dtype=batch.dtype)
+        assert layer(batch).isfinite().all()
+    BatchRenorm1d(3)(torch.randn(4, 3))
+    vectors = torch.ones(3), torch.ones(6)[::2], torch.ones(3).double()
+    for bias in vectors:
+        running = renorms.Running(torch.ones(3), torch.ones(3), None)
+        plan = renorms.plan_for(x, vectors[0], bias, running, 0.1)
+        assert (plan is not None) == (bias is vectors[0])
+    layer = BatchRenorm2d(3)
+    layer.num_batches_tracked = torch.tensor(0.0)
+    layer(x)
+    assert renorms.taken == 0

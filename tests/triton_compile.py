@@ -60,6 +60,24 @@ def filter_response(shape, channels_last, dtype):
     assert frn.backward(y, x, root, (None,) * 4, (True, *[False] * 4)) is not None
 
 
+def batch_renorm(shape, channels_last, dtype):
+    from normswap.layers.gpu import batch_renorm as brn
+
+    x = torch.zeros(shape, dtype=dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    vectors = [torch.ones(shape[1]) for _ in range(4)]
+    for weight, bias, counter, momentum in (
+        (*vectors[:2], torch.tensor(1), 0.1),
+        (None, None, torch.tensor(1), None),
+        (None, None, None, None),
+    ):
+        running = brn.Running(*vectors[2:], counter)
+        plan = brn.plan_for(x, weight, bias, running, momentum)
+        y, statistics = brn.forward(plan, x, weight, bias, running, momentum, 1e-5, (3.0, 5.0))
+        assert brn.backward(y, x, weight, bias, statistics, (True, True, True)) is not None
+
+
 def main():
     from triton.runtime.driver import driver
 
@@ -71,6 +89,7 @@ def main():
         [(2, 64, 28, 28), (2, 64, 144, 144)], [torch.float32, torch.bfloat16]
     ):
         filter_response(shape, dtype == torch.bfloat16, dtype)
+        batch_renorm(shape, dtype == torch.bfloat16, dtype)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from normswap.layers.batch_statistics import (
     batch_moments,
     in_eager,
     is_recomputation,
+    may_be_repeated,
 )
 from normswap.layers.fused import Fused
+from normswap.layers.gpu.launching import CannotLaunchError, can_launch
+from normswap.layers.tracing import must_be_plain
 
 _UNBOUNDED = 1e15  # what an infinite bound grows to within a ramp, where infinity times 0 is NaN
 
@@ -48,25 +52,82 @@ class _Renormalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, inverse_deviation, r, d = ctx.saved_tensors
-        grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
-            grad,
-            x,
-            r if weight is None else r * weight,
-            None,
-            None,
-            mean,
-            inverse_deviation,
-            True,
-            ctx.eps,
-            [True, True, True],
-        )
-        grad_weight = grad_bias = None
-        if weight is not None:
-            grad_weight = (grad_scale * r + grad_shift * d).to(weight.dtype)
-        if bias is not None:
-            grad_bias = grad_shift.to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        x, weight, bias, *statistics = ctx.saved_tensors
+        found = _gradients(grad, x, weight, bias, statistics, ctx.eps)
+        return *found, None, None, None, None, None
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Sequence[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    mean, inverse_deviation, r, d = statistics
+    grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
+        grad,
+        x,
+        r if weight is None else r * weight,
+        None,
+        None,
+        mean,
+        inverse_deviation,
+        True,
+        eps,
+        [True, True, True],
+    )
+    grad_weight = grad_bias = None
+    if weight is not None:
+        grad_weight = (grad_scale * r + grad_shift * d).to(weight.dtype)
+    if bias is not None:
+        grad_bias = grad_shift.to(bias.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+class _RenormaliseByKernels(torch.autograd.Function):
+    """The same with its statistics and their update in kernels of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kernels: Any,
+        plan: Any,
+        running: Any,
+        momentum: float | None,
+        eps: float,
+        limits: tuple[float, float],
+    ) -> Tensor:
+        ctx.kernels, ctx.eps = kernels, eps
+        y: Tensor
+        y, statistics = kernels.forward(plan, x, weight, bias, running, momentum, eps, limits)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, statistics = ctx.saved_tensors
+        found = None
+        if not torch.is_grad_enabled():  # or somebody wants second derivatives
+            needed = ctx.needs_input_grad[:3]
+            found = ctx.kernels.backward(grad, x, weight, bias, statistics, needed)
+        if found is None:
+            found = _gradients(grad, x, weight, bias, statistics.unbind(), ctx.eps)
+        return *found, None, None, None, None, None, None
+
+
+def _kernels_for(x: Tensor) -> Any:
+    """The module that works on ``x`` with kernels of its own, or None."""
+    if not x.is_cuda or must_be_plain() or not can_launch(x):
+        return None
+    # with it comes Triton, which most installations never need
+    from normswap.layers.gpu import batch_renorm
+
+    return batch_renorm
 
 
 class _BatchRenorm(TracksBatches):
@@ -130,6 +191,38 @@ class _BatchRenorm(TracksBatches):
         return r_limit, _ramp(0.0, self.d_max, since, self.d_ramp)
 
     def _train(self, x: Tensor) -> Tensor:
+        kernels = _kernels_for(x)
+        y = None if kernels is None else self._train_by_kernels(kernels, x)
+        return self._train_by_torch(x) if y is None else y
+
+    def _train_by_kernels(self, kernels: Any, x: Tensor) -> Tensor | None:
+        """One training forward by kernels, or None where they do not do."""
+        # a checkpoint keeps and recalls what the other form makes
+        if may_be_repeated() or is_recomputation() or self._counts_anew():
+            return None
+        running = kernels.Running(self.running_mean, self.running_var, self.num_batches_tracked)
+        plan = kernels.plan_for(x, self.weight, self.bias, running, self.momentum)
+        if plan is None:
+            return None
+        try:
+            y: Tensor = _RenormaliseByKernels.apply(
+                x,
+                self.weight,
+                self.bias,
+                kernels,
+                plan,
+                running,
+                self.momentum,
+                self.eps,
+                self.limits,
+            )
+        except CannotLaunchError:  # nothing is changed then
+            return None
+        if self._is_on_schedule():
+            self.iteration += 1
+        return y
+
+    def _train_by_torch(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             mean, variance = batch_moments(x)
             r, d = self._corrections(mean, variance, x.numel() // x.shape[1])
@@ -173,9 +266,10 @@ class _BatchRenorm(TracksBatches):
         return r, d
 
     def _next_limits(self) -> tuple[float, float]:
-        if self.iteration < self.warmup + max(self.r_ramp, self.d_ramp):
-            return self._advance()
-        return self.limits
+        return self._advance() if self._is_on_schedule() else self.limits
+
+    def _is_on_schedule(self) -> bool:
+        return self.iteration < self.warmup + max(self.r_ramp, self.d_ramp)
 
     @in_eager
     def _advance(self) -> tuple[float, float]:

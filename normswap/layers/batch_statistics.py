@@ -150,7 +150,7 @@ def is_recomputation() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _may_be_repeated() -> bool:
+def may_be_repeated() -> bool:
     """A checkpointed forward runs under no_grad (reentrant) or under saved-tensor hooks."""
     if torch.compiler.is_compiling():
         return False
@@ -171,7 +171,7 @@ class RecentBatches:
 
     def remember(self, mean: Tensor, constants: tuple[Any, ...]) -> None:
         """Keep the constants of one forward, if a checkpoint may run it again."""
-        if _may_be_repeated() and not is_recomputation():
+        if may_be_repeated() and not is_recomputation():
             self._entries.append((mean, constants))
 
     def recall(self, mean: Tensor, variance: Tensor, eps: float) -> tuple[Any, ...] | None:

@@ -22,7 +22,7 @@ from normswap.layers.batch_statistics import (
 )
 from normswap.layers.fused import Fused
 from normswap.layers.gpu.launching import can_launch
-from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in, must_be_plain
 
 _FRESH_LEARNT_EPS = 1e-4
 # below this many elements per row, torch's channel-wise kernel spends its time between rows
@@ -94,15 +94,6 @@ class _FilterResponseNorm(nn.Module):
         )
 
 
-def _must_be_plain() -> bool:
-    """Compilers fuse, exporters translate and functorch differentiates the plain form."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or bool(torch._C._are_functorch_transforms_active())
-    )
-
-
 def filter_response_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -112,7 +103,7 @@ def filter_response_norm(
     eps: float,
 ) -> Tensor:
     """FRN (and TLU, if ``tau`` is given), by hand where nobody has to look inside."""
-    if x.numel() == 0 or _must_be_plain():
+    if x.numel() == 0 or must_be_plain():
         return plain_filter_response_norm(x, weight, bias, tau, eps_l, eps)
     y: Tensor = _FilterResponse.apply(x, weight, bias, tau, eps_l, eps)
     return y

@@ -23,6 +23,15 @@ def is_stand_in(x: Any) -> bool:
     return isinstance(x, fx.Proxy)
 
 
+def must_be_plain() -> bool:
+    """Compilers fuse, exporters translate and functorch differentiates plain operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or bool(torch._C._are_functorch_transforms_active())
+    )
+
+
 def as_one_node(layer: nn.Module, x: Any) -> Tensor:
     """The call of ``layer`` with the stand-in ``x``, as one node of the graph."""
     node: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})

@@ -90,7 +90,7 @@ def _plan_forward(
     memory_format = memory_format_of(shape, stride) if takes(shape, dtype) else None
     if memory_format is None or not are_usual(kinds, device):
         return None
-    tiles, sizes = _cut(shape, memory_format, dtype)
+    tiles, sizes = _cut(shape, memory_format)
     strides = strides_in(shape, memory_format)
     block = tiles.channels, tiles.positions
 
@@ -166,7 +166,7 @@ def _plan_backward(
     memory_format = memory_format_of(shape, stride) if takes(shape, dtype) else None
     if memory_format is None or not are_usual(kinds, device):
         return None
-    tiles, sizes = _cut(shape, memory_format, dtype)
+    tiles, sizes = _cut(shape, memory_format)
     strides = strides_in(shape, memory_format)
     block = tiles.channels, tiles.positions
     rows = sizes[0] * tiles.parts
@@ -199,8 +199,8 @@ def _channels(sizes: tuple[int, int, int], rows: int) -> Launch:
 
 
 def _cut(
-    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
+    shape: tuple[int, ...], memory_format: torch.memory_format
 ) -> tuple[Tiles, tuple[int, int, int]]:
     """The tiles, and N, C and the positions."""
     sizes = shape[0], shape[1], positions_of(shape)
-    return cut(*sizes, memory_format != torch.contiguous_format, dtype.itemsize), sizes
+    return cut(*sizes, memory_format != torch.contiguous_format), sizes

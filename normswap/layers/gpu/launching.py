@@ -19,7 +19,7 @@ log = logging.getLogger("normswap")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
-_LARGEST_SAMPLE = 2**31 - 1  # offsets within a sample are 32-bit
+_LARGEST = 2**31 - 1  # elements of a sample and of a channel, which are counted in 32 bits
 _SAME_DEVICE: AbstractContextManager[Any] = nullcontext()
 _failed = False
 
@@ -126,8 +126,6 @@ def positions_of(shape: tuple[int, ...]) -> int:
 
 def takes(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether kernels can work on batches of this shape and dtype."""
-    return (
-        dtype in _DTYPES
-        and len(shape) > 2
-        and 0 < shape[1] * positions_of(shape) <= _LARGEST_SAMPLE
-    )
+    if dtype not in _DTYPES or len(shape) <= 2:
+        return False
+    return 0 < max(shape[0], shape[1]) * positions_of(shape) <= _LARGEST
