@@ -19,10 +19,10 @@ from normswap.layers.gpu.launching import (
     Launch,
     are_usual,
     kind,
+    layout_of,
     memory_format_of,
     on_device_of,
     positions_of,
-    strides_in,
     takes,
 )
 from normswap.layers.gpu.tiles import Shares, power_of_two, share
@@ -127,12 +127,14 @@ def _cut(
 ) -> tuple[Shares, tuple[int, ...]]:
     """The parts, and what all kernels have to know of them."""
     samples, channels, positions = shape[0], shape[1], positions_of(shape)
+    layout = layout_of(shape, memory_format)
     dense_channels = memory_format != torch.contiguous_format
-    if dense_channels:
-        samples, positions = 1, samples * positions  # samples follow each other as positions do
+    if dense_channels:  # samples follow each other as positions do
+        samples, positions = 1, samples * positions
+        layout = layout._replace(units=positions)
     cut = share(samples, channels, positions, dense_channels)
-    sizes = samples, channels, positions, cut.samples, cut.length, cut.row_parts, cut.parts
-    return cut, (*sizes, *strides_in(shape, memory_format), cut.channels, cut.positions)
+    shares = cut.samples, cut.length, cut.row_parts, cut.parts
+    return cut, (samples, channels, *shares, *layout, cut.channels, cut.positions)
 
 
 def forward(

@@ -4,6 +4,7 @@ A tile has channels down and positions across. A part is some samples' share of 
 program walks through one part of some channels. ``scratch`` holds (parts, C) means, (parts, C) sums
 of squares about them, the running mean and variance as they were, and the rate of the update:
 the second kernel changes the running statistics while others of its programs still need them.
+The positions and strides come divided by STEP, so that Triton knows how wide its accesses may be.
 """
 
 from __future__ import annotations
@@ -60,19 +61,21 @@ def moments(
     rate,
     N,
     C,
-    S,
     SAMPLES,
     LENGTH,
     ROW_PARTS,
     PARTS,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     CUMULATIVE: tl.constexpr,
 ):
     """Mean and sum of squares about it of each part, and the running statistics as they are."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     c, c_inside = _channels(tl.program_id(0), C, BLOCK_C)
     part = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     n_first = part // ROW_PARTS * SAMPLES
@@ -129,19 +132,21 @@ def renormalise(
     d_high,
     N,
     C,
-    S,
     SAMPLES,
     LENGTH,
     ROW_PARTS,
     PARTS,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """The output, and once per channel (4, C) μ, 1/σ, r, d and the new running statistics."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     # backwards: what the kernel before read last is in the cache still
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     c, c_inside = _channels(program, C, BLOCK_C)
@@ -203,18 +208,20 @@ def backward_sums(
     sums,
     N,
     C,
-    S,
     SAMPLES,
     LENGTH,
     ROW_PARTS,
     PARTS,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Σ g and Σ g·(x − μ) of each part, as (2, parts, C)."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     c, c_inside = _channels(tl.program_id(0), C, BLOCK_C)
     part = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     mean = tl.load(statistics + c, mask=c_inside, other=0.0)[:, None]
@@ -252,19 +259,21 @@ def backward(
     grad_bias,
     N,
     C,
-    S,
     SAMPLES,
     LENGTH,
     ROW_PARTS,
     PARTS,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """∂x = γ·r/σ·(g − mean(g) − x̂·mean(g·x̂)), and once per channel ∂γ and ∂β."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     c, c_inside = _channels(program, C, BLOCK_C)
     part = program // tl.cdiv(C, BLOCK_C)

@@ -19,10 +19,10 @@ from normswap.layers.gpu.launching import (
     Launch,
     are_usual,
     kind,
+    layout_of,
     memory_format_of,
     on_device_of,
     positions_of,
-    strides_in,
     takes,
 )
 from normswap.layers.gpu.tiles import Tiles, cut, power_of_two
@@ -91,19 +91,19 @@ def _plan_forward(
     if memory_format is None or not are_usual(kinds, device):
         return None
     tiles, sizes = _cut(shape, memory_format)
-    strides = strides_in(shape, memory_format)
+    layout = layout_of(shape, memory_format)
     block = tiles.channels, tiles.positions
 
     def launch(kernel: Any, *constants: int) -> Launch:
         return Launch(kernel, tiles.programs, constants, tiles.warps)
 
     if tiles.parts == 1:
-        return _Forward(1, None, launch(kernels.forward_whole, *sizes[1:], *strides, *block))
+        return _Forward(1, None, launch(kernels.forward_whole, sizes[1], *layout, *block))
     length, pieces = tiles.length, power_of_two(tiles.parts)
     return _Forward(
         tiles.parts,
-        launch(kernels.forward_squares, *sizes, length, *strides, *block),
-        launch(kernels.forward_parts, *sizes, tiles.parts, length, *strides, *block, pieces),
+        launch(kernels.forward_squares, *sizes, length, *layout, *block),
+        launch(kernels.forward_parts, *sizes, tiles.parts, length, *layout, *block, pieces),
     )
 
 
@@ -167,7 +167,7 @@ def _plan_backward(
     if memory_format is None or not are_usual(kinds, device):
         return None
     tiles, sizes = _cut(shape, memory_format)
-    strides = strides_in(shape, memory_format)
+    layout = layout_of(shape, memory_format)
     block = tiles.channels, tiles.positions
     rows = sizes[0] * tiles.parts
     channels = _channels(sizes, rows) if any(needed[1:]) else None
@@ -176,9 +176,9 @@ def _plan_backward(
         return Launch(kernel, tiles.programs, constants, tiles.warps)
 
     if tiles.parts == 1:
-        pull = launch(kernels.backward_whole, *sizes, *strides, *block)
+        pull = launch(kernels.backward_whole, *sizes, *layout, *block)
         return _Backward(memory_format, 0 if channels is None else rows, None, pull, channels)
-    constants = (*sizes, tiles.parts, tiles.length, *strides, *block)
+    constants = (*sizes, tiles.parts, tiles.length, *layout, *block)
     return _Backward(
         memory_format,
         rows,
@@ -190,8 +190,8 @@ def _plan_backward(
     )
 
 
-def _channels(sizes: tuple[int, int, int], rows: int) -> Launch:
-    samples, channels, _ = sizes
+def _channels(sizes: tuple[int, int], rows: int) -> Launch:
+    samples, channels = sizes
     deep = min(_ROWS, power_of_two(rows))
     wide = max(16, min(64, 1024 // deep))
     constants = (samples, channels, rows, deep, wide)
@@ -200,7 +200,7 @@ def _channels(sizes: tuple[int, int, int], rows: int) -> Launch:
 
 def _cut(
     shape: tuple[int, ...], memory_format: torch.memory_format
-) -> tuple[Tiles, tuple[int, int, int]]:
-    """The tiles, and N, C and the positions."""
-    sizes = shape[0], shape[1], positions_of(shape)
-    return cut(*sizes, memory_format != torch.contiguous_format), sizes
+) -> tuple[Tiles, tuple[int, int]]:
+    """The tiles, and N and C."""
+    sizes = shape[0], shape[1]
+    return cut(*sizes, positions_of(shape), memory_format != torch.contiguous_format), sizes

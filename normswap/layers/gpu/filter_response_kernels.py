@@ -1,7 +1,8 @@
 """FRN's arithmetic in Triton; see :mod:`normswap.layers.gpu.filter_response` for who calls what.
 
 A tile has channels down and positions across. ``row`` counts samples times channels, as in an
-(N, C) matrix. Pointers may be None, which Triton sees when it compiles.
+(N, C) matrix. Pointers may be None, which Triton sees when it compiles. The positions and strides
+come divided by STEP, so that Triton knows what divides them and how wide its accesses may be.
 """
 
 from __future__ import annotations
@@ -62,10 +63,12 @@ def forward_whole(
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Response of a tile that holds its rows whole: one read, one write."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     blocks = tl.cdiv(C, BLOCK_C)
     n = tl.program_id(0) // blocks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -87,15 +90,17 @@ def forward_squares(
     partial,
     N,
     C,
-    S,
     LENGTH,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Σ x² of each part of each row, as (parts, N, C)."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     blocks = tl.cdiv(C, BLOCK_C)
     n = tl.program_id(0) // blocks % N
     part = tl.program_id(0) // (blocks * N)
@@ -128,17 +133,19 @@ def forward_parts(
     eps,
     N,
     C,
-    S,
     PARTS,
     LENGTH,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Response of a part of rows, whose squares are summed already."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     # backwards: what the kernel before read last is in the cache still
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
@@ -187,10 +194,12 @@ def backward_whole(
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """∂x of a tile that holds its rows whole, and each row's sums."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     blocks = tl.cdiv(C, BLOCK_C)
     n = tl.program_id(0) // blocks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -226,16 +235,18 @@ def backward_sums(
     sums,
     N,
     C,
-    S,
     PARTS,
     LENGTH,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Σ h·x, Σ h and Σ (g − h) of each part of each row, as (3, parts, N, C)."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     blocks = tl.cdiv(C, BLOCK_C)
     n = tl.program_id(0) // blocks % N
     part = tl.program_id(0) // (blocks * N)
@@ -277,17 +288,19 @@ def backward_parts(
     sums,
     N,
     C,
-    S,
     PARTS,
     LENGTH,
+    S,
     stride_n,
     stride_c,
     stride_s,
+    STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """∂x of a part of rows, whose sums are known."""
+    S, stride_n, stride_c = S * STEP, stride_n * STEP, stride_c * STEP
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
     n = program // blocks % N

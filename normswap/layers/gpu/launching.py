@@ -8,9 +8,10 @@ and a plan is looked up by all that the answer depends on.
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,27 @@ log = logging.getLogger("normswap")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 _LARGEST = 2**31 - 1  # elements of a sample and of a channel, which are counted in 32 bits
+_WIDEST = 16  # elements of one access, at most; what Triton looks for itself
 _SAME_DEVICE: AbstractContextManager[Any] = nullcontext()
 _failed = False
 
-Strides = tuple[int, int, int]
-"""Of samples, channels and positions."""
+
+class Layout(NamedTuple):
+    """Where the elements of a batch lie, as kernels are told it.
+
+    Attributes:
+        units: the positions of one channel of one sample, divided by ``step``.
+        stride_n: from one sample to the next, divided by ``step``.
+        stride_c: from one channel to the next, likewise.
+        stride_s: from one position to the next.
+        step: what divides them, as far as it helps; the kernel knows it as it is compiled.
+    """
+
+    units: int
+    stride_n: int
+    stride_c: int
+    stride_s: int
+    step: int
 
 
 class CannotLaunchError(Exception):
@@ -107,13 +124,13 @@ def memory_format_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.m
     return None
 
 
-def strides_in(shape: tuple[int, ...], memory_format: torch.memory_format) -> Strides:
-    """How far apart samples, channels and positions are."""
-    channels = shape[1]
-    positions = positions_of(shape)
-    if memory_format == torch.contiguous_format:
-        return channels * positions, positions, 1
-    return channels * positions, 1, channels
+def layout_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> Layout:
+    """The layout of a batch in this format."""
+    channels, positions = shape[1], positions_of(shape)
+    if memory_format != torch.contiguous_format:
+        return Layout(positions, channels * positions, 1, channels, 1)
+    step = math.gcd(positions, _WIDEST)
+    return Layout(positions // step, channels * positions // step, positions // step, 1, step)
 
 
 def positions_of(shape: tuple[int, ...]) -> int:

@@ -136,4 +136,4 @@ def share(samples: int, channels: int, positions: int, dense_channels: bool) -> 
 
 
 def _warps(elements: int) -> int:
-    return max(min(4, max(1, elements // 256)), min(16, elements // 512))
+    return max(min(8, max(1, elements // 256)), min(16, elements // 512))
