@@ -15,7 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from normswap.layers.producers import Call, Pad, groups_of, pad_by_hand, taps_first, with_padding
 
 _FEW = 16
+"""Positions of a sample for which alone no matrix product is worth while."""
 _SMALL = 1 << 16
+"""Numbers that one product for each sample may write, to be summed up later."""
 
 
 class Positions(NamedTuple):
@@ -59,7 +61,7 @@ def sampled_gradient(
     """
     into = out if out.dtype == grad.dtype else torch.empty_like(out, dtype=grad.dtype)
     patches = _patches(producer, call, pad, at).to(grad.dtype)
-    if len(grad) > 1 and grad.shape[2] < _FEW:
+    if grad.shape[0] > 1 and grad.shape[2] < _FEW:
         grad, patches = _joined(grad), _joined(patches)
     _contract(grad, patches.transpose(2, 3), into)
     if into is not out:
@@ -118,11 +120,11 @@ def _patches(producer: _ConvNd, call: Call, pad: Pad | None, at: Positions) -> T
     if taps_first(producer):
         rows = x.movedim(1, -1).flatten(1, -2)
         seen = rows.index_select(1, met.t().flatten()).view(
-            len(x), met.shape[1], len(met), groups, -1
+            x.shape[0], met.shape[1], met.shape[0], groups, -1
         )
         return seen.permute(0, 3, 2, 4, 1).flatten(2, 3)
     seen = x.flatten(2).index_select(2, met.flatten())
-    return seen.view(len(x), groups, -1, met.shape[1])
+    return seen.view(x.shape[0], groups, -1, met.shape[1])
 
 
 class _Axis(NamedTuple):
