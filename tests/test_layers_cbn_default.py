@@ -115,10 +115,11 @@ def test_small_maps_are_not_sampled():
 
 def test_large_maps_are_sampled_more_sparsely():
     conv = nn.Conv2d(3, 4, 3)
-    steps = {size: sampling_step(conv, torch.Size((2, 4, size, size)), 2) for size in (14, 28, 56)}
-    assert steps == {14: 2, 28: 4, 56: 8}
+    maps = {size: torch.Size((2, 4, size, size)) for size in (7, 14, 28, 56)}
+    steps = {size: sampling_step(conv, shape, 2) for size, shape in maps.items()}
+    assert steps == {7: 2, 14: 3, 28: 4, 56: 8}
     assert sampling_step(conv, torch.Size((2, 4, 28, 28)), 6) == 6
-    assert sampling_step(conv, torch.Size((2, 4, 28, 5)), 2) == 2
+    assert sampling_step(conv, torch.Size((2, 4, 28, 5)), 2) == 3
     # one position of each is the least
     assert sampling_step(conv, torch.Size((5000, 4, 5, 5)), 2) == 5
 

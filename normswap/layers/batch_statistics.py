@@ -67,7 +67,7 @@ def reduced_axes(x: Tensor) -> list[int]:
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, in the statistics' dtype."""
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     if _has_fast_kernel(x):
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     if _is_plain_map(x):

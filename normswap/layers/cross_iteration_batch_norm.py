@@ -418,10 +418,10 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
             does so with compensation. The paper stops it there, which leaves the weight's scale
             free to grow; at batch 2 training can be very much slower for it.
         sampling: on maps of convolutions, estimate how the variance depends on the weight from
-            every how many-th row and column, and from fewer on maps so large that about 100
-            positions of the batch are left; 1 looks at all. Maps with fewer than 32 positions in
-            the sample are looked at whole. The batch's own statistics are exact either way, past
-            means too, and so is BatchNorm's scale invariance.
+            every how many-th row and column, and from fewer on maps so large that an eighth of the
+            batch's positions, or about 100, are left; 1 looks at all. Maps with fewer than 32
+            positions in the sample are looked at whole. The batch's own statistics are exact
+            either way, past means too, and so is BatchNorm's scale invariance.
         history_dtype: ``torch.bfloat16`` or ``torch.float16`` for a history of half the size; None
             for the statistics' own dtype.
         track_running_stats: must stay True.

@@ -24,7 +24,9 @@ from normswap.layers.sampled_gradient import Positions, sampled_gradient
 _FEWEST = 32
 """Positions below which a sample would say too little about a batch."""
 _ENOUGH = 96
-"""Positions that larger maps need not exceed."""
+"""Positions that a sample need not exceed."""
+_PART = 8
+"""The part of all positions that it need not exceed either."""
 _WORTH_A_SAMPLE = 1024
 """Positions from which on a sample is cheaper than all for strided depthwise convolutions."""
 _TRUSTED = 4.0
@@ -59,8 +61,9 @@ def _largest_step(shape: torch.Size, sampling: int) -> int:
 
     if left(sampling) < _FEWEST:
         return 1
+    enough = max(_FEWEST, min(_ENOUGH, left(1) // _PART))
     step = sampling
-    while step < max(shape[2:]) and left(step + 1) >= _ENOUGH:
+    while step < max(shape[2:]) and left(step + 1) >= enough:
         step += 1
     return step
 
