@@ -5,7 +5,7 @@ Nothing here knows a normaliser, and nothing here stays changed when a block end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -77,6 +77,37 @@ def hooked(*handles: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watched(
+    model: nn.Module,
+    see: Callable[[str, Any], None],
+    names: Container[str] | None = None,
+    *,
+    before: bool = False,
+) -> Iterator[None]:
+    """Show ``see`` what modules give while the model runs.
+
+    Args:
+        model: whose modules.
+        see: takes a module's name and its output.
+        names: of the modules; None is all of them.
+        before: show what they are given, as a tuple, in place of what they give.
+    """
+
+    def shown(name: str) -> Callable[..., None]:
+        return lambda _module, *found: see(name, found[-1])
+
+    handles = [
+        module.register_forward_pre_hook(shown(name))
+        if before
+        else module.register_forward_hook(shown(name))
+        for name, module in model.named_modules()
+        if names is None or name in names
+    ]
+    with hooked(*handles):
+        yield
 
 
 # --- inputs and outputs of any structure ----------------------------------------------------------

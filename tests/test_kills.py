@@ -147,7 +147,7 @@ def test_save_under_a_new_name(tmp_path):
 @pytest.fixture
 def proven_once(tmp_path, monkeypatch):
     """Export and proof take a second; each model goes through them once."""
-    kept, real = {}, export._proven
+    kept, real = {}, export.prove_fastest
 
     def prove(asked, path, options):
         value = float(asked.subject.model.conv.weight.mean())
@@ -160,7 +160,7 @@ def proven_once(tmp_path, monkeypatch):
         written, parity = kept[value]
         return Draft(read_onnx(path), None, written), parity
 
-    monkeypatch.setattr(export, "_proven", prove)
+    monkeypatch.setattr(export, "prove_fastest", prove)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])  # 0: the weights lie beside the file

@@ -25,7 +25,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import normswap
 from normswap.errors import ExportError, ParityError
-from normswap.onnx import export, export_onnx, verify_onnx
+from normswap.onnx import export_onnx, verify_onnx
 from normswap.onnx.file.detections import Cut, match
 from normswap.onnx.file.metadata import read_metadata, sign
 from normswap.onnx.file.parsing import messages, read_onnx
@@ -311,7 +311,7 @@ def test_a_weight_that_no_detection_shows_fails_too(exported, tmp_path, one_expo
 
 
 def test_an_exporter_that_errs_writes_nothing(tmp_path, monkeypatch, one_export):
-    real = export.write_program
+    real = proof.write_program
 
     def wrong(subject, path, options):
         draft = real(subject, path, options)
@@ -319,7 +319,7 @@ def test_an_exporter_that_errs_writes_nothing(tmp_path, monkeypatch, one_export)
         path.write_bytes(draft.file.proto.SerializeToString())
         return draft
 
-    monkeypatch.setattr(export, "write_program", wrong)
+    monkeypatch.setattr(proof, "write_program", wrong)
     with pytest.raises(ParityError, match="detections"):
         export_onnx(detector(), tmp_path / "m.onnx", example_inputs=[image()])
     assert list(tmp_path.iterdir()) == []

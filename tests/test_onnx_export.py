@@ -20,7 +20,7 @@ from normswap.layers import (
     FilterResponseNorm2d,
     FrozenBatchNorm2d,
 )
-from normswap.onnx import export, export_onnx, verify_onnx
+from normswap.onnx import export_onnx, verify_onnx
 from normswap.onnx.file.parity import deviation, relative_error, tolerance_for
 from normswap.onnx.file.parsing import save
 from normswap.onnx.proving import proof
@@ -195,7 +195,7 @@ def spoil(monkeypatch, weight="head.weight"):
         save(draft.file)
         return draft
 
-    monkeypatch.setattr(export, "write_program", wrong)
+    monkeypatch.setattr(proof, "write_program", wrong)
 
 
 def test_a_failed_proof_writes_nothing(tmp_path, monkeypatch):
@@ -239,7 +239,6 @@ def test_folding_errors_show_on_the_randomised_copy_alone(tmp_path, monkeypatch)
         other.model.norm.running_mean.zero_()
         return write_program(other, path, options)
 
-    monkeypatch.setattr(export, "write_program", forgetful)
     monkeypatch.setattr(proof, "write_program", forgetful)
     monkeypatch.setattr(proof, "_randomised_cases", RANDOMISED)
     with pytest.raises(ParityError) as caught:

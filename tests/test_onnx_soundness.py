@@ -9,7 +9,7 @@ from onnx_support import edit_tensor
 from torch import nn
 
 from normswap.errors import ParityError
-from normswap.onnx import export, export_onnx, verify_onnx
+from normswap.onnx import export_onnx, verify_onnx
 from normswap.onnx.file.parsing import save
 from normswap.onnx.proving import proof
 from normswap.onnx.writing.program import write_program
@@ -126,7 +126,7 @@ def test_a_wrong_file_of_a_sensitive_network_is_to_blame_itself(tmp_path, monkey
         save(draft.file)
         return draft
 
-    monkeypatch.setattr(export, "write_program", wrong)
+    monkeypatch.setattr(proof, "write_program", wrong)
     with pytest.raises(ParityError, match="first divergent module: head") as caught:
         export_onnx(Sensitive(), tmp_path / "m.onnx", example_inputs=inputs())
     assert caught.value.parity.cause == "file"

@@ -9,7 +9,7 @@ from torch import nn
 
 from normswap.errors import ParityError
 from normswap.layers import FilterResponseNorm2d
-from normswap.onnx import export, export_onnx, verify_onnx
+from normswap.onnx import export_onnx, verify_onnx
 from normswap.onnx.proving import proof
 from normswap.onnx.subject import subject_of
 from normswap.onnx.writing.program import Options, write_program
@@ -74,8 +74,8 @@ def test_norms_that_are_exact_enough_keep_the_fastest_form(tmp_path):
 
 def test_a_file_without_norms_is_not_tried_twice(tmp_path, monkeypatch):
     tries = []
-    real = export.prove_draft
-    monkeypatch.setattr(export, "prove_draft", lambda *a: (tries.append(1), real(*a))[1])
+    real = proof.prove_draft
+    monkeypatch.setattr(proof, "prove_draft", lambda *a: (tries.append(1), real(*a))[1])
     with pytest.raises(ParityError, match="tolerance"):
         export_onnx(
             Net(nn.Identity()), tmp_path / "m.onnx", example_inputs=inputs(8, 8), tolerance=1e-12

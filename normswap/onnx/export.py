@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,9 @@ from normswap.files import put_files_in_place, scratch_folder
 from normswap.onnx.file.metadata import sign
 from normswap.onnx.file.parity import Parity, check_tolerance
 from normswap.onnx.file.parsing import avoid_data_of, data_of
-from normswap.onnx.proving.expectation import Expectation
-from normswap.onnx.proving.proof import asked_of, prove_draft
+from normswap.onnx.proving.proof import asked_of, prove_fastest
 from normswap.onnx.subject import subject_of
-from normswap.onnx.writing.draft import MAX_OPSET, MIN_OPSET, Draft, Options
-from normswap.onnx.writing.program import write_program
+from normswap.onnx.writing.draft import MAX_OPSET, MIN_OPSET, Options
 from normswap.onnx.writing.record import record_of
 from normswap.passage import refuse_crossing
 from normswap.room import room_for
@@ -96,7 +93,7 @@ def export_onnx(
         _LOG.warning("opset %d: GroupNormalization has no CPU kernel in onnxruntime", opset)
     with _staging(target) as folder:
         asked = asked_of(subject, options, images=images, tolerance=tolerance)
-        draft, parity = _proven(asked, folder / target.name, options)
+        draft, parity = prove_fastest(asked, folder / target.name, options)
         if not parity.passed and not allow_mismatch:
             raise _failure(target, parity)
         test = asked.self_test(draft.file, parity)
@@ -105,27 +102,6 @@ def export_onnx(
         sign(draft.file, record)
         put_files_in_place(folder, target, gone=data_of(target))
     return parity
-
-
-def _proven(asked: Expectation, path: Path, options: Options) -> tuple[Draft, Parity]:
-    """The fastest form of the graph that passes the proof; the last one tried if none does."""
-    tried: list[tuple[Draft, Parity]] = []
-    for form in (options, replace(options, staged=True)):
-        draft = write_program(asked.subject, path, form)
-        if form.staged and not draft.staged:
-            break  # no norm whose means could be taken in stages
-        tried.append((draft, prove_draft(draft, asked)))
-        if not _inexact(tried[-1][1]):
-            break
-    return tried[-1]
-
-
-def _inexact(parity: Parity) -> bool:
-    """Whether onnxruntime's numbers are wrong, and nothing else is."""
-    bad = [case for case in parity.cases if not case.passed]
-    return bool(bad) and all(
-        case.problem is None and case.stage != "exported program" for case in bad
-    )
 
 
 def _destination(path: Path, opset: int) -> Path:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,6 @@ from normswap.graph.norms import is_norm
 from normswap.layers import fold_weights
 from normswap.onnx.file.detections import detects
 from normswap.onnx.file.parity import Array
-from normswap.running import hooked
 
 _AXES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 
@@ -214,35 +212,6 @@ class Subject:
         """The outputs of a float64 model, its floating-point inputs widened."""
         wide = [a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays]
         return self.run(wide)
-
-    @contextlib.contextmanager
-    def watched(
-        self,
-        see: Callable[[str, Any], None],
-        names: Collection[str] | None = None,
-        *,
-        before: bool = False,
-    ) -> Iterator[None]:
-        """Show ``see`` what modules give while the model runs.
-
-        Args:
-            see: takes a module's name and its output.
-            names: of the modules; None is all of them.
-            before: show what they are given, as a tuple, in place of what they give.
-        """
-
-        def shown(name: str) -> Callable[..., None]:
-            return lambda _module, *found: see(name, found[-1])
-
-        handles = [
-            module.register_forward_pre_hook(shown(name))
-            if before
-            else module.register_forward_hook(shown(name))
-            for name, module in self.model.named_modules()
-            if names is None or name in names
-        ]
-        with hooked(*handles):
-            yield
 
 
 def flat_tensors(output: Any) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import TrainingError
-from normswap.running import call, leaves
+from normswap.running import call, leaves, watched
 from normswap.training.options import FineTune
 
 if TYPE_CHECKING:
@@ -266,26 +266,15 @@ def first_non_finite(model: nn.Module, images: Any) -> str:
         if not torch.isfinite(parameter).all():
             return f"the parameter {name}"
     found: list[str] = []
-    with _watched(model, found), _buffers_kept(model), torch.no_grad():
+
+    def see(name: str, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+            kind = type(model.get_submodule(name)).__name__
+            found.append(f"{name or 'the model'} ({kind})")
+
+    with watched(model, see), _buffers_kept(model), torch.no_grad():
         call(model, images)
     return f"the output of {found[0]}" if found else "the loss itself; every layer is finite"
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(f"{name or 'the model'} ({type(module).__name__})")
-
-        return hook
-
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

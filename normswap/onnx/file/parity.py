@@ -7,7 +7,7 @@ model: an elementwise relative error flags healthy models wherever an output pas
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -173,9 +173,9 @@ class Case:
     stage: str
     output: str
     batch: int
-    error: float
-    torch_error: float
-    tolerance: float
+    error: float = 0.0
+    torch_error: float = 0.0
+    tolerance: float = 0.0
     cosine: float = 1.0
     decided: int = 0
     agreed: int = 0
@@ -184,6 +184,15 @@ class Case:
     passed: bool = True
     problem: str | None = None
 
+    def judged(self) -> Case:
+        """With its verdict: no problem, an error within tolerance, every clear winner right."""
+        within = self.error <= self.tolerance and self.agreed == self.decided
+        return replace(self, passed=self.problem is None and within)
+
+    def broken(self, problem: str) -> Case:
+        """Failed by what no number can say."""
+        return replace(self, error=float("inf"), passed=False, problem=problem)
+
     def describe(self) -> str:
         """One line for a report."""
         model = "randomised copy, " if self.randomised else ""
@@ -191,11 +200,6 @@ class Case:
         if self.problem is None and self.agreed < self.decided:
             fact += f", top-1 agrees in {self.agreed} of {self.decided}"
         return f"{self.stage}, {model}{self.name}, output {self.output!r}: {fact}"
-
-
-def passes(case: Case) -> bool:
-    """Whether a case passes: no problem, an error within tolerance, every clear winner right."""
-    return case.problem is None and case.error <= case.tolerance and case.agreed == case.decided
 
 
 @dataclass(frozen=True)

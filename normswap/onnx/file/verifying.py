@@ -13,7 +13,7 @@ from normswap import children
 from normswap.errors import ExportError
 from normswap.onnx.file.detections import KEYS, describe, detects, ill_formed, match, rows_apart
 from normswap.onnx.file.metadata import Metadata
-from normswap.onnx.file.parity import CEILING, Array, Case, Parity, deviation, passes, summarise
+from normswap.onnx.file.parity import CEILING, Array, Case, Parity, deviation, summarise
 from normswap.onnx.file.parsing import OnnxFile, read_onnx
 from normswap.onnx.file.selftest import Expected, SelfTest, sample
 from normswap.onnx.file.session import LEVELS, Failed, Here, Outputs, start_worker
@@ -138,8 +138,8 @@ def _layer_case(values: Mapping[str, Array], layer: Expected, stage: str) -> Cas
         error = float(np.max(rows_apart(value, right), initial=0.0))
         facts = (layer.shape[0], error, layer.torch_error, layer.tolerance)
         plain = Case("recorded inputs", stage, layer.name, *facts)
-    plain = replace(plain, decided=0, agreed=0, ties=0)  # no axis of it holds classes
-    return replace(plain, passed=passes(plain))
+    # no axis of it holds classes
+    return replace(plain, decided=0, agreed=0, ties=0).judged()
 
 
 def _detection_cases(
@@ -163,8 +163,7 @@ def _detection_cases(
     for item in expected:
         case = _self_test_case(found[item.name][order], item, stage)
         count = len(order) if item.name == "labels" else 0
-        case = replace(case, decided=count, agreed=count, ties=0)
-        cases.append(replace(case, passed=passes(case)))
+        cases.append(replace(case, decided=count, agreed=count, ties=0).judged())
     return cases
 
 
@@ -179,9 +178,7 @@ def _self_test_cases(
 
 
 def _failed(stage: str, problem: str) -> Case:
-    return Case(
-        "recorded inputs", stage, "", 0, float("inf"), 0.0, 0.0, passed=False, problem=problem
-    )
+    return Case("recorded inputs", stage, "", 0).broken(problem)
 
 
 def _self_test_case(value: Array, expected: Expected, stage: str) -> Case:
@@ -197,7 +194,7 @@ def _self_test_case(value: Array, expected: Expected, stage: str) -> Case:
         error *= (_most(reference) or 1.0) / (expected.scale or 1.0)
         if abs(_most(value) - expected.scale) > expected.tolerance * expected.scale:
             problem = f"values up to {_most(value):.3g} where {expected.scale:.3g} is recorded"
-    case = Case(
+    return Case(
         "recorded inputs",
         stage,
         expected.name,
@@ -205,8 +202,7 @@ def _self_test_case(value: Array, expected: Expected, stage: str) -> Case:
         torch_error=expected.torch_error,
         tolerance=expected.tolerance,
         **asdict(replace(result, error=error, problem=problem)),
-    )
-    return replace(case, passed=passes(case))
+    ).judged()
 
 
 def _most(array: Array) -> float:

@@ -24,6 +24,7 @@ from normswap.onnx.file.selftest import MAX_STORED, MAX_TOLERANCE, Expected
 from normswap.onnx.proving.expectation import GroundTruth
 from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import Subject, as_array
+from normswap.running import watched
 
 _DECISIONS = frozenset(
     {"TopK", "NonMaxSuppression", "NonZero", "ArgMax", "RoiAlign", "Shape", "If", "Loop"}
@@ -114,8 +115,9 @@ def recorded_layers(
     proto: onnx.ModelProto, truth: GroundTruth, trial: Trial
 ) -> tuple[Expected, ...]:
     """Of each layer the whole, where it is run on the whole image, or as many firm rows as fit."""
+    layers = last_layers(proto, truth.subject.model)
     found = []
-    for name, layer in right_layers(truth, trial, last_layers(proto, truth.subject.model)).items():
+    for name, layer in right_layers(truth, trial, layers).items():
         value = layer.value
         if value.shape[0] != 1:
             value = value[layer.core]
@@ -136,7 +138,7 @@ def _layer_values(
         if isinstance(output, torch.Tensor):
             seen[name].append(as_array(output).copy())
 
-    with subject.watched(keep, wanted):
+    with watched(subject.model, keep, wanted):
         subject.run_double(inputs) if double else subject.run(inputs)
     return {
         layer.value: seen[layer.module][layer.call]

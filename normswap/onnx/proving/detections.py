@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from normswap.onnx.file.detections import describe, errors, ill_formed, match, rows_apart
-from normswap.onnx.file.parity import Array, Case, Parity, passes
+from normswap.onnx.file.parity import Array, Case, Parity
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.selftest import (
     MAX_STORED,
@@ -148,12 +148,12 @@ class Detections(Expectation):
             for trial, outputs, right in zip(trials, found, known, strict=True):
                 stage = f"onnxruntime {level}"
                 if isinstance(outputs, Failed):
-                    yield _broken(trial, stage, outputs.message), trial
+                    yield Case(trial.name, stage, "detections", 1).broken(outputs.message), trial
                     continue
                 values = dict(zip([*names, *inner], outputs, strict=True))
                 for module in dict.fromkeys(layer.module for layer in layers):
                     mine = [layer for layer in layers if layer.module == module]
-                    case = Case(trial.name, stage, f"{module}, before any decision", 1, 0, 0, 0)
+                    case = Case(trial.name, stage, f"{module}, before any decision", 1)
                     yield self._layer_case(case, mine, values, right), trial
 
     def _layer_case(
@@ -166,17 +166,16 @@ class Detections(Expectation):
         """One layer, over all its calls."""
         known = [right[layer.value] for layer in layers if layer.value in right]
         if len(known) < len(layers):
-            return _failed(case, "the model runs this layer less often")
+            return case.broken("the model runs this layer less often")
         torch_error = max(item.error for item in known)
         error = 0.0
         for layer, item in zip(layers, known, strict=True):
             if item.core.size and item.core.mean() < CORE:
-                return _failed(case, "rounding changes most of what the model itself gives here")
+                return case.broken("rounding changes most of what the model itself gives here")
             apart = rows_apart(values[layer.value], item.value)
             error = max(error, float(np.max(apart, where=item.core, initial=0.0)))
         limit = self.truth.allows(torch_error)
-        case = replace(case, error=error, torch_error=torch_error, tolerance=limit)
-        return replace(case, passed=passes(case))
+        return replace(case, error=error, torch_error=torch_error, tolerance=limit).judged()
 
     def _found_cases(
         self, file: OnnxFile, alike: Sequence[Sighting], runner: Runner, levels: Sequence[str]
@@ -187,7 +186,8 @@ class Detections(Expectation):
         if proto is None:
             mine = ", ".join(f"{value:g}" for value in own)
             problem = f"the file holds its scores against another threshold than {mine}"
-            return [(_broken(alike[0].trial, "onnxruntime off", problem), alike[0].trial)]
+            first = alike[0].trial
+            return [(Case(first.name, "onnxruntime off", "detections", 1).broken(problem), first)]
         with written(file, proto) as path:
             runs = runner.run(path, levels, [sighting.trial.inputs for sighting in alike])
         return [
@@ -226,14 +226,6 @@ def _example(subject: Subject) -> Trial:
     return Trial("example image 1", subject.signature.examples, 1)
 
 
-def _failed(case: Case, problem: str) -> Case:
-    return replace(case, error=float("inf"), passed=False, problem=problem)
-
-
-def _broken(trial: Trial, stage: str, problem: str) -> Case:
-    return _failed(Case(trial.name, stage, "detections", 1, 0.0, 0.0, 0.0), problem)
-
-
 def _judge(
     names: Sequence[str], sighting: Sighting, outputs: Outputs | Failed, stage: str
 ) -> Iterator[Case]:
@@ -241,16 +233,16 @@ def _judge(
     name = sighting.trial.name
     if sighting.threshold is not None:
         name += f", scores above {sighting.threshold:.3g}"
-    whole = Case(name, stage, "detections", 1, 0.0, 0.0, 0.0)
+    whole = Case(name, stage, "detections", 1)
     if isinstance(outputs, list) and len(outputs) != len(names):
         outputs = Failed(f"{len(outputs)} outputs where the model has {len(names)}")
     if isinstance(outputs, Failed):
-        yield _failed(whole, outputs.message)
+        yield whole.broken(outputs.message)
         return
     found = dict(zip(names, outputs, strict=True))
     problem = ill_formed(found)
     if problem is not None:
-        yield _failed(whole, problem)
+        yield whole.broken(problem)
         return
     matching = match(found, sighting.right, sighting.tolerances, sighting.cut)
     whole = replace(
@@ -260,14 +252,14 @@ def _judge(
         ties=sighting.count - sighting.bound,
         problem=None if matching.whole else describe(matching, found, sighting.right),
     )
-    yield replace(whole, passed=passes(whole))
+    yield whole.judged()
     apart = errors(found, sighting.right, matching)
     places = [j for _, j in matching.pairs]
     for output in names:
         if output == "labels":  # what is paired has one label
             continue
         steady = sighting.steady[output][places]
-        case = Case(
+        yield Case(
             name,
             stage,
             output,
@@ -276,8 +268,7 @@ def _judge(
             sighting.torch_errors[output],
             sighting.tolerances[output],
             ties=int((~steady).sum()),
-        )
-        yield replace(case, passed=passes(case))
+        ).judged()
 
 
 def _can_be_recorded(sighting: Sighting) -> bool:

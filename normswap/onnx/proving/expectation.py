@@ -18,6 +18,7 @@ from normswap.onnx.file.selftest import SelfTest
 from normswap.onnx.file.session import Runner
 from normswap.onnx.proving.trials import Trial
 from normswap.onnx.subject import Subject, flat_tensors
+from normswap.running import watched
 
 _SEED = 20_180_322
 
@@ -254,7 +255,7 @@ def _first_nan(subject: Subject, trial: Trial) -> str | None:
         ):
             seen.append(f"{name or 'the model'} gives NaN")
 
-    with subject.watched(see):
+    with watched(subject.model, see):
         outputs = subject.run(trial.inputs)
     for name, output in zip(subject.outputs, outputs, strict=True):
         if not seen and output.dtype.kind == "f" and not np.isfinite(output).all():

@@ -39,6 +39,27 @@ def asked_of(
     return Rows.of(subject, options, images=images, tolerance=tolerance)
 
 
+def prove_fastest(asked: Expectation, path: Path, options: Options) -> tuple[Draft, Parity]:
+    """The fastest form of the graph that passes the proof; the last one tried if none does."""
+    tried: list[tuple[Draft, Parity]] = []
+    for form in (options, replace(options, staged=True)):
+        draft = write_program(asked.subject, path, form)
+        if form.staged and not draft.staged:
+            break  # no norm whose means could be taken in stages
+        tried.append((draft, prove_draft(draft, asked)))
+        if not _inexact(tried[-1][1]):
+            break
+    return tried[-1]
+
+
+def _inexact(parity: Parity) -> bool:
+    """Whether onnxruntime's numbers are wrong, and nothing else is."""
+    bad = [case for case in parity.cases if not case.passed]
+    return bool(bad) and all(
+        case.problem is None and case.stage != "exported program" for case in bad
+    )
+
+
 def prove_draft(draft: Draft, asked: Expectation) -> Parity:
     """The whole proof of a freshly exported file, and of an export of a randomised copy."""
     if asked.nonsense is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from normswap.errors import ExportError
-from normswap.onnx.file.parity import Case, Parity, deviation, passes, relative_error
+from normswap.onnx.file.parity import Case, Parity, deviation, relative_error
 from normswap.onnx.file.parsing import OnnxFile
 from normswap.onnx.file.selftest import MAX_STORED, MAX_TOLERANCE, Expected, SelfTest, TestInput
 from normswap.onnx.file.session import LEVELS, Failed, Outputs, Runner
@@ -24,6 +24,7 @@ from normswap.onnx.proving.expectation import (
 from normswap.onnx.proving.trials import Trial, random_inputs, trials_for
 from normswap.onnx.subject import Input, Subject
 from normswap.onnx.writing.draft import Options
+from normswap.running import watched
 
 SQUARE_LIMIT = 255.0
 """Inputs above this have squares that float16 cannot hold (65504)."""
@@ -129,15 +130,14 @@ class Rows(Expectation):
         if isinstance(outputs, list) and len(outputs) != len(names):
             outputs = Failed(f"{len(outputs)} outputs where the model has {len(names)}")
         if isinstance(outputs, Failed):
-            facts = {"error": float("inf"), "torch_error": 0.0, "tolerance": 0.0}
-            return [case(names[0], **facts, passed=False, problem=outputs.message)]
+            return [case(names[0]).broken(outputs.message)]
         cases = []
         for index, name in enumerate(names):
             limit = reference.tolerances[index]
             result = deviation(outputs[index], reference.outputs[index], tie=limit)
             error = reference.torch_errors[index]
             made = case(name, torch_error=error, tolerance=limit, **asdict(result))
-            cases.append(replace(made, passed=passes(made)))
+            cases.append(made.judged())
         return cases
 
     def _row_cases(self, runs: Sequence[Run], level: str) -> Iterator[Case]:
@@ -228,7 +228,7 @@ def _overflow_notes(subject: Subject, trials: Sequence[Trial]) -> tuple[str, ...
             if isinstance(value, torch.Tensor) and value.numel():
                 seen[name] = max(seen.get(name, 0.0), float(value.abs().max()))
 
-    with subject.watched(see, subject.norms, before=True):
+    with watched(subject.model, see, subject.norms, before=True):
         for trial in [trial for trial in trials if "images" in trial.name] or trials:
             subject.run(trial.inputs)
     return tuple(
