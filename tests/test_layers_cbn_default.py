@@ -120,6 +120,10 @@ def test_large_maps_are_sampled_more_sparsely():
     assert steps == {7: 2, 14: 3, 28: 4, 56: 8}
     assert sampling_step(conv, torch.Size((2, 4, 28, 28)), 6) == 6
     assert sampling_step(conv, torch.Size((2, 4, 28, 5)), 2) == 3
+    depthwise = nn.Conv2d(4, 4, 3, groups=4)
+    assert [sampling_step(depthwise, shape, 2) for shape in maps.values()] == [2, 2, 2, 8]
+    strided = nn.Conv2d(4, 4, 3, groups=4, stride=2)
+    assert [sampling_step(strided, shape, 2) for shape in maps.values()] == [1, 1, 4, 8]
     # one position of each is the least
     assert sampling_step(conv, torch.Size((5000, 4, 5, 5)), 2) == 5
 

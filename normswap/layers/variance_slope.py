@@ -29,6 +29,8 @@ _PART = 8
 """The part of all positions that it need not exceed either."""
 _WORTH_A_SAMPLE = 1024
 """Positions from which on a sample is cheaper than all for strided depthwise convolutions."""
+_WORTH_GATHERING = 4096
+"""Positions from which on a sparse sample is cheaper than every ``sampling``-th for the others."""
 _TRUSTED = 4.0
 """The largest factor between the variances of batch and sample that is made up for."""
 _TINY = 1e-30
@@ -42,11 +44,14 @@ def sampling_step(producer: nn.Module, shape: torch.Size, sampling: int) -> int:
     """
     if sampling == 1 or not isinstance(producer, _ConvNd) or isinstance(producer, _ConvTransposeNd):
         return 1
+    if not _is_depthwise(producer, shape):
+        return _largest_step(shape, sampling)
+    # their kernel takes little more time for the whole map than a gather for a part
     positions = shape[0] * math.prod(shape[2:])
-    strided = max(producer.stride) > 1
-    if strided and _is_depthwise(producer, shape) and positions < _WORTH_A_SAMPLE:
-        return 1
-    return _largest_step(shape, sampling)
+    if max(producer.stride) > 1:
+        return 1 if positions < _WORTH_A_SAMPLE else _largest_step(shape, sampling)
+    step = _largest_step(shape, sampling)
+    return min(step, sampling) if positions < _WORTH_GATHERING else step
 
 
 def _is_depthwise(producer: nn.Module, shape: torch.Size) -> bool:
