@@ -18,6 +18,7 @@ from normswap.layers import (
     BatchRenorm1d,
     BatchRenorm2d,
     BatchRenorm3d,
+    CrossIterationBatchNorm2d,
     FilterResponseNorm1d,
     FilterResponseNorm2d,
     FilterResponseNorm3d,
@@ -28,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_layers_triton.py runs it", allow_module_level=True)
 
 frn = importlib.import_module("normswap.layers.filter_response_norm")
+cbn = importlib.import_module("normswap.layers.iteration_window")
 brn = importlib.import_module("normswap.layers.batch_renorm")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -663,3 +665,119 @@ def test_brn_leaves_what_is_unusual_to_the_eager_form(renorms):
     layer.num_batches_tracked = torch.tensor(0.0)
     layer(x)
     assert renorms.taken == 0
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    from normswap.layers.gpu import cross_iteration
+
+    counted = Counted(cross_iteration)
+    monkeypatch.setattr(cbn, "_kernels_for", lambda x: counted)
+    yield counted
+    cross_iteration._plan.cache_clear()
+
+
+def by_definition(x, weight, bias, window, eps):
+    """This batch has its share of μ̄ and σ̄²; autograd does the rest."""
+
+    def column(vector):
+        return vector.double().reshape(-1, *[1] * (x.dim() - 2))
+
+    axes = [0, *range(2, x.dim())]
+    own = x.mean(axes)
+    spread = ((x - column(window.mean)) ** 2).mean(axes)
+    share = window.share.double() if isinstance(window.share, torch.Tensor) else window.share
+    mean = window.mean.double() + share * (own - own.detach())
+    variance = window.variance.double() + share * (spread - spread.detach())
+    y = (x - column(mean)) / torch.sqrt(column(variance) + eps)
+    y = y if weight is None else y * column(weight)
+    return y if bias is None else y + column(bias)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.25, "by channel"])
+@pytest.mark.parametrize("few", [False, True])
+def test_cbn_gradients_of_the_normalisation(windows, request, dtype, channels_last, share, few):
+    if few:
+        request.getfixturevalue("few_parts")
+    torch.manual_seed(1)
+    if share == "by channel":
+        share = torch.tensor([0.25, 1.0, 0.5, 0.2, 1.0 / 3])
+    window = cbn.Window(torch.randn(5) * 0.3, torch.rand(5) + 0.5, share)
+    x = laid_out(torch.randn(3, 5, 7, 11), channels_last).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(5, requires_grad=True) for _ in range(2))
+    grad = torch.randn(x.shape).to(dtype)
+    found = torch.autograd.grad(
+        cbn.normalise(x, weight, bias, window, 1e-3), [x, weight, bias], grad
+    )
+    wide = reference.wide(x, weight, bias)
+    y = by_definition(*wide, window, 1e-3)
+    expected = torch.autograd.grad(y, wide, grad.double())
+    assert windows.taken == 1
+    assert found[0].stride() == x.stride()
+    for ours, wanted in zip(found, expected, strict=True):
+        assert distance(ours, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) > 3])
+@pytest.mark.parametrize("affine", [False, True])
+def test_cbn_gradients_of_any_shape(windows, shape, affine):
+    torch.manual_seed(2)
+    channels = shape[1]
+    window = cbn.Window(torch.randn(channels) * 0.3, torch.rand(channels) + 0.5, 0.5)
+    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    vectors = [torch.randn(channels, requires_grad=True) for _ in range(2)] if affine else []
+    pair = vectors or [None, None]
+    found = torch.autograd.grad(cbn.normalise(x, *pair, window, 1e-3), [x, *vectors], grad)
+    wide_x, *wide = reference.wide(x, *vectors)
+    y = by_definition(wide_x, *(wide or [None, None]), window, 1e-3)
+    expected = torch.autograd.grad(y, [wide_x, *wide], grad.double())
+    assert windows.taken == 1
+    for ours, wanted in zip(found, expected, strict=True):
+        room = 3e-6 * max(float(wanted.norm()), float(grad.norm()))
+        assert float((ours.double() - wanted).norm()) < room
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_cbn_layer_is_the_same_with_its_gradient_through_the_history(windows, monkeypatch, bias):
+    """Six steps of a convolution and its norm, by kernels and by torch's operations."""
+    torch.manual_seed(3)
+    batches = [torch.randn(2, 3, 6, 6) for _ in range(6)]
+    upstream = torch.randn(2, 4, 6, 6)
+    seen = []
+    for found in (windows, None):
+        monkeypatch.setattr(cbn, "_kernels_for", lambda x, found=found: found)
+        torch.manual_seed(4)
+        conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=bias)
+        norm = CrossIterationBatchNorm2d(4, window=3)
+        norm.attach(conv)
+        leaves = [*conv.parameters(), *norm.parameters()]
+        for batch in batches:
+            gradients = torch.autograd.grad((norm(conv(batch)) * upstream).sum(), leaves)
+            seen.append(gradients)
+            with torch.no_grad():
+                for leaf, gradient in zip(leaves, gradients, strict=True):
+                    leaf.sub_(0.001 * gradient)
+    assert windows.taken == 6
+    for ours, eager in zip(seen[:6], seen[6:], strict=True):
+        for one, other in zip(ours, eager, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_cbn_whose_kernel_cannot_be_built_has_the_eager_gradient(windows, monkeypatch):
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("ptxas")
+
+    monkeypatch.setattr(launching, "_failed", False)
+    monkeypatch.setattr(windows.module.cross_iteration_kernels, "backward", Broken())
+    torch.manual_seed(5)
+    window = cbn.Window(torch.zeros(3), torch.ones(3), 0.5)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    grad = torch.randn(2, 3, 4, 4)
+    (found,) = torch.autograd.grad(cbn.normalise(x, None, None, window, 1e-3), x, grad)
+    (wide_x,) = reference.wide(x)
+    y = by_definition(wide_x, None, None, window, 1e-3)
+    assert distance(found, torch.autograd.grad(y, wide_x, grad.double())[0]) < 3e-6
+    assert windows.taken == 0

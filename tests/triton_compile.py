@@ -78,6 +78,19 @@ def batch_renorm(shape, channels_last, dtype):
         assert brn.backward(y, x, weight, bias, statistics, (True, True, True)) is not None
 
 
+def cross_iteration(shape, channels_last, dtype):
+    from normswap.layers.gpu import cross_iteration as cbn
+
+    x = torch.zeros(shape, dtype=dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias, mean, variance, share = (torch.ones(shape[1]) for _ in range(5))
+    arguments = x, x, weight, bias, mean, variance
+    assert cbn.backward(*arguments, share, 1e-5, (True, True, True, True)) is not None
+    arguments = x, x, None, None, mean, variance
+    assert cbn.backward(*arguments, 0.5, 1e-5, (True, False, False, False)) is not None
+
+
 def main():
     from triton.runtime.driver import driver
 
@@ -90,6 +103,7 @@ def main():
     ):
         filter_response(shape, dtype == torch.bfloat16, dtype)
         batch_renorm(shape, dtype == torch.bfloat16, dtype)
+    cross_iteration(shape, True, dtype)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from normswap.layers.batch_statistics import (
     per_channel,
     reduced_axes,
 )
+from normswap.layers.gpu.launching import can_launch
 from normswap.layers.iteration_history import Loan, Present
 from normswap.layers.producers import fold_weight, unfold_weight
+from normswap.layers.tracing import must_be_plain
 
 Part = Tensor | float
 """(C,), or one number where all channels have the same."""
@@ -195,7 +197,8 @@ class _NormaliseAcrossIterations(torch.autograd.Function):
 
     The history is constant but for its reach, so with x̂ = (x − μ̄)·s:
     ``∂x = γ·s·(g − share·mean(g) − share·x̂·mean(g·x̂))``. BatchNorm's kernel computes that for
-    share = 1; the share of the last term goes into its arguments, the rest is one addition.
+    share = 1; the share of the last term goes into its arguments, the rest is one addition. On a
+    GPU two kernels of its own do all of it.
     """
 
     @staticmethod
@@ -228,44 +231,74 @@ class _NormaliseAcrossIterations(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # somebody wants second derivatives
             return _differentiable_backward(ctx, grad)
-        x, weight, bias, mean, variance = ctx.saved_tensors
-        share, reach = ctx.share, ctx.reach
-        inverse_deviation = torch.rsqrt(variance + ctx.eps)
-        root = math.sqrt(share) if isinstance(share, float) else share.sqrt()
-        wide_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward.default(
-            grad,
-            x,
-            wide_weight / root,
-            None,
-            None,
-            mean,
-            inverse_deviation * root,
-            True,
-            ctx.eps,
-            [True, True, True],
-        )
-        grad_weight = grad_scale / root
-        gain = wide_weight * inverse_deviation
-        lean = gain * grad_shift
-        if not (isinstance(share, float) and share == 1.0):
-            rest = lean * ((1.0 - share) * (x.shape[1] / x.numel()))
-            grad_x.add_(per_channel(rest, x).to(grad_x.dtype))
+        found = _gradients(ctx, grad)
         by_weight = by_bias = None
-        if reach is not None:
-            # minus the gradient of μ̄, and minus twice that of σ̄²
-            growth = gain.mul_(inverse_deviation).mul_(grad_weight)
-            by_weight, by_bias = _gradient_through_history(reach, lean, growth, *ctx.followed)
-        return (
-            grad_x,
-            None if weight is None else grad_weight.to(weight.dtype),
-            None if bias is None else grad_shift.to(bias.dtype),
-            *[None] * 4,
-            by_weight,
-            by_bias,
-            None,
-            None,
-        )
+        if ctx.reach is not None:
+            assert found.lean is not None  # both are made for it
+            assert found.growth is not None
+            by_weight, by_bias = _gradient_through_history(
+                ctx.reach, found.lean, found.growth, *ctx.followed
+            )
+        return found.x, found.weight, found.bias, *[None] * 4, by_weight, by_bias, None, None
+
+
+class _Gradients(NamedTuple):
+    """Of x, γ and β; minus that of μ̄ and minus twice that of σ̄²."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lean: Tensor | None
+    growth: Tensor | None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> _Gradients:
+    x, weight, bias, mean, variance = ctx.saved_tensors
+    share = ctx.share
+    kernels = _kernels_for(x)
+    if kernels is not None:
+        needed = (*ctx.needs_input_grad[:3], ctx.reach is not None)
+        found = kernels.backward(grad, x, weight, bias, mean, variance, share, ctx.eps, needed)
+        if found is not None:
+            return _Gradients(*found)
+    inverse_deviation = torch.rsqrt(variance + ctx.eps)
+    root = math.sqrt(share) if isinstance(share, float) else share.sqrt()
+    wide_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward.default(
+        grad,
+        x,
+        wide_weight / root,
+        None,
+        None,
+        mean,
+        inverse_deviation * root,
+        True,
+        ctx.eps,
+        [True, True, True],
+    )
+    grad_weight = grad_scale / root
+    gain = wide_weight * inverse_deviation
+    lean = gain * grad_shift
+    if not (isinstance(share, float) and share == 1.0):
+        rest = lean * ((1.0 - share) * (x.shape[1] / x.numel()))
+        grad_x.add_(per_channel(rest, x).to(grad_x.dtype))
+    return _Gradients(
+        grad_x,
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else grad_shift.to(bias.dtype),
+        lean,
+        None if ctx.reach is None else gain.mul_(inverse_deviation).mul_(grad_weight),
+    )
+
+
+def _kernels_for(x: Tensor) -> Any:
+    """The module that works on ``x`` with kernels of its own, or None."""
+    if not x.is_cuda or must_be_plain() or not can_launch(x):
+        return None
+    # with it comes Triton, which most installations never need
+    from normswap.layers.gpu import cross_iteration
+
+    return cross_iteration
 
 
 def _gradient_through_history(

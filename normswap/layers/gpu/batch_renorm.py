@@ -92,7 +92,7 @@ def _plan_forward(
         return None
     if counter is not None and counter != (torch.int64, device, (), True):
         return None
-    cut, constants = _cut(shape, memory_format)
+    cut, constants = cut_batch(shape, memory_format)
     pieces = power_of_two(cut.parts)
     counts = cumulative and counter is not None
     moments = Launch(kernels.moments, cut.programs, (*constants, counts), cut.warps)
@@ -115,14 +115,14 @@ def _plan_backward(
     memory_format = memory_format_of(shape, stride) if takes(shape, dtype) else None
     if memory_format is None or not are_usual(kinds, device):
         return None
-    cut, constants = _cut(shape, memory_format)
+    cut, constants = cut_batch(shape, memory_format)
     sums = Launch(kernels.backward_sums, cut.programs, constants, cut.warps)
     constants = (*constants, power_of_two(cut.parts))
     pull = Launch(kernels.backward, cut.programs, constants, cut.warps)
     return _Backward(memory_format, cut.parts, sums, pull)
 
 
-def _cut(
+def cut_batch(
     shape: tuple[int, ...], memory_format: torch.memory_format
 ) -> tuple[Shares, tuple[int, ...]]:
     """The parts, and what all kernels have to know of them."""
