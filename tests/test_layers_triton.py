@@ -43,7 +43,7 @@ def run(*arguments, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("layer", ["frn", "brn", "cbn"])
+@pytest.mark.parametrize("layer", ["frn", "brn", "cbn or vectors"])
 def test_kernels_in_the_interpreter(layer):
     if not interpreter_counts():
         pytest.skip("this Triton's interpreter and this numpy do not go together")
@@ -67,7 +67,8 @@ def test_everything_can_be_imported_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import normswap.layers.gpu.filter_response, normswap.layers.gpu.batch_renorm\n"
-        "import normswap.layers.gpu.cross_iteration, normswap.layers.gpu.language as language\n"
+        "import normswap.layers.gpu.cross_iteration, normswap.layers.gpu.vectors\n"
+        "import normswap.layers.gpu.language as language\n"
         "assert language.tl is None\n"
     )
     done = run("-c", code)

@@ -29,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_layers_triton.py runs it", allow_module_level=True)
 
 frn = importlib.import_module("normswap.layers.filter_response_norm")
+statistics = importlib.import_module("normswap.layers.batch_statistics")
 cbn = importlib.import_module("normswap.layers.iteration_window")
 brn = importlib.import_module("normswap.layers.batch_renorm")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -781,3 +782,150 @@ def test_cbn_whose_kernel_cannot_be_built_has_the_eager_gradient(windows, monkey
     y = by_definition(wide_x, None, None, window, 1e-3)
     assert distance(found, torch.autograd.grad(y, wide_x, grad.double())[0]) < 3e-6
     assert windows.taken == 0
+
+
+@pytest.fixture
+def vectors(monkeypatch):
+    """The module of kernels on vectors, and what it was asked for and gave."""
+    from normswap.layers.gpu import vectors
+
+    class Heard:
+        def __init__(self):
+            self.done = []
+
+        def __getattr__(self, name):
+            def call(*arguments):
+                found = getattr(vectors, name)(*arguments)
+                if found:
+                    self.done.append(name)
+                return found
+
+            return call
+
+    heard = Heard()
+    for module in (statistics, cbn):
+        monkeypatch.setattr(module, "vector_kernels_for", lambda x: heard)
+    # what a GPU would hold up
+    monkeypatch.setattr(cbn, "answers_at_once", lambda x: False)
+    monkeypatch.setattr(statistics, "answers_at_once", lambda x: False)
+    yield heard
+    vectors._plan_track.cache_clear()
+    vectors._plan_join.cache_clear()
+
+
+@pytest.mark.parametrize("rule", ["max", "drop"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("channels", [1, 3, 200])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_vectors_join_a_window(vectors, rule, rows, channels, layout):
+    torch.manual_seed(1)
+    mean, shift = torch.randn(channels), torch.randn(rows, channels)
+    variances = torch.randn(rows, channels) + 0.5
+    here = rows // 2
+    shift[here], variances[here] = 0.0, variances[here].abs()
+    for row in set(range(rows)) - {here}:
+        shift[row, row % channels] = (float("nan"), float("inf"))[row % 2]
+        variances[row, (row + 1) % channels] = (float("inf"), float("nan"))[row % 2]
+    if layout == "columns":
+        shift, variances = (t.t().contiguous().t() for t in (shift, variances))
+    window, entries = cbn.join(mean, shift, variances, here, rule)
+    for c in range(channels):
+        pairs = list(enumerate(zip(shift[:, c].tolist(), variances[:, c].tolist(), strict=True)))
+        kept = {
+            k: (s, v)
+            for k, (s, v) in pairs
+            if k == here or (abs(s) < 1e9 and abs(v) < 1e9 and (rule == "max" or v >= 0))
+        }
+        share = 1.0 / len(kept)
+        centre = share * sum(s for s, _ in kept.values())
+        spread = share * sum(max(v, 0.0) + (s - centre) ** 2 for s, v in kept.values())
+        assert float(window.mean[c]) == pytest.approx(float(mean[c]) + centre, abs=1e-5)
+        assert float(window.variance[c]) == pytest.approx(spread, rel=1e-5, abs=1e-6)
+        assert float(window.share[c]) == pytest.approx(share)
+        for k in range(rows):
+            counts = k in kept
+            s, v = kept.get(k, (0.0, 0.0))
+            assert float(entries.share[k, c]) == pytest.approx(share if counts else 0.0)
+            deviation = s - centre if counts else 0.0
+            assert float(entries.deviation[k, c]) == pytest.approx(deviation, abs=1e-5)
+            grows = share if counts and v > 0 else 0.0
+            assert float(entries.grows[k, c]) == pytest.approx(grows)
+    assert entries.here == here
+    assert vectors.done == ["join"]
+
+
+def test_vectors_join_a_batch_that_is_not_finite(vectors):
+    mean = torch.tensor([float("nan"), 1.0])
+    shift = torch.tensor([[float("nan"), 0.5], [float("nan"), 0.0]])
+    variances = torch.tensor([[1.0, 1.0], [float("nan"), 2.0]])
+    window, entries = cbn.join(mean, shift, variances, 1, "max")
+    expected = cbn._join_by_rule(mean, shift, variances, 1, "max")
+    for ours, wanted in zip((*window, *entries[1:]), (*expected[0], *expected[1][1:]), strict=True):
+        torch.testing.assert_close(ours, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1, None])
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 3, 2500])
+def test_vectors_track_as_batch_norm_does(vectors, momentum, counts, dtype, channels):
+    torch.manual_seed(2)
+    layer = run_in(BatchRenorm2d(channels, momentum=momentum)).to(dtype)
+    layer.num_batches_tracked.fill_(4)
+    if not counts:
+        layer.num_batches_tracked = None
+    mean, variance = torch.randn(channels), torch.rand(channels) + 0.1
+    mean[-1] = float("nan")
+    before = layer.running_mean.double(), layer.running_var.double()
+    version = layer.running_mean._version
+    layer._track(mean, variance, 9)
+    rate = momentum if momentum is not None else 1.0 / 5 if counts else 1.0
+    pairs = zip(before, (mean.double(), variance.double() * 9 / 8), strict=True)
+    expected = [old + rate * (new - old) for old, new in pairs]
+    for found, wanted, old in zip(
+        (layer.running_mean, layer.running_var), expected, before, strict=True
+    ):
+        assert found[-1] == old[-1]
+        if channels > 1:
+            assert distance(found[:-1], wanted[:-1]) < TOLERANCE[dtype]
+    assert vectors.done == ["track"]
+    assert layer.running_mean._version > version
+    assert not counts or int(layer.num_batches_tracked) == 5
+
+
+def test_vectors_leave_what_is_unusual(vectors):
+    layer = BatchRenorm2d(3, dtype=torch.float64)
+    layer._track(torch.ones(3).double(), torch.ones(3).double(), 9)
+    layer = BatchRenorm2d(3)
+    layer.num_batches_tracked = torch.tensor(0.0)
+    layer._track(torch.ones(3), torch.ones(3), 9)
+    rows = torch.ones(2, 3).double()
+    window, _ = cbn.join(rows[0], rows, rows, 0, "max")
+    assert window.mean.dtype == torch.float64
+    assert vectors.done == []
+
+
+def test_vectors_cbn_layer_is_the_same(vectors, windows, monkeypatch):
+    torch.manual_seed(3)
+    batches, upstream = torch.randn(6, 2, 3, 6, 6), torch.randn(2, 4, 6, 6)
+    seen = []
+    for found, gradients_by in ((vectors, windows), (None, None)):
+        for module in (statistics, cbn):
+            monkeypatch.setattr(module, "vector_kernels_for", lambda x, found=found: found)
+        monkeypatch.setattr(cbn, "_kernels_for", lambda x, found=gradients_by: found)
+        torch.manual_seed(4)
+        conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+        norm = CrossIterationBatchNorm2d(4, window=3)
+        norm.attach(conv)
+        leaves = [*conv.parameters(), *norm.parameters()]
+        for batch in batches:
+            y = norm(conv(batch))
+            seen.append([y, *torch.autograd.grad((y * upstream).sum(), leaves)])
+            with torch.no_grad():
+                for leaf, gradient in zip(leaves, seen[-1][1:], strict=True):
+                    leaf.sub_(0.001 * gradient)
+        seen.append(list(norm.state_dict().values()))
+    assert vectors.done == ["track", *["join", "track"] * 5]
+    for ours, eager in zip(seen[:7], seen[7:], strict=True):
+        for one, other in zip(ours, eager, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -91,6 +91,18 @@ def cross_iteration(shape, channels_last, dtype):
     assert cbn.backward(*arguments, 0.5, 1e-5, (True, False, False, False)) is not None
 
 
+def vectors():
+    from normswap.layers.gpu import vectors
+
+    channel = torch.ones(200)
+    assert vectors.track(*[channel] * 4, torch.tensor(1), 0.1, 1.1)
+    assert vectors.track(*[channel] * 4, torch.tensor(1), None, 1.1)
+    assert vectors.track(*[channel] * 4, None, None, 1.1)
+    rows = torch.ones(7, 200)
+    assert vectors.join(channel, rows, rows, 3, "drop") is not None
+    assert vectors.join(channel, rows, rows.t().contiguous().t(), 0, "max") is not None
+
+
 def main():
     from triton.runtime.driver import driver
 
@@ -104,6 +116,7 @@ def main():
         filter_response(shape, dtype == torch.bfloat16, dtype)
         batch_renorm(shape, dtype == torch.bfloat16, dtype)
     cross_iteration(shape, True, dtype)
+    vectors()
 
 
 if __name__ == "__main__":

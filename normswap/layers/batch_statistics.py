@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.errors import LayerError
-from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in
+from normswap.layers.gpu.launching import can_launch
+from normswap.layers.tracing import as_one_node, is_scripting, is_stand_in, must_be_plain
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REMEMBERED = 16
@@ -137,6 +138,16 @@ def answers_at_once(x: Tensor) -> bool:
 def is_all_finite(values: Tensor) -> bool:
     """Whether every value is known to be finite; False where asking would hold up a device."""
     return answers_at_once(values) and math.isfinite(values.sum().item())
+
+
+def vector_kernels_for(vector: Tensor) -> Any:
+    """The module that does arithmetic on ``vector`` by kernels of its own, or None."""
+    if not vector.is_cuda or must_be_plain() or not can_launch(vector):
+        return None
+    # with it comes Triton, which most installations never need
+    from normswap.layers.gpu import vectors
+
+    return vectors
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -308,6 +319,8 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
 
         ``finite`` says that the batch is known to be.
         """
+        if self._track_by_kernel(mean, variance, elements):
+            return
         rate = self._count_batch()
         unbiased = variance * (elements / max(elements - 1, 1))
         if finite and self.running_mean is not None and self.running_mean.dtype == mean.dtype:
@@ -321,6 +334,21 @@ class TracksBatches(nn.modules.batchnorm._BatchNorm):
             torch.lerp(running_variance, unbiased, rate),
             mean + variance,
         )
+
+    def _track_by_kernel(self, mean: Tensor, variance: Tensor, elements: int) -> bool:
+        kernels = vector_kernels_for(mean)
+        if kernels is None or self.running_mean is None or self.running_var is None:
+            return False
+        done: bool = kernels.track(
+            mean,
+            variance,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.momentum,
+            elements / max(elements - 1, 1),
+        )
+        return done
 
     def _count_batch(self) -> float | Tensor:
         """Count one batch and return the weight its statistics get in the running ones."""

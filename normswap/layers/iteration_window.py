@@ -19,6 +19,7 @@ from normswap.layers.batch_statistics import (
     answers_at_once,
     per_channel,
     reduced_axes,
+    vector_kernels_for,
 )
 from normswap.layers.gpu.launching import can_launch
 from normswap.layers.iteration_history import Loan, Present
@@ -150,6 +151,17 @@ def join(
             spread = torch.addcmul(variances, deviation, deviation).mean(0)
             window = Window(mean + mean_shift, spread, share)
             return window, Entries(here, share, deviation, share)
+    kernels = vector_kernels_for(shift)
+    found = None if kernels is None else kernels.join(mean, shift, variances, here, rule)
+    if found is not None:
+        statistics, entries = found
+        return Window(*statistics), Entries(here, *entries)
+    return _join_by_rule(mean, shift, variances, here, rule)
+
+
+def _join_by_rule(
+    mean: Tensor, shift: Tensor, variances: Tensor, here: int, rule: str
+) -> tuple[Window, Entries]:
     counts = torch.isfinite(shift + variances)
     if rule == "drop":
         counts &= variances >= 0
