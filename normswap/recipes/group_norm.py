@@ -131,12 +131,13 @@ class GroupNorm(_Grouped):
     def groups_for(self, state: BatchNormState, where: str = "the plan") -> int:
         """The number of groups in the place of a BatchNorm."""
         if self.channels_per_group is not None:
-            return _groups_of(self.channels_per_group, state.channels, where)
+            size = _dividing("channels_per_group", self.channels_per_group, state.channels, where)
+            return state.channels // size
         if self.groups is None:
             return nearest_groups(state.channels, self.max_groups)
         if self.groups == "auto":
             return automatic_groups(state, self.max_groups)
-        return _dividing(self.groups, state.channels, where)
+        return _dividing("groups", self.groups, state.channels, where)
 
     def build(
         self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
@@ -156,28 +157,16 @@ class GroupNorm(_Grouped):
         return None if self.wired else self.groups_for(state)
 
 
-def _groups_of(size: int, channels: int, where: str) -> int:
-    if channels % size:
-        near = nearest(size, divisors(channels))
+def _dividing(setting: str, value: int, channels: int, where: str) -> int:
+    if channels % value:
+        near = nearest(value, divisors(channels))
         raise PlanError(
             where,
-            got=f"channels_per_group={size} for {channels} channels",
+            got=f"{setting}={value} for {channels} channels",
             need=f"a divisor of {channels}",
-            hint="channels_per_group=" + " or ".join(map(str, near)),
+            hint=f"{setting}=" + " or ".join(map(str, near)),
         )
-    return channels // size
-
-
-def _dividing(groups: int, channels: int, where: str) -> int:
-    if channels % groups:
-        near = nearest(groups, divisors(channels))
-        raise PlanError(
-            where,
-            got=f"groups={groups} for {channels} channels",
-            need=f"a divisor of {channels}",
-            hint="groups=" + " or ".join(map(str, near)),
-        )
-    return groups
+    return value
 
 
 def automatic_groups(state: BatchNormState, most: int = PAPER_GROUPS) -> int:
@@ -196,7 +185,21 @@ def automatic_groups(state: BatchNormState, most: int = PAPER_GROUPS) -> int:
 
 
 @dataclass(frozen=True)
-class LayerNorm(_Grouped):
+class _Fixed(_Grouped):
+    """One whose groups are settled by what it is."""
+
+    eps: float | None = None
+
+    def limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield _eps_limit(self.eps)
+
+    def settle(self, site: Site, norm: nn.Module) -> Self:
+        del site
+        return replace(self, eps=state_of(norm).eps if self.eps is None else self.eps)
+
+
+@dataclass(frozen=True)
+class LayerNorm(_Fixed):
     """Layer Normalization in the GN paper's sense: one group over C, H and W.
 
     ConvNeXt's ``LayerNorm2d`` (per pixel, over C) is another layer.
@@ -209,15 +212,6 @@ class LayerNorm(_Grouped):
     """
 
     target: ClassVar[str] = "ln"
-
-    eps: float | None = None
-
-    def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield _eps_limit(self.eps)
-
-    def settle(self, site: Site, norm: nn.Module) -> LayerNorm:
-        del site
-        return replace(self, eps=state_of(norm).eps if self.eps is None else self.eps)
 
     def build(
         self, norm: nn.Module, *, rank: int, init: str, activation: str | None = None
@@ -234,7 +228,7 @@ class LayerNorm(_Grouped):
 
 
 @dataclass(frozen=True)
-class InstanceNorm(_Grouped):
+class InstanceNorm(_Fixed):
     """Instance Normalization, ``torch.nn.InstanceNormNd`` with γ and β.
 
     It erases every sample's channel means and so cannot keep a pretrained function.
@@ -252,15 +246,6 @@ class InstanceNorm(_Grouped):
         nn.InstanceNorm2d,
         nn.InstanceNorm3d,
     )
-
-    eps: float | None = None
-
-    def limits(self) -> Iterator[tuple[str, bool, str]]:
-        yield _eps_limit(self.eps)
-
-    def settle(self, site: Site, norm: nn.Module) -> InstanceNorm:
-        del site
-        return replace(self, eps=state_of(norm).eps if self.eps is None else self.eps)
 
     def warnings(self, site: Site, *, init: str) -> tuple[str, ...]:
         erased = "instance norm erases each sample's channel means: fine-tune before use"
