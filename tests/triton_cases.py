@@ -855,9 +855,9 @@ def test_vectors_join_a_window(vectors, rule, rows, channels, layout):
 
 
 def test_vectors_join_a_batch_that_is_not_finite(vectors):
-    mean = torch.tensor([float("nan"), 1.0])
-    shift = torch.tensor([[float("nan"), 0.5], [float("nan"), 0.0]])
-    variances = torch.tensor([[1.0, 1.0], [float("nan"), 2.0]])
+    mean = torch.tensor([float("nan"), 1.0, 1.0])
+    shift = torch.tensor([[float("nan"), 0.5, 0.5], [float("nan"), 0.0, 0.0]])
+    variances = torch.tensor([[1.0, 1.0, 1.0], [float("nan"), 2.0, float("nan")]])
     window, entries = cbn.join(mean, shift, variances, 1, "max")
     expected = cbn._join_by_rule(mean, shift, variances, 1, "max")
     for ours, wanted in zip((*window, *entries[1:]), (*expected[0], *expected[1][1:]), strict=True):

@@ -4,10 +4,12 @@
     python examples/benchmarks/gpu_check.py --only check
 
 The first table says the largest relative error of outputs and gradients; it ends with status 1 if a
-kernel was not used or is wrong. The second says milliseconds of one forward and backward (median),
-the ratio to BatchNorm + ReLU, and the bandwidth: the bytes that cannot be avoided (x and the output
-forward; x, the gradient and the gradient of x backward) over the time. "host" is the time that
-Python takes to issue the work, which is what counts at small batches.
+kernel was not used or is wrong, or if a training step waits for the device. The second says how
+long one forward and backward takes (median), the ratio to BatchNorm + ReLU, and the bandwidth: the
+bytes that cannot be avoided (x and the output forward; x, the gradient and the gradient of x
+backward) over the time. "host" is the time that Python takes to issue the work, which is what
+counts at small batches. "launches" are kernels of one forward and backward. CBN is measured behind
+a 1 × 1 convolution, and so is the BatchNorm that it is compared with there.
 """
 
 from __future__ import annotations
@@ -40,9 +42,13 @@ CHECKED = [
 ]
 
 
+def format_of(last: bool) -> torch.memory_format:
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def maps(shape: tuple[int, ...], dtype: torch.dtype, last: bool, mean: float = 0.0) -> Tensor:
     x = (torch.randn(shape, device="cuda") + mean).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if last else x
+    return x.contiguous(memory_format=format_of(last))
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -126,56 +132,108 @@ def check() -> bool:
     return right
 
 
+class Followed(nn.Module):
+    """A 1 × 1 convolution with a norm and a ReLU behind it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        channels = int(norm.num_features)  # type: ignore[arg-type]
+        self.conv, self.norm = nn.Conv2d(channels, channels, 1, bias=False), norm
+        if isinstance(norm, CrossIterationBatchNorm2d):
+            norm.attach(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As in a network."""
+        return torch.relu_(self.norm(self.conv(x)))
+
+
 def norms(channels: int) -> dict[str, nn.Module]:
     relu = partial(nn.ReLU, inplace=True)
-    cbn = CrossIterationBatchNorm2d(channels, compensate=False, window=4)
     return {
         "bn+relu": nn.Sequential(nn.BatchNorm2d(channels), relu()),
         "frn": FilterResponseNorm2d(channels),
         "brn+relu": nn.Sequential(BatchRenorm2d(channels), relu()),
-        "cbn(naive)+relu": nn.Sequential(cbn, relu()),
         "gn+relu": nn.Sequential(nn.GroupNorm(min(32, channels), channels), relu()),
+        "conv+bn+relu": Followed(nn.BatchNorm2d(channels)),
+        "conv+cbn+relu": Followed(CrossIterationBatchNorm2d(channels, window=4)),
     }
+
+
+def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+        y = layer(x.detach().requires_grad_())
+    y.backward(grad.to(y.dtype))  # autocast gives GroupNorm's output in float32
+
+
+def waits() -> bool:
+    """Whether a training step of any layer asks the device for an answer, once it runs in."""
+    found = False
+    for name, layer in norms(64).items():
+        layer.cuda()
+        x, grad = (torch.randn(2, 64, 14, 14, device="cuda") for _ in range(2))
+        for _ in range(8):
+            step(layer, x, grad)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(layer, x, grad)
+        except RuntimeError as error:
+            found = True
+            print(f"{name} WAITS for the device: {error}")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    print("a step that waits for the device:", "SOME" if found else "none")
+    return found
+
+
+def launches(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
+    """Kernels and copies of one step."""
+    step(layer, x, grad)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(layer, x, grad)
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profile.events())
 
 
 def timed(layer: nn.Module, x: Tensor, rounds: int) -> tuple[float, float]:
     """Milliseconds of the device and of the host, each the median of one step."""
     grad = torch.randn_like(x)
     device, host = [], []
-    for turn in range(rounds + 5):
-        leaf = x.detach().requires_grad_()
+    for turn in range(rounds + 8):
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # the host gets ahead: what is timed is the device alone
+        torch.cuda._sleep(4_000_000)  # the host gets ahead: what is timed is the device alone
         start.record()
         begun = time.perf_counter()
-        layer(leaf).backward(grad)
+        step(layer, x, grad)
         issued = time.perf_counter() - begun
         end.record()
         torch.cuda.synchronize()
-        if turn >= 5:
+        if turn >= 8:
             device.append(start.elapsed_time(end))
             host.append(1e3 * issued)
     return statistics.median(device), statistics.median(host)
 
 
 def table(rounds: int) -> None:
-    print(f"\n{'':40}{'device':>9}{'ratio':>7}{'GB/s':>7}{'host':>8}{'ratio':>7}")
-    for shape in TIMED:
-        for dtype in (torch.float32, torch.bfloat16):
-            for last in (False, True):
-                x = maps(shape, dtype, last)
-                base = None
-                for name, layer in norms(shape[1]).items():
-                    device, host = timed(layer.cuda(), x, rounds)
-                    base = base or (device, host)
-                    rate = 5 * x.numel() * x.element_size() / device / 1e6
-                    print(
-                        f"{'x'.join(map(str, shape)):14}{str(dtype)[6:10]:5}"
-                        f"{'nhwc' if last else 'nchw':5}{name:16}"
-                        f"{device * 1e3:7.1f}µs{device / base[0]:7.2f}{rate:7.0f}"
-                        f"{host * 1e3:6.0f}µs{host / base[1]:7.2f}"
-                    )
+    print(f"\n{'':40}{'device':>9}{'ratio':>7}{'GB/s':>7}{'host':>8}{'ratio':>7}{'launches':>10}")
+    for shape, dtype, last in itertools.product(TIMED, list(BOUND)[:2], (False, True)):
+        x = maps(shape, dtype, last)
+        base = (1.0, 1.0)
+        for name, layer in norms(shape[1]).items():
+            device, host = timed(layer.cuda().to(memory_format=format_of(last)), x, rounds)
+            if "+bn" in f"+{name}":
+                base = device, host
+            count = launches(layer, x, torch.ones_like(x)) if shape == TIMED[1] else ""
+            rate = 5 * x.numel() * x.element_size() / device / 1e6
+            print(
+                f"{'x'.join(map(str, shape)):14}{str(dtype)[6:10]:5}"
+                f"{'nhwc' if last else 'nchw':5}{name:16}"
+                f"{device * 1e3:7.1f}µs{device / base[0]:7.2f}{rate:7.0f}"
+                f"{host * 1e3:6.0f}µs{host / base[1]:7.2f}"
+                f"{count:>10}"
+            )
 
 
 def main() -> None:
@@ -188,11 +246,11 @@ def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     begun = time.perf_counter()
-    right = asked.only == "time" or check()
+    passed = [] if asked.only == "time" else [check(), not waits()]
     if asked.only != "check":
         table(asked.rounds)
     print(f"{time.perf_counter() - begun:.0f} s")
-    raise SystemExit(0 if right else 1)
+    raise SystemExit(0 if all(passed) else 1)
 
 
 if __name__ == "__main__":
