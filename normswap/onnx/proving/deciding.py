@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +99,11 @@ def right_layers(
     truth: GroundTruth, trial: Trial, layers: Sequence[LastLayer]
 ) -> dict[str, RightLayer]:
     """The values of a model's last layers in float64, by the names of the graph."""
-    single = _layer_values(truth.subject, trial.inputs, layers)
-    exact = single
+    models = [(truth.subject, truth.subject.run)]
     if truth.double is not None:
-        exact = _layer_values(truth.double, trial.inputs, layers, double=True)
+        models.append((truth.double, truth.double.run_double))
+    runs = [_layer_values(subject, run, trial, layers) for subject, run in models]
+    single, exact = runs[0], runs[-1]
     found = {}
     for name, value in exact.items():
         apart = rows_apart(single[name], value) if name in single else np.full(len(value), np.inf)
@@ -129,7 +130,10 @@ def recorded_layers(
 
 
 def _layer_values(
-    subject: Subject, inputs: Sequence[Array], layers: Sequence[LastLayer], *, double: bool = False
+    subject: Subject,
+    run: Callable[[Sequence[Array]], Any],
+    trial: Trial,
+    layers: Sequence[LastLayer],
 ) -> dict[str, Array]:
     wanted = {layer.module for layer in layers}
     seen: dict[str, list[Array]] = {name: [] for name in wanted}
@@ -139,7 +143,7 @@ def _layer_values(
             seen[name].append(as_array(output).copy())
 
     with watched(subject.model, keep, wanted):
-        subject.run_double(inputs) if double else subject.run(inputs)
+        run(trial.inputs)
     return {
         layer.value: seen[layer.module][layer.call]
         for layer in layers
