@@ -30,6 +30,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 frn = importlib.import_module("normswap.layers.filter_response_norm")
 statistics = importlib.import_module("normswap.layers.batch_statistics")
+history = importlib.import_module("normswap.layers.iteration_history")
 cbn = importlib.import_module("normswap.layers.iteration_window")
 brn = importlib.import_module("normswap.layers.batch_renorm")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -803,7 +804,7 @@ def vectors(monkeypatch):
             return call
 
     heard = Heard()
-    for module in (statistics, cbn):
+    for module in (statistics, history, cbn):
         monkeypatch.setattr(module, "vector_kernels_for", lambda x: heard)
     # what a GPU would hold up
     monkeypatch.setattr(cbn, "answers_at_once", lambda x: False)
@@ -893,6 +894,32 @@ def test_vectors_track_as_batch_norm_does(vectors, momentum, counts, dtype, chan
     assert not counts or int(layer.num_batches_tracked) == 5
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("channels", "taps"), [(1, 1), (3, 27), (70, 20)])
+def test_vectors_forget_what_is_not_finite(vectors, dtype, channels, taps):
+    torch.manual_seed(3)
+    kept = history.History(2, lends=True)
+    mean, variance = torch.randn(channels), torch.rand(channels)
+    kept.prepare(mean, (1, channels, taps), dtype)
+    place, room = kept.place(), kept.room()
+    place.normal_()
+    room.copy_(torch.randn(channels, taps))
+    values = (float("nan"), float("inf"), -float("inf"))
+    for number, value in enumerate(values):
+        room.view(-1)[number * 7 % room.numel()] = value
+        place.view(-1)[number * 5 % place.numel()] = value
+    mean[channels // 2] = values[channels % 3]
+    variance[channels // 3] = float("nan")
+    wanted = room.nan_to_num()
+    wanted[(mean + variance).isfinite().logical_not()] = 0.0
+    patch, version = place.nan_to_num(0.0, 0.0, 0.0), room._version
+    kept.forget_values(mean, variance)
+    assert vectors.done == ["forget"]
+    assert torch.equal(kept.room(), wanted)
+    assert torch.equal(kept.place(), patch)
+    assert room._version > version
+
+
 def test_vectors_leave_what_is_unusual(vectors):
     layer = BatchRenorm2d(3, dtype=torch.float64)
     layer._track(torch.ones(3).double(), torch.ones(3).double(), 9)
@@ -910,7 +937,7 @@ def test_vectors_cbn_layer_is_the_same(vectors, windows, monkeypatch):
     batches, upstream = torch.randn(6, 2, 3, 6, 6), torch.randn(2, 4, 6, 6)
     seen = []
     for found, gradients_by in ((vectors, windows), (None, None)):
-        for module in (statistics, cbn):
+        for module in (statistics, history, cbn):
             monkeypatch.setattr(module, "vector_kernels_for", lambda x, found=found: found)
         monkeypatch.setattr(cbn, "_kernels_for", lambda x, found=gradients_by: found)
         torch.manual_seed(4)
@@ -925,7 +952,7 @@ def test_vectors_cbn_layer_is_the_same(vectors, windows, monkeypatch):
                 for leaf, gradient in zip(leaves, seen[-1][1:], strict=True):
                     leaf.sub_(0.001 * gradient)
         seen.append(list(norm.state_dict().values()))
-    assert vectors.done == ["track", *["join", "track"] * 5]
+    assert vectors.done == ["forget", "track", *["join", "forget", "track"] * 5]
     for ours, eager in zip(seen[:7], seen[7:], strict=True):
         for one, other in zip(ours, eager, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

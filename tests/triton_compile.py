@@ -98,6 +98,8 @@ def vectors():
     assert vectors.track(*[channel] * 4, torch.tensor(1), 0.1, 1.1)
     assert vectors.track(*[channel] * 4, torch.tensor(1), None, 1.1)
     assert vectors.track(*[channel] * 4, None, None, 1.1)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert vectors.forget(torch.ones(200, 9, dtype=dtype), torch.ones(1, 9), channel, channel)
     rows = torch.ones(7, 200)
     assert vectors.join(channel, rows, rows, 3, "drop") is not None
     assert vectors.join(channel, rows, rows.t().contiguous().t(), 0, "max") is not None

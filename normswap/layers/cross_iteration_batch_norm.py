@@ -275,7 +275,7 @@ class _CrossIterationBatchNorm(TracksBatches):
             # what rounding took from the slope is taken from the base, so that v̂(w_τ) = v_τ
             along = (room.to(mean.dtype) * weight.flatten(0, 1)).sum(-1)
         if not _is_known_finite(window):
-            history.forget_values(torch.isfinite(mean + variance))
+            history.forget_values(mean, variance)
         history.push(Batch(offset, variance, along - variance))
         return window, reach
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import LayerError
+from normswap.layers.batch_statistics import vector_kernels_for
 
 _SMALL = 1 << 17
 _REPEATABLE = 4
@@ -286,15 +287,19 @@ class History:
                 loan.rescue(self.position, copies)
         self._loans = [ref for ref, _ in alive]
 
-    def forget_values(self, finite: Tensor) -> None:
-        """What has just been entered is not finite but in these channels, and must harm nobody.
+    def forget_values(self, mean: Tensor, variance: Tensor) -> None:
+        """What has just been entered may not be finite, as its moments are, and must harm nobody.
 
-        It does not count, but whoever multiplies it by 0 must not meet a NaN.
+        It does not count then, but whoever multiplies it by 0 must not meet a NaN.
         """
         assert self._patches is not None
-        room = self.room()
+        room, patch = self.room(), self._patches[self.here]
+        kernels = vector_kernels_for(mean)
+        if kernels is not None and kernels.forget(room, patch, mean, variance):
+            return
+        finite = torch.isfinite(mean + variance)
         room.copy_(torch.where(finite.unsqueeze(1), room, 0.0).nan_to_num_())
-        self._patches[self.here].nan_to_num_(posinf=0.0, neginf=0.0)
+        patch.nan_to_num_(posinf=0.0, neginf=0.0)
 
     def push(self, batch: Batch) -> None:
         """Put ``batch`` in the place of the oldest entry; its slope and patch are there already."""

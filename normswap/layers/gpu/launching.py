@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger("normswap")
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 _LARGEST = 2**31 - 1  # elements of a sample and of a channel, which are counted in 32 bits
 _WIDEST = 16  # elements of one access, at most; what Triton looks for itself
@@ -109,7 +109,7 @@ def kind(vector: Tensor | None) -> tuple[Any, ...] | None:
 def are_usual(kinds: tuple[tuple[Any, ...] | None, ...], device: int) -> bool:
     """Whether vectors of these ``kinds`` are dense, real, and on the ``device``."""
     return all(
-        one is None or (one[0] in _DTYPES and one[1] == device and one[2] == (1,) and one[3])
+        one is None or (one[0] in DTYPES and one[1] == device and one[2] == (1,) and one[3])
         for one in kinds
     )
 
@@ -143,6 +143,6 @@ def positions_of(shape: tuple[int, ...]) -> int:
 
 def takes(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether kernels can work on batches of this shape and dtype."""
-    if dtype not in _DTYPES or len(shape) <= 2:
+    if dtype not in DTYPES or len(shape) <= 2:
         return False
     return 0 < max(shape[0], shape[1]) * positions_of(shape) <= _LARGEST

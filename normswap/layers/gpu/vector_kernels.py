@@ -1,10 +1,14 @@
-"""What statistics go through between two looks at a batch, in Triton: (C,) vectors, a few rows."""
+"""What statistics go through between two looks at a batch, in Triton: (C,) vectors, a few rows.
+
+Also what becomes of a slope whose batch is not finite.
+"""
 
 from __future__ import annotations
 
 from normswap.layers.gpu.language import jit, tl
 
 _ALL = ["mean", "variance", "running_mean", "running_var", "counter", "shift", "variances"]
+_ROOMS = ["room", "patch"]
 _OUTCOMES = ["window", "entries"]
 
 
@@ -96,3 +100,40 @@ def join(
     tl.store(entries + place, shares, mask=inside)
     tl.store(entries + K * C + place, deviation, mask=inside)
     tl.store(entries + 2 * K * C + place, tl.where(spread > 0.0, shares, 0.0), mask=inside)
+
+
+@jit(do_not_specialize_on_alignment=_ALL + _ROOMS)
+def forget(
+    room,
+    patch,
+    mean,
+    variance,
+    largest,
+    ROOM,
+    PATCH,
+    F,
+    BLOCK: tl.constexpr,
+):
+    """Make finite what is kept: (C, F) slopes, 0 where the batch was not finite, and a patch.
+
+    Reads all and writes what has to change, which usually is nothing.
+    """
+    of_room = tl.cdiv(ROOM, BLOCK)
+    if tl.program_id(0) < of_room:
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < ROOM
+        c = i // F
+        own = tl.load(mean + c, mask=inside, other=0.0) + tl.load(
+            variance + c, mask=inside, other=0.0
+        )
+        kept = tl.load(room + i, mask=inside, other=0.0).to(tl.float32)
+        outcome = tl.where(kept > 0.0, largest, tl.where(kept < 0.0, -largest, 0.0))
+        outcome = tl.where(_is_finite(own), outcome, 0.0)
+        changes = inside & ((_is_finite(kept) & _is_finite(own)) == 0)
+        tl.store(room + i, outcome.to(room.dtype.element_ty), mask=changes)
+    else:
+        i = (tl.program_id(0) - of_room) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < PATCH
+        kept = tl.load(patch + i, mask=inside, other=0.0).to(tl.float32)
+        changes = inside & (_is_finite(kept) == 0)
+        tl.store(patch + i, tl.zeros([BLOCK], patch.dtype.element_ty), mask=changes)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normswap.layers.gpu import vector_kernels as kernels
 from normswap.layers.gpu.launching import (
+    DTYPES,
     CannotLaunchError,
     Launch,
     are_usual,
@@ -25,6 +26,7 @@ _PLANS = 4096
 _BLOCK = 1024
 _ELEMENTS = 1024  # of a program that joins
 _MOST_ROWS = 256
+_LARGEST = 2**31 - 1 - _BLOCK  # indices are 32-bit
 
 Kinds = tuple[tuple[Any, ...] | None, ...]
 
@@ -123,6 +125,46 @@ def _plan_join(
     wide = min(power_of_two(channels), max(16, _ELEMENTS // deep))
     constants = here, rows, channels, *strides, deep, wide, rule == "drop"
     return Launch(kernels.join, -(-channels // wide), constants, 4)
+
+
+def forget(room: Tensor, patch: Tensor, mean: Tensor, variance: Tensor) -> bool:
+    """Make the slopes and the patch of a batch finite; False if it is left undone.
+
+    Args:
+        room: (C, F), changed: 0 in the channels whose statistics are not finite.
+        patch: changed.
+        mean: (C,), of the batch.
+        variance: (C,).
+    """
+    dense = room.is_contiguous() and patch.is_contiguous()
+    device, sizes = mean.get_device(), (room.numel(), patch.numel(), room.shape[1])
+    kinds = kind(mean), kind(variance)
+    launch = _plan_forget(sizes, device, kinds, room.dtype, patch.dtype) if dense else None
+    if launch is None:
+        return False
+    try:
+        with on_device_of(mean):
+            launch(room, patch, mean, variance, torch.finfo(room.dtype).max)
+    except CannotLaunchError:
+        return False
+    torch.autograd.graph.increment_version([room, patch])
+    return True
+
+
+@lru_cache(maxsize=_PLANS)
+def _plan_forget(
+    sizes: tuple[int, int, int],
+    device: int,
+    kinds: Kinds,
+    room: torch.dtype,
+    patch: torch.dtype,
+) -> Launch | None:
+    if not are_usual(kinds, device) or not _are_float32(kinds) or max(sizes) > _LARGEST:
+        return None
+    if room not in DTYPES or patch not in DTYPES:
+        return None
+    programs = sum(-(-size // _BLOCK) for size in sizes[:2])
+    return Launch(kernels.forget, programs, (*sizes, _BLOCK), 4)
 
 
 def _are_float32(kinds: Kinds) -> bool:
