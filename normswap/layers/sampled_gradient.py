@@ -90,32 +90,10 @@ def _joined(x: Tensor) -> Tensor:
 def _patches(producer: _ConvNd, call: Call, pad: Pad | None, at: Positions) -> Tensor:
     """What the taps meet: (N, G, F, P), F ordered like the weight's."""
     x, padding, mode = pad_by_hand(producer, call.input, pad)
-    axes = [
-        _Axis(
-            size,
-            first=at.first * stride - before,
-            steps=len(at.along(made)),
-            step=at.every * stride,
-            taps=taps,
-            dilation=dilation,
-        )
-        for size, made, stride, taps, dilation, (before, _) in zip(
-            x.shape[2:],
-            call.shape[2:],
-            producer.stride,
-            producer.kernel_size,
-            producer.dilation,
-            padding,
-            strict=True,
-        )
-    ]
-    if any(axis.first < 0 or axis.last >= axis.size for axis in axes):
+    settings = (producer.stride, producer.kernel_size, producer.dilation, tuple(padding))
+    met, overhangs = _met(x.shape[2:], call.shape[2:], *settings, at, x.device)
+    if overhangs:
         x = with_padding(x, padding, mode)
-        axes = [
-            axis._replace(size=axis.size + before + after, first=axis.first + before)
-            for axis, (before, after) in zip(axes, padding, strict=True)
-        ]
-    met = _places(tuple(axes), x.device)
     groups = groups_of(producer)
     if taps_first(producer):
         rows = x.movedim(1, -1).flatten(1, -2)
@@ -150,12 +128,33 @@ class _Axis(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def _places(axes: tuple[_Axis, ...], device: torch.device) -> Tensor:
-    """(taps, P): where in a flattened map each tap stands at each position."""
+def _met(
+    sizes: torch.Size,
+    made: torch.Size,
+    strides: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilations: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    at: Positions,
+    device: torch.device,
+) -> tuple[Tensor, bool]:
+    """Where in a flattened map each tap stands at each position, (taps, P); and if padded first."""
+    axes = [
+        _Axis(size, at.first * stride - before, len(at.along(out)), at.every * stride, taps, apart)
+        for size, out, stride, taps, apart, (before, _) in zip(
+            sizes, made, strides, kernel, dilations, padding, strict=True
+        )
+    ]
+    overhangs = any(axis.first < 0 or axis.last >= axis.size for axis in axes)
+    if overhangs:
+        axes = [
+            axis._replace(size=axis.size + before + after, first=axis.first + before)
+            for axis, (before, after) in zip(axes, padding, strict=True)
+        ]
     with torch.inference_mode(False):
         met = torch.zeros((1, 1), dtype=torch.int64)
         for axis in axes:
             here = torch.tensor(axis.places())
             met = met[:, None, :, None] * axis.size + here[None, :, None, :]
             met = met.flatten(2).flatten(0, 1)
-        return met.to(device)
+        return met.to(device), overhangs
