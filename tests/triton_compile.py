@@ -3,7 +3,6 @@
 Triton asks its driver for the target and gives the result back to it; this one has no device.
 """
 
-import itertools
 import sys
 
 import torch
@@ -112,11 +111,11 @@ def main():
 
     driver.set_active(Driver())
     Launch._first = compile_and_tell
-    for shape, dtype in itertools.product(
-        [(2, 64, 28, 28), (2, 64, 144, 144)], [torch.float32, torch.bfloat16]
-    ):
-        filter_response(shape, dtype == torch.bfloat16, dtype)
-        batch_renorm(shape, dtype == torch.bfloat16, dtype)
+    filter_response((2, 64, 28, 28), False, torch.float32)
+    batch_renorm((2, 64, 28, 28), False, torch.float32)
+    shape, dtype = (2, 64, 144, 144), torch.bfloat16
+    filter_response(shape, True, dtype)
+    batch_renorm(shape, True, dtype)
     cross_iteration(shape, True, dtype)
     vectors()
 
