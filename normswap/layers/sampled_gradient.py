@@ -61,7 +61,7 @@ def sampled_gradient(
     """
     into = out if out.dtype == grad.dtype else torch.empty_like(out, dtype=grad.dtype)
     patches = _patches(producer, call, pad, at).to(grad.dtype)
-    if grad.shape[0] > 1 and grad.shape[2] < _FEW:
+    if grad.shape[0] > 1 and grad.shape[2] <= _FEW:
         grad, patches = _joined(grad), _joined(patches)
     _contract(grad, patches.transpose(2, 3), into)
     if into is not out:
