@@ -1,10 +1,10 @@
 """Convert as many layers as a share of the original's decisions allows; the others stay frozen.
 
-Every site's own cost is measured first: what its error does to the outputs, to second order, from a
-few backward passes for all sites together. Then the cheapest sites are converted, each solved in
-closed form by itself, and judged on images on which they were not solved; how many there can be is
-found by bisection. What is left becomes ``frozen``, which needs no batch either and is exactly
-BatchNorm.
+What every site's error does to the outputs is measured first, to second order, from a few backward
+passes for all sites together: by itself, and beside the others'. Then those are converted that cost
+least together, each solved in closed form by itself, and judged on images on which they were not
+solved; how many there can be is searched from what they cost. What is left becomes ``frozen``,
+which needs no batch either and is exactly BatchNorm.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from normswap import pictures, swap
-from normswap.calibration import by_channel, linear_output, scaled, solve_alone, taken
+from normswap.calibration import (
+    moments_alone,
+    scaled,
+    solve_alone,
+    taken,
+)
+from normswap.calibration.steady import Moments
 from normswap.drift import Agreement, batches
 from normswap.errors import RETURNED, PlanError
 from normswap.graph import Graph, Movable, walk
-from normswap.graph.norms import fused_parts, state_of
 from normswap.graph.numbers import check_numbers
 from normswap.planning import Patterns, Plan, Target, inputs_for, plan
 from normswap.progress import Progress, ProgressCallback
 from normswap.provenance import add_history
-from normswap.recipes import Recipe, recipe_of
+from normswap.recipes import Recipe
 from normswap.reports import write_report
 from normswap.running import (
     call,
@@ -40,11 +45,11 @@ from normswap.running import (
     device_of,
     entries,
     evaluating,
-    hooked,
-    input_of,
+    first,
     leaves,
     moved,
 )
+from normswap.site_costs import cheapest_first, cost_of, slopes_of
 from normswap.swap import Conversion
 
 _log = logging.getLogger("normswap")
@@ -52,9 +57,9 @@ _log = logging.getLogger("normswap")
 _MARGIN = 0.84
 """Standard errors between what is kept on the judging images and what is promised: four in five."""
 _BATCH = 16
-_DRAWS = 4
-"""Random directions per image in which an error's effect on the outputs is looked at."""
-_WEIGHED = 48
+_LOST, _GUESSES = 0.75, 4
+"""Share of the decisions lost over the root of nats, before anything is known; then halves."""
+_WEIGHED = 64
 """Images that are enough for the costs."""
 
 
@@ -337,6 +342,26 @@ class _Ready:
     state: dict[str, Tensor] | None
 
 
+class _Guess:
+    """How many sites there can be: what is lost grows with the root of what they cost together."""
+
+    def __init__(self, costs: list[float], keep: float) -> None:
+        self.costs, self.keep = costs, keep
+        self._slope = _LOST
+
+    def between(self, low: int, high: int, images: int) -> int:
+        """The most sites, of so few or so many, with which ``keep`` should be reached."""
+        room = 1 - self.keep - _MARGIN * math.sqrt(self.keep * (1 - self.keep) / max(images, 1))
+        fit = [self._slope * math.sqrt(cost) <= room for cost in self.costs]
+        return min(max(sum(fit), low), high)
+
+    def learn(self, count: int, lost: float) -> None:
+        """So much was lost with so many."""
+        cost = self.costs[count - 1]
+        if 0 < cost < math.inf:
+            self._slope = lost / math.sqrt(cost)
+
+
 class _Chooser:
     """Which sites are converted.
 
@@ -362,41 +387,73 @@ class _Chooser:
         halves = self._halves(images, device)
         budget.tell(0.0, "every layer by itself")
         with evaluating(self.teacher):
-            folds = [self._fold(whole, halves[i], halves[1 - i]) for i in (0, 1)]
+            seen = [self._moments(whole, half) for half in halves]
+            opened = budget.clock()
+            folds = [self._fold(whole, halves[i], seen[i], halves[1 - i]) for i in (0, 1)]
+            solving = budget.clock() - opened  # what it costs to do that once more, on all images
             budget.tell(0.2, "what each layer costs")
-            seen = _first(halves[1], _WEIGHED)
-            self.costs = _costs(self.teacher, folds[0], sites, seen, self.draw)
-        order = sorted(sites, key=self.costs.__getitem__)
-        best = self._search(order, folds, keep, budget)
-        every = halves[0] if halves[0] is halves[1] else [*halves[0], *halves[1]]
+            slopes = self._slopes(folds, halves, sites)
+        self.costs = {name: cost_of(slopes[name]) for name in sites}
+        order, together = cheapest_first(slopes)
+        best = self._search(order, _Guess(together, keep), folds, budget, solving)
+        every, known = halves[0], seen[0]
+        if halves[0] is not halves[1]:
+            every = [*halves[0], *halves[1]]
+            known = {name: seen[0][name] + seen[1][name] for name in seen[0]}
         budget.tell(0.95, f"{len(best.sites)} layers, on all images")
         with evaluating(self.teacher):
-            ready = self._ready(whole, order, best, every)
+            ready = self._ready(whole, order, best, (every, known))
         budget.tell(1.0, "done")
         return best, ready
 
-    def _search(self, order: list[str], folds: list[_Fold], keep: float, budget: _Budget) -> _Found:
-        low, high = 0, len(order)
-        best = _Found([], 1.0, 1.0, sum(_count([b for b, _ in f.judges]) for f in folds))
-        tries = math.ceil(math.log2(high + 1)) + 1
-        at, number = high, 0  # all of them first: then nothing has to be searched
+    def _search(
+        self,
+        order: list[str],
+        guess: _Guess,
+        folds: list[_Fold],
+        budget: _Budget,
+        solving: float,
+    ) -> _Found:
+        low, high, number = 0, len(order), 0
+        images = sum(_count([batch for batch, _ in fold.judges]) for fold in folds)
+        best = _Found([], 1.0, 1.0, images)
         while low < high:
             number += 1
-            told = f"{at} of {len(order)} layers"
-            budget.tell(0.3 + 0.65 * min(number / (tries + 1), 0.99), told)
+            at = (
+                guess.between(low + 1, high, images)
+                if number <= _GUESSES
+                else (low + high + 1) // 2
+            )
+            budget.tell(0.3 + 0.65 * min(number / 8, 0.99), f"{at} of {len(order)} layers")
             found = self._tried(order, at, folds)
-            if found.bound >= keep:
+            guess.learn(at, 1 - found.share)
+            if found.bound >= guess.keep:
                 low, best = at, found
             else:
                 high = at - 1
-            at = (low + high + 1) // 2
-            if budget.left <= 0:
+            if budget.left <= solving:
                 break
         return best
 
-    def _fold(self, whole: Plan, used: list[Any], judges: list[Any]) -> _Fold:
+    def _slopes(
+        self, folds: list[_Fold], halves: tuple[list[Any], list[Any]], sites: list[str]
+    ) -> dict[str, Tensor]:
+        """Of every site as each half has solved it, on images of the other one."""
+        each = []
+        for fold, unseen in zip(folds, reversed(halves), strict=True):
+            few = first(unseen, _WEIGHED // 2)
+            found = slopes_of(sites, fold.donor, fold.producers, self.teacher, few, self.draw)
+            each.append(found)
+        return {name: torch.cat([found[name] for found in each]) for name in sites}
+
+    def _moments(self, whole: Plan, used: list[Any]) -> dict[str, Moments]:
+        return moments_alone(self._converted(whole), self.teacher, used, self.draw)
+
+    def _fold(
+        self, whole: Plan, used: list[Any], seen: dict[str, Moments], judges: list[Any]
+    ) -> _Fold:
         donor = self._converted(whole)
-        producers = solve_alone(donor, self.teacher, used)
+        producers = solve_alone(donor, self.teacher, used, seen)
         return _Fold(donor, producers, list(_answered(self.teacher, judges)))
 
     def _tried(self, order: list[str], count: int, folds: list[_Fold]) -> _Found:
@@ -408,12 +465,18 @@ class _Chooser:
             kept.add(model, fold.judges)
         return _Found(order[:count], kept.share, kept.bound, kept.count)
 
-    def _ready(self, whole: Plan, order: list[str], best: _Found, every: list[Any]) -> _Ready:
+    def _ready(
+        self,
+        whole: Plan,
+        order: list[str],
+        best: _Found,
+        every: tuple[list[Any], dict[str, Moments]],
+    ) -> _Ready:
         found = self._plan(order[len(best.sites) :])
         if not best.sites:
             return _Ready(found, None)
         model = self._converted(found)
-        self._fold(whole, every, []).lend(model, best.sites)
+        self._fold(whole, *every, []).lend(model, best.sites)
         return _Ready(found, model.state_dict())
 
     def _halves(self, images: Any, device: torch.device) -> tuple[list[Any], list[Any]]:
@@ -510,111 +573,6 @@ def _lower(share: float, count: int) -> float:
     return share if share == 1 else (middle - spread) / (1 + z2)
 
 
-# --- what each site costs -------------------------------------------------------------------------
-
-
-def _costs(
-    teacher: nn.Module,
-    fold: _Fold,
-    sites: list[str],
-    found: list[Any],
-    draw: torch.Generator,
-) -> dict[str, float]:
-    """What each site's own error costs, in nats, to second order.
-
-    A site's error e changes the outputs by J·e; with random v of the softmax's own covariance the
-    mean of (v·J·e)² is twice the divergence that makes. One backward pass gives v·J·e of all sites.
-    """
-    ours, theirs = dict(fold.donor.named_modules()), dict(teacher.named_modules())
-    loudness = {site: producer.loudness() for site, producer in fold.producers.items()}
-    errors = {n: _SiteError(theirs[n], ours[n], loudness.get(n)) for n in sites}
-    hooks = [theirs[n].register_forward_hook(e.nudge, with_kwargs=True) for n, e in errors.items()]
-    with torch.enable_grad(), hooked(*hooks):
-        for batch in found:
-            outputs = leaves(call(teacher, copied(batch)))
-            for last in (False,) * (_DRAWS - 1) + (True,):
-                _look(list(errors.values()), outputs, draw, last=last)
-    return {name: error.cost for name, error in errors.items()}
-
-
-class _SiteError:
-    """What one converted site does wrong by itself, as a gain on its error that is 0."""
-
-    def __init__(self, bn: nn.Module, layer: nn.Module, scale: Tensor | None) -> None:
-        self.bn, self.layer, self.scale = bn, layer, scale
-        self.gain: Tensor | None = None
-        self._seen: list[Tensor] = []
-
-    @property
-    def cost(self) -> float:
-        """Mean divergence of the outputs, in nats; infinite where it never ran."""
-        return float(torch.cat(self._seen).square().mean() / 2) if self._seen else math.inf
-
-    def see(self, slope: Tensor | None) -> None:
-        """Take in how one random direction of the outputs answers to the gains."""
-        if slope is not None:
-            self._seen.append(slope.detach().flatten())
-
-    def nudge(self, _: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        """A forward hook on the BatchNorm."""
-        x = input_of(args, kwargs).detach()
-        with torch.no_grad():
-            error = self._error(x, output.detach())
-        shape = [len(output), *[1] * (output.dim() - 1)]
-        self.gain = torch.zeros(shape, device=output.device, requires_grad=True)
-        return output + self.gain.to(output) * error
-
-    def _error(self, x: Tensor, output: Tensor) -> Tensor:
-        """What comes out of the layer, on what the BatchNorm gets, minus what comes out of that."""
-        recipe = recipe_of(self.layer)
-        louder = x if self.scale is None else x * by_channel(self.scale, x)
-        normal = None if recipe is None else recipe.standardise(self.layer, louder)
-        if recipe is None or normal is None:
-            return torch.zeros_like(output)
-        state, parts = state_of(self.layer), fused_parts(self.bn)
-        for own, into in ((state.weight, torch.mul), (state.bias, torch.add)):
-            normal = normal if own is None else into(normal, by_channel(own.detach(), normal))
-        plain = recipe.aim(self.layer, linear_output(self.bn, x))
-        if parts is None:
-            return normal - plain
-        found: Tensor = parts[1](normal) - parts[1](plain)
-        return found
-
-
-def _look(
-    errors: list[_SiteError], outputs: list[Tensor], draw: torch.Generator, *, last: bool
-) -> None:
-    ran = [error for error in errors if error.gain is not None]
-    gains = [error.gain for error in ran if error.gain is not None]
-    aim = _direction(outputs, draw)
-    if not gains or aim is None:
-        return
-    slopes = torch.autograd.grad(aim, gains, retain_graph=not last, allow_unused=True)
-    for error, slope in zip(ran, slopes, strict=True):
-        error.see(slope)
-        if last:
-            error.gain = None
-
-
-def _direction(outputs: list[Tensor], draw: torch.Generator) -> Tensor | None:
-    """A random direction of the outputs in which a step of 1 costs half a nat per image."""
-    for z in outputs:
-        if z.dim() >= 2 and z.shape[1] > 1 and z.requires_grad:
-            p = z.detach().float().softmax(1).movedim(1, -1)
-            rows = p.reshape(-1, p.shape[-1])
-            chosen = torch.multinomial(rows.cpu(), 1, generator=draw).to(rows.device)
-            v = (torch.zeros_like(rows).scatter_(1, chosen, 1.0) - rows).view_as(p)
-            return (v * z.float().movedim(1, -1)).sum() / math.sqrt(rows.shape[0] / len(z))
-    varying = [z for z in outputs if z.requires_grad and z.numel()]
-    if not varying:
-        return None
-    steps = [
-        torch.randn(z.shape, generator=draw).to(z) / z.detach().std().clamp_min(1e-6)
-        for z in varying
-    ]
-    return torch.stack([(v * z).sum() for v, z in zip(steps, varying, strict=True)]).sum()
-
-
 def _first_half(classes: list[int]) -> Tensor:
     """Which images are in the first of two halves that share no class; the large classes first."""
     sizes = [0, 0]
@@ -623,17 +581,6 @@ def _first_half(classes: list[int]) -> Tensor:
         side[number] = int(sizes[0] > sizes[1])
         sizes[side[number]] += count
     return torch.tensor([side[number] == 0 for number in classes])
-
-
-def _first(found: list[Any], count: int) -> list[Any]:
-    """Batches of about ``count`` entries."""
-    chosen, seen = [], 0
-    for batch in found:
-        chosen.append(batch)
-        seen += entries(batch)
-        if seen >= count:
-            break
-    return chosen
 
 
 def _count(found: list[Any]) -> int:

@@ -5,7 +5,7 @@ Nothing here knows a normaliser, and nothing here stays changed when a block end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -146,6 +146,17 @@ def entries(batch: Any) -> int:
     if isinstance(batch, (list, tuple)):
         return entries(batch[0]) if batch else 0
     return int(batch.shape[0]) if isinstance(batch, Tensor) and batch.dim() else 1
+
+
+def first(batches: Iterable[Any], count: int) -> list[Any]:
+    """The first batches, of about ``count`` images together."""
+    chosen, seen = [], 0
+    for batch in batches:
+        if seen >= count:
+            break
+        chosen.append(batch)
+        seen += entries(batch)
+    return chosen
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,10 +8,11 @@ from test_calibration_closed_form import Net, images, trained
 from torch import nn
 
 import normswap
-from normswap.calibration import solve_alone
+from normswap.calibration import moments_alone, solve_alone
 from normswap.errors import PlanError
-from normswap.keeping import _costs, _first_half, _Fold, kept_share
+from normswap.keeping import _first_half, _Guess, kept_share
 from normswap.planning import Plan
+from normswap.site_costs import cheapest_first, cost_of, slopes_of
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,22 @@ def one_site_alone(teacher, model, name, producer, x):
     return one
 
 
+def test_sites_whose_errors_cancel_come_before_those_whose_errors_agree():
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4000, generator=draw)
+    slopes = {"a": a, "like a": 1.01 * a, "other": 1.2 * b}
+    order, costs = cheapest_first(slopes)
+    assert order == ["a", "other", "like a"]
+    assert costs == sorted(costs)
+    against = {"a": a, "other": 1.05 * b, "against": -1.1 * a}
+    assert cheapest_first(against)[0] == ["a", "against", "other"]
+    never = {"never": torch.empty(0), **slopes}
+    assert cheapest_first(never)[0][-1] == "never"
+    assert cost_of(torch.empty(0)) == float("inf")
+    twice = {**slopes, "twice": torch.cat([a, a]) / 2}
+    assert cheapest_first(twice)[0][0] == "twice"
+
+
 def test_costs_are_what_one_site_alone_does_to_the_softmax(teacher):
     """Against the divergence itself, with that one site converted and all else exact."""
     x = images(48, 5)
@@ -74,8 +91,10 @@ def test_costs_are_what_one_site_alone_does_to_the_softmax(teacher):
     small = copy.deepcopy(teacher)
     small.head.weight.data /= 20  # where the second order is enough
     model = normswap.convert(copy.deepcopy(small), "ln", example_inputs=x[:2]).model
-    fold = _Fold(model, solve_alone(model, small, [x]), [])
-    found = _costs(small, fold, list(producers), [x], torch.Generator().manual_seed(0))
+    seen = moments_alone(model, small, [x], torch.Generator())
+    scaled, draw = solve_alone(model, small, [x], seen), torch.Generator().manual_seed(0)
+    slopes = slopes_of(list(producers), model, scaled, small, [x], draw)
+    found = {name: cost_of(values) for name, values in slopes.items()}
     with torch.no_grad():
         truth = small(x).log_softmax(1)
         for name, producer in producers.items():
@@ -180,3 +199,18 @@ def test_requests_that_mean_nothing(options, match):
 def test_halves_share_no_class_and_are_as_large_as_that_allows():
     first = _first_half([3] * 5 + [1] * 4 + [7] * 2 + [9])
     assert first.tolist() == [True] * 5 + [False] * 4 + [False] * 2 + [True]
+
+
+def test_the_search_goes_by_what_was_lost_before():
+    costs = [0.001 * (k + 1) ** 2 for k in range(40)]  # the root grows evenly with the count
+    guess = _Guess(costs, keep=0.9)
+    images = 10**6  # no margin to speak of
+    first = guess.between(1, 40, images)
+    assert first == 4  # 0.75 · √0.016 < 0.1 < 0.75 · √0.025
+    guess.learn(first, 0.02)  # a fifth of what may be lost
+    assert guess.between(first + 1, 40, images) == pytest.approx(20, abs=1)
+    guess.learn(20, 0.0)
+    assert guess.between(21, 40, images) == 40
+    guess.learn(40, 0.9)
+    assert guess.between(21, 39, images) == 21
+    assert _Guess([float("inf")], 0.9).between(0, 1, 100) == 0

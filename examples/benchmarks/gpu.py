@@ -76,25 +76,31 @@ def measured(row: dict[str, Any], chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(out: Path) -> None:
-    """Training step, median, and inference, median; one line per setting."""
+    """Training step, median (inference, median); one line per setting."""
+    lines = []
     for compiled in (False, True):
         rows = [row for row in read(out / FILE) if row["compiled"] == compiled]
         if not rows:
             continue
         names = [_label(one) for one in rows[0]["rows"]][1:]
-        head = ["model", "batch × px", "precision", "format", "BN, ms", *names, "peak, cbn / bn"]
-        print(" | ".join(head).join(("| ", " |")))
-        print("|---" * len(head) + "|")
+        head = ["model", "batch × px", "precision", "format", "BN, ms", *names]
+        head += [] if compiled else ["peak memory, cbn(window=4)"]
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in rows:
             last = "channels last" if row["channels_last"] else "contiguous"
             cells = [row["model"].rpartition("/")[2], f"{row['batch']} × {row['size']}"]
             cells += [row["amp"] or "fp32", last, f"{1e3 * row['training_seconds']:.1f}"]
             cells += [_cell(one) for one in row["rows"][1:]]
             peaks = {one["target"]: one["peak"] for one in row["rows"] if not one["compiled"]}
-            cbn = peaks.get("cbn(window=4)")
-            cells += [f"{cbn / peaks['bn']:.2f}" if cbn else ""]
-            print(" | ".join(cells).join(("| ", " |")))
-        print(sorted({(row["card"], row["torch"]) for row in rows}), flush=True)
+            if not compiled:
+                cells.append(f"{peaks.get('cbn(window=4)', 0) / peaks['bn']:.2f}")
+            lines.append("| " + " | ".join(cells) + " |")
+        cards = sorted({f"{row['card']}, torch {row['torch']}" for row in rows})
+        notes = {f"{_label(one)}: {one['note']}" for row in rows for one in row["rows"]}
+        lines += ["", *cards, *sorted(note for note in notes if not note.endswith(": ")), ""]
+    text = "\n".join(lines)
+    (out / "gpu.md").write_text(text, encoding="utf-8")
+    print(text, flush=True)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -91,6 +91,7 @@ ROWS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "frozen": ("frozen", "match", {}),
     "gn-passage": ("gn", "match", {"passage": 0.6}),
     "gn-matched": ("gn", "match", {}),
+    "gn-steady": ("gn", "steady", {}),
     "gn-calibrated": ("gn", "calibrated", {}),
     "frn-passage": ("frn", "match", {"passage": 0.6}),
     "brn": ("brn", "match", {}),
@@ -118,7 +119,7 @@ class Bench:
         target, init, more = ROWS[name]
         model, options = copy.deepcopy(self.teacher), self.options
         if target is not None:
-            plain = "copy" if init == "copy" else "match"
+            plain = "match" if init == "calibrated" else init
             example = self.train[0][:2]
             model = normswap.convert(model, target, example_inputs=example, init=plain).model
         if init == "calibrated":

@@ -8,7 +8,7 @@ be corrected by ridge regression.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,18 @@ from normswap.calibration.flow import Scale, linear_output, own_parameters
 from normswap.calibration.lockstep import Ahead, Stop, lanes, stop_after, stop_before, stops
 from normswap.calibration.regression import ROWS, Regression
 from normswap.calibration.steady import Moments, steady_scales
+from normswap.calibration.variety import varied
 from normswap.drift import Pair, paired_sites
 from normswap.graph import Movable, call, movable_producers
 from normswap.graph.norms import state_of
 from normswap.recipes import recipe_of
-from normswap.running import copied, evaluating, hooked, input_of
+from normswap.running import copied, evaluating, first, hooked, input_of
 
 Batches = Sequence[Any]
 _LEAST = 0.5
 """A channel keeps this share of its spread, however little of it is the original's."""
-_ENOUGH = 256
-"""Samples beyond which more say little about the scales."""
+_ENOUGH, _MADE = 256, 192
+"""Samples beyond which more say little about the scales; of every kind that is made of them."""
 
 
 # --- scales ---------------------------------------------------------------------------------------
@@ -36,58 +37,77 @@ _ENOUGH = 256
 
 @torch.no_grad()
 def steady(
-    pairs: tuple[Pair, ...], producers: dict[str, Movable], teacher: nn.Module, batches: Batches
+    pairs: tuple[Pair, ...], producers: dict[str, Movable], moments: Mapping[str, Moments]
 ) -> None:
-    """Scale the producers in front of norms that share statistics, from one pass of the original.
+    """Scale the producers in front of norms that share statistics.
 
     γ changes its sign with its channel's and is otherwise left to whoever sets it next.
+
+    Args:
+        pairs: the replaced sites.
+        producers: what may be scaled, by the site behind it.
+        moments: what :func:`moments_before` found.
     """
-    shared = {p.name: g for p in pairs if p.name in producers and (g := _groups(p.module))}
-    wanted = tuple(p for p in pairs if p.name in shared)
-    found = _moments_before(wanted, teacher, batches)
-    for pair in wanted:
-        if pair.name not in found:
+    for pair, groups in _sharing(pairs, producers):
+        if pair.name not in moments:
             continue
         gain = state_of(pair.original).weight
-        moments = found[pair.name]
-        gain = torch.ones_like(moments.spread) if gain is None else gain.detach().float().abs()
-        scales = steady_scales(moments, gain, shared[pair.name])
-        change = producers[pair.name].scale(scales)
+        found = moments[pair.name]
+        gain = torch.ones_like(found.spread) if gain is None else gain.detach().float().abs()
+        change = producers[pair.name].scale(steady_scales(found, gain, groups))
         own = own_parameters(pair.module)
         if "weight" in own:
             own["weight"].mul_(change.sign().to(own["weight"]))
 
 
-def _groups(layer: nn.Module) -> int | None:
-    recipe = recipe_of(layer)
-    return None if recipe is None else recipe.sharing(layer)
+def _sharing(pairs: tuple[Pair, ...], producers: Mapping[str, Movable]) -> list[tuple[Pair, int]]:
+    """Sites whose channels share statistics behind a producer, and in how many groups."""
+    recipes = [(pair, recipe_of(pair.module)) for pair in pairs if pair.name in producers]
+    groups = [(pair, None if r is None else r.sharing(pair.module)) for pair, r in recipes]
+    return [(pair, number) for pair, number in groups if number]
 
 
-def _moments_before(
-    pairs: tuple[Pair, ...], teacher: nn.Module, batches: Batches
+@torch.no_grad()
+def moments_before(
+    pairs: tuple[Pair, ...],
+    producers: Mapping[str, Movable],
+    teacher: nn.Module,
+    batches: Batches,
+    draw: torch.Generator,
+    expired: Callable[[int], bool] = lambda _: False,
 ) -> dict[str, Moments]:
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {pair.name: [] for pair in pairs}
+    """Every sample's moments before the original's norms, of images and of more kinds of them.
+
+    Args:
+        pairs: the replaced sites; those that can be scaled count.
+        producers: what may be scaled, by the site behind it.
+        teacher: the original.
+        batches: what it is called with; beyond ``_ENOUGH`` samples they are left out.
+        draw: of the images that are made from them.
+        expired: whether there is no time for one more of these, after so many batches.
+    """
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    wanted = [pair for pair, _ in _sharing(pairs, producers)]
+    if not wanted:
+        return {}
 
     def hook_for(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = input_of(args, kwargs).detach().float().flatten(2)
-            rows[name].append((x.mean(2), x.square().mean(2)))
+            rows.setdefault(name, []).append((x.mean(2), x.square().mean(2)))
 
         return hook
 
     hooks = [
-        p.original.register_forward_pre_hook(hook_for(p.name), with_kwargs=True) for p in pairs
+        p.original.register_forward_pre_hook(hook_for(p.name), with_kwargs=True) for p in wanted
     ]
     with hooked(*hooks):
-        for batch in batches:
-            call(teacher, copied(batch))
-            if all(sum(len(mean) for mean, _ in found) >= _ENOUGH for found in rows.values()):
+        given = first(batches, _ENOUGH)
+        for number, batch in enumerate(varied(given, _MADE, draw)):
+            if number >= len(given) and expired(number):
                 break
-    joined = {
-        name: [torch.cat(part) for part in zip(*found, strict=True)]
-        for name, found in rows.items()
-        if found
-    }
+            call(teacher, copied(batch))
+    joined = {n: [torch.cat(part) for part in zip(*r, strict=True)] for n, r in rows.items()}
     return {name: Moments(*parts) for name, parts in joined.items() if len(parts[0]) > 1}
 
 
@@ -259,7 +279,9 @@ def in_lockstep(
 # --- every site by itself -------------------------------------------------------------------------
 
 
-def solve_alone(model: nn.Module, teacher: nn.Module, batches: Batches) -> dict[str, Movable]:
+def solve_alone(
+    model: nn.Module, teacher: nn.Module, batches: Batches, moments: Mapping[str, Moments]
+) -> dict[str, Movable]:
     """Scales, γ and β of every site from what the original feeds it, in place.
 
     So each site, with its producer, is what it would be if it were the only one that is converted.
@@ -268,15 +290,25 @@ def solve_alone(model: nn.Module, teacher: nn.Module, batches: Batches) -> dict[
         model: the converted model.
         teacher: its original.
         batches: what the original is called with.
+        moments: before its norms, of :func:`moments_alone`.
 
     Returns:
         The producers that may have been scaled, by the name of the site behind them.
     """
     pairs, producers, once = _replaced(model, teacher, batches[0])
     with evaluating(model, teacher):
-        steady(pairs, producers, teacher, batches)
+        steady(pairs, producers, moments)
         _set_alone(once, producers, teacher, batches)
     return producers
+
+
+def moments_alone(
+    model: nn.Module, teacher: nn.Module, batches: Batches, draw: torch.Generator
+) -> dict[str, Moments]:
+    """What :func:`solve_alone` needs to know of the original, from these batches."""
+    pairs, producers, _ = _replaced(model, teacher, batches[0])
+    with evaluating(teacher):
+        return moments_before(pairs, producers, teacher, batches, draw)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.calibration.closed_form import Fit, in_lockstep, steady
+from normswap.calibration.closed_form import Fit, in_lockstep, moments_before, steady
 from normswap.calibration.coordinates import Coordinates
 from normswap.calibration.distance import Distance
 from normswap.calibration.flow import Scale, match_in_flow, own_parameters
@@ -35,6 +35,8 @@ _LOOK, _FLOW = 0.02, 0.05
 """Largest share of the time for one look at the held-out images, and for γ and β in one pass."""
 _LOCKSTEP, _SOLVING = 0.25, 0.85
 """The same for the images of one walk in lockstep, and for all walks."""
+_MAKING = 0.25
+"""The same until no more images are made from those given."""
 _FEWEST_LOOKS = 13
 """So often original and copy run on the fewest images, however little time there is."""
 _OVERRUN = 1.1
@@ -210,7 +212,11 @@ class Run:
         for number, batches in enumerate(self.pool.rounds(self._fitting)):
             opened = spent()
             if number == 0:
-                steady(self.pairs, self.producers, self.teacher, batches)
+                seen = moments_before(
+                    self.pairs, self.producers, self.teacher, batches, self.pool.dice,
+                    lambda done: spent() * (done + 1) / done > _MAKING,
+                )  # fmt: skip
+                steady(self.pairs, self.producers, seen)
                 fit = Fit(self.once, self.producers, self.pool.dice)
                 scaled = State(self.moving)
             found = in_lockstep(fit, (self.model, self.teacher), batches, lambda: spent() >= 1)

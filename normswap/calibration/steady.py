@@ -32,6 +32,9 @@ class Moments:
     mean: Tensor
     square: Tensor
 
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(torch.cat([self.mean, other.mean]), torch.cat([self.square, other.square]))
+
     @property
     def spread(self) -> Tensor:
         """Standard deviation of every channel over all samples and positions, never 0."""
