@@ -29,8 +29,8 @@ _plan = {"folder": None}
 
 
 def _hook(event, arguments):
-    if _plan["folder"] is None or event not in EVENTS:
-        return
+    if not _plan or _plan["folder"] is None or event not in EVENTS:
+        return  # no plan: the interpreter is shutting down and has cleared this module
     if event == "open" and not _writes(*arguments[1:3]):
         return
     places = [item for item in arguments[:2] if isinstance(item, str | os.PathLike)]
