@@ -135,3 +135,10 @@ def test_two_images_keep_a_large_card_busy(channels, positions, dense_channels):
     assert tiles.cut(2, channels, positions, dense_channels).programs >= 128
     samples, row = (1, 2 * positions) if dense_channels else (2, positions)
     assert tiles.share(samples, channels, row, dense_channels).programs >= 128
+
+
+def test_a_plan_knows_where_wide_accesses_may_begin():
+    """A kernel that was compiled for an aligned vector must not be given another one."""
+    vector = torch.ones(64)
+    assert launching.kind(vector) != launching.kind(torch.ones(65)[1:])
+    assert launching.kind(vector) == launching.kind(torch.zeros(64))

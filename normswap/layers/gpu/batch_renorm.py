@@ -18,6 +18,7 @@ from normswap.layers.gpu.launching import (
     CannotLaunchError,
     Launch,
     are_usual,
+    is_aligned,
     kind,
     layout_of,
     memory_format_of,
@@ -69,7 +70,7 @@ def plan_for(
         x.stride(),
         x.dtype,
         x.get_device(),
-        x.data_ptr() % 16 == 0,
+        is_aligned(x),
         kinds,
         kind(running.counter),
         momentum is None,
@@ -90,7 +91,7 @@ def _plan_forward(
     memory_format = memory_format_of(shape, stride) if takes(shape, dtype) else None
     if memory_format is None or not are_usual(kinds, device):
         return None
-    if counter is not None and counter != (torch.int64, device, (), True):
+    if counter is not None and counter[:4] != (torch.int64, device, (), True):
         return None
     cut, constants = cut_batch(shape, memory_format)
     pieces = power_of_two(cut.parts)
@@ -177,12 +178,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
     """The gradients of x, γ and β that are ``needed``; None where the eager form must do."""
     kinds = (kind(weight), kind(bias))
-    aligned = x.data_ptr() % 16 == 0
+    aligned = is_aligned(x)
     plan = _plan_backward(x.shape, x.stride(), x.dtype, x.get_device(), aligned, kinds, needed)
     if plan is None or grad.dtype != x.dtype:
         return None
     grad = grad.contiguous(memory_format=plan.memory_format)
-    if grad.data_ptr() % 16 != 0:
+    if not is_aligned(grad):
         grad = grad.clone()  # new memory is aligned, which the kernels count on
     sums = statistics.new_empty((2, plan.parts, x.shape[1]))
     grad_x = torch.empty_like(x) if needed[0] else None

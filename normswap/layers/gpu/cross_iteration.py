@@ -18,6 +18,7 @@ from normswap.layers.gpu.launching import (
     CannotLaunchError,
     Launch,
     are_usual,
+    is_aligned,
     kind,
     memory_format_of,
     on_device_of,
@@ -65,12 +66,12 @@ def backward(
     """
     shares = share if isinstance(share, Tensor) else None
     kinds = (kind(weight), kind(bias), kind(mean), kind(variance), kind(shares))
-    aligned = x.data_ptr() % 16 == 0
+    aligned = is_aligned(x)
     plan = _plan(x.shape, x.stride(), x.dtype, x.get_device(), aligned, kinds, needed)
     if plan is None or grad.dtype != x.dtype:
         return None
     grad = grad.contiguous(memory_format=plan.memory_format)
-    if grad.data_ptr() % 16 != 0:
+    if not is_aligned(grad):
         grad = grad.clone()  # new memory is aligned, which the kernels count on
     sums = mean.new_empty((2, plan.parts, x.shape[1]))
     grad_x = torch.empty_like(x) if needed[0] else None

@@ -18,6 +18,7 @@ from normswap.layers.gpu.launching import (
     CannotLaunchError,
     Launch,
     are_usual,
+    is_aligned,
     kind,
     layout_of,
     memory_format_of,
@@ -57,7 +58,7 @@ def forward(
 ) -> tuple[Tensor, Tensor] | None:
     """Z and the (N, C) inverse roots, or None where the eager form must do."""
     kinds = (kind(weight), kind(bias), kind(tau), kind(eps_l))
-    aligned = x.data_ptr() % 16 == 0
+    aligned = is_aligned(x)
     plan = _plan_forward(x.shape, x.stride(), x.dtype, x.get_device(), aligned, kinds)
     if plan is None:
         return None
@@ -125,12 +126,12 @@ def backward(
     """
     weight, bias, tau, eps_l = vectors
     kinds = (kind(weight), kind(bias), kind(tau), kind(eps_l))
-    aligned = x.data_ptr() % 16 == 0
+    aligned = is_aligned(x)
     plan = _plan_backward(x.shape, x.stride(), x.dtype, x.get_device(), aligned, kinds, needed)
     if plan is None or grad.dtype != x.dtype:
         return None
     grad = grad.contiguous(memory_format=plan.memory_format)
-    if grad.data_ptr() % 16 != 0:
+    if not is_aligned(grad):
         grad = grad.clone()  # new memory is aligned, which the kernels count on
     grad_x = torch.empty_like(x) if needed[0] else None
     outcomes = [

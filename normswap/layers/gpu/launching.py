@@ -103,7 +103,13 @@ def kind(vector: Tensor | None) -> tuple[Any, ...] | None:
     """All that a launch depends on in a (C,) argument."""
     if vector is None:
         return None
-    return vector.dtype, vector.get_device(), vector.stride(), type(vector) in _PLAIN
+    usual = type(vector) in _PLAIN
+    return vector.dtype, vector.get_device(), vector.stride(), usual, is_aligned(vector)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether wide accesses may begin at its first element; a kernel is compiled for either."""
+    return tensor.data_ptr() % 16 == 0
 
 
 def are_usual(kinds: tuple[tuple[Any, ...] | None, ...], device: int) -> bool:

@@ -17,6 +17,7 @@ from normswap.layers.gpu.launching import (
     CannotLaunchError,
     Launch,
     are_usual,
+    is_aligned,
     kind,
     on_device_of,
 )
@@ -73,7 +74,7 @@ def _plan_track(
 ) -> Launch | None:
     if not are_usual(kinds, device) or not _are_float32(kinds[:2]):
         return None
-    if counter is not None and counter != (torch.int64, device, (), True):
+    if counter is not None and counter[:4] != (torch.int64, device, (), True):
         return None
     constants = channels, min(_BLOCK, power_of_two(channels)), cumulative and counter is not None
     return Launch(kernels.track, 1, constants, 4)
@@ -94,7 +95,10 @@ def join(
     rows, channels = shift.shape
     strides = (*shift.stride(), *variances.stride())
     dtypes = shift.dtype, variances.dtype
-    launch = _plan_join(rows, channels, mean.get_device(), kind(mean), strides, dtypes, here, rule)
+    aligned = is_aligned(shift), is_aligned(variances)
+    launch = _plan_join(
+        rows, channels, mean.get_device(), kind(mean), strides, dtypes, aligned, here, rule
+    )
     if launch is None:
         return None
     window, entries = mean.new_empty((3, channels)), mean.new_empty((3, rows, channels))
@@ -114,6 +118,7 @@ def _plan_join(
     mean: tuple[Any, ...] | None,
     strides: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
+    aligned: tuple[bool, bool],  # noqa: ARG001 - a kernel is compiled for it
     here: int,
     rule: str,
 ) -> Launch | None:
@@ -139,7 +144,9 @@ def forget(room: Tensor, patch: Tensor, mean: Tensor, variance: Tensor) -> bool:
     dense = room.is_contiguous() and patch.is_contiguous()
     device, sizes = mean.get_device(), (room.numel(), patch.numel(), room.shape[1])
     kinds = kind(mean), kind(variance)
-    launch = _plan_forget(sizes, device, kinds, room.dtype, patch.dtype) if dense else None
+    aligned = is_aligned(room), is_aligned(patch)
+    dtypes = room.dtype, patch.dtype
+    launch = _plan_forget(sizes, device, kinds, dtypes, aligned) if dense else None
     if launch is None:
         return False
     try:
@@ -156,12 +163,12 @@ def _plan_forget(
     sizes: tuple[int, int, int],
     device: int,
     kinds: Kinds,
-    room: torch.dtype,
-    patch: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    aligned: tuple[bool, bool],  # noqa: ARG001 - a kernel is compiled for it
 ) -> Launch | None:
     if not are_usual(kinds, device) or not _are_float32(kinds) or max(sizes) > _LARGEST:
         return None
-    if room not in DTYPES or patch not in DTYPES:
+    if not all(dtype in DTYPES for dtype in dtypes):
         return None
     programs = sum(-(-size // _BLOCK) for size in sizes[:2])
     return Launch(kernels.forget, programs, (*sizes, _BLOCK), 4)
