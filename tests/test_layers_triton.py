@@ -1,5 +1,6 @@
 """Triton's kernels without a GPU: interpreted, and compiled for a card that is not here."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -137,8 +138,20 @@ def test_two_images_keep_a_large_card_busy(channels, positions, dense_channels):
     assert tiles.share(samples, channels, row, dense_channels).programs >= 128
 
 
-def test_a_plan_knows_where_wide_accesses_may_begin():
-    """A kernel that was compiled for an aligned vector must not be given another one."""
-    vector = torch.ones(64)
-    assert launching.kind(vector) != launching.kind(torch.ones(65)[1:])
-    assert launching.kind(vector) == launching.kind(torch.zeros(64))
+@needs_triton
+@pytest.mark.parametrize("name", ["batch_renorm", "cross_iteration", "filter_response", "vector"])
+def test_kernels_assume_nothing_of_where_a_vector_begins(name):
+    """A plan does not ask it, so a compiled kernel may meet a view of a flat buffer."""
+    batches = {"x", "y", "grad", "grad_x"}  # of which a plan knows it
+    numbers = {"eps", "rate", "r_low", "r_high", "d_high", "share", "correction", "largest"}
+    numbers |= {f"{of}_{axis}" for of in ("stride", "shift", "variances") for axis in "ncsk"}
+    module = importlib.import_module(f"normswap.layers.gpu.{name}_kernels")
+    kernels = [k for k in vars(module).values() if hasattr(k, "params") and len(k.params) > 8]
+    assert kernels
+    for kernel in kernels:
+        assumed = {
+            parameter.name
+            for parameter in kernel.params
+            if not parameter.is_constexpr and not parameter.do_not_specialize_on_alignment
+        }
+        assert not {n for n in assumed - batches - numbers if n.islower()}, kernel.__name__

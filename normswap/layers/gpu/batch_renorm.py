@@ -15,9 +15,12 @@ from torch import Tensor
 
 from normswap.layers.gpu import batch_renorm_kernels as kernels
 from normswap.layers.gpu.launching import (
+    PLANS,
     CannotLaunchError,
+    Kinds,
     Launch,
     are_usual,
+    as_batch,
     is_aligned,
     kind,
     layout_of,
@@ -27,10 +30,6 @@ from normswap.layers.gpu.launching import (
     takes,
 )
 from normswap.layers.gpu.tiles import Shares, power_of_two, share
-
-_PLANS = 4096
-
-Kinds = tuple[tuple[Any, ...] | None, ...]
 
 
 class Running(NamedTuple):
@@ -77,7 +76,7 @@ def plan_for(
     )
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan_forward(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
@@ -91,7 +90,7 @@ def _plan_forward(
     memory_format = memory_format_of(shape, stride) if takes(shape, dtype) else None
     if memory_format is None or not are_usual(kinds, device):
         return None
-    if counter is not None and counter[:4] != (torch.int64, device, (), True):
+    if counter is not None and counter != (torch.int64, device, (), True):
         return None
     cut, constants = cut_batch(shape, memory_format)
     pieces = power_of_two(cut.parts)
@@ -103,7 +102,7 @@ def _plan_forward(
     )
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan_backward(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
@@ -182,9 +181,7 @@ def backward(
     plan = _plan_backward(x.shape, x.stride(), x.dtype, x.get_device(), aligned, kinds, needed)
     if plan is None or grad.dtype != x.dtype:
         return None
-    grad = grad.contiguous(memory_format=plan.memory_format)
-    if not is_aligned(grad):
-        grad = grad.clone()  # new memory is aligned, which the kernels count on
+    grad = as_batch(grad, plan.memory_format)
     sums = statistics.new_empty((2, plan.parts, x.shape[1]))
     grad_x = torch.empty_like(x) if needed[0] else None
     grad_weight = torch.empty_like(weight) if weight is not None and needed[1] else None

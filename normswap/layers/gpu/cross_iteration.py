@@ -7,7 +7,7 @@ take a dozen launches for what is of channels alone.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from torch import Tensor
 from normswap.layers.gpu import batch_renorm_kernels, cross_iteration_kernels
 from normswap.layers.gpu.batch_renorm import cut_batch
 from normswap.layers.gpu.launching import (
+    PLANS,
     CannotLaunchError,
+    Kinds,
     Launch,
     are_usual,
+    as_batch,
     is_aligned,
     kind,
     memory_format_of,
@@ -25,10 +28,6 @@ from normswap.layers.gpu.launching import (
     takes,
 )
 from normswap.layers.gpu.tiles import power_of_two
-
-_PLANS = 4096
-
-Kinds = tuple[tuple[Any, ...] | None, ...]
 
 
 class _Plan(NamedTuple):
@@ -70,9 +69,7 @@ def backward(
     plan = _plan(x.shape, x.stride(), x.dtype, x.get_device(), aligned, kinds, needed)
     if plan is None or grad.dtype != x.dtype:
         return None
-    grad = grad.contiguous(memory_format=plan.memory_format)
-    if not is_aligned(grad):
-        grad = grad.clone()  # new memory is aligned, which the kernels count on
+    grad = as_batch(grad, plan.memory_format)
     sums = mean.new_empty((2, plan.parts, x.shape[1]))
     grad_x = torch.empty_like(x) if needed[0] else None
     found = (
@@ -92,7 +89,7 @@ def backward(
     return grad_x, *found
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan(
     shape: tuple[int, ...],
     stride: tuple[int, ...],

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from normswap.layers.gpu import filter_response_kernels as kernels
 from normswap.layers.gpu.launching import (
+    PLANS,
     CannotLaunchError,
+    Kinds,
     Launch,
     are_usual,
+    as_batch,
     is_aligned,
     kind,
     layout_of,
@@ -29,9 +32,6 @@ from normswap.layers.gpu.launching import (
 from normswap.layers.gpu.tiles import Tiles, cut, power_of_two
 
 _ROWS = 64  # of the channels' sums, at a time
-_PLANS = 4096
-
-Kinds = tuple[tuple[Any, ...] | None, ...]
 
 
 class _Forward(NamedTuple):
@@ -79,7 +79,7 @@ def forward(
     return y, root
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan_forward(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
@@ -130,9 +130,7 @@ def backward(
     plan = _plan_backward(x.shape, x.stride(), x.dtype, x.get_device(), aligned, kinds, needed)
     if plan is None or grad.dtype != x.dtype:
         return None
-    grad = grad.contiguous(memory_format=plan.memory_format)
-    if not is_aligned(grad):
-        grad = grad.clone()  # new memory is aligned, which the kernels count on
+    grad = as_batch(grad, plan.memory_format)
     grad_x = torch.empty_like(x) if needed[0] else None
     outcomes = [
         torch.empty_like(v) if v is not None and wanted else None
@@ -154,7 +152,7 @@ def backward(
     return grad_x, *outcomes
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan_backward(
     shape: tuple[int, ...],
     stride: tuple[int, ...],

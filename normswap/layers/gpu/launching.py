@@ -21,9 +21,14 @@ log = logging.getLogger("normswap")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 _LARGEST = 2**31 - 1  # elements of a sample and of a channel, which are counted in 32 bits
+PLANS = 4096  # that are remembered, of each sort
 _WIDEST = 16  # elements of one access, at most; what Triton looks for itself
 _SAME_DEVICE: AbstractContextManager[Any] = nullcontext()
 _failed = False
+
+
+Kinds = tuple[tuple[Any, ...] | None, ...]
+"""What :func:`kind` says of several vectors."""
 
 
 class Layout(NamedTuple):
@@ -103,16 +108,24 @@ def kind(vector: Tensor | None) -> tuple[Any, ...] | None:
     """All that a launch depends on in a (C,) argument."""
     if vector is None:
         return None
-    usual = type(vector) in _PLAIN
-    return vector.dtype, vector.get_device(), vector.stride(), usual, is_aligned(vector)
+    return vector.dtype, vector.get_device(), vector.stride(), type(vector) in _PLAIN
 
 
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether wide accesses may begin at its first element; a kernel is compiled for either."""
-    return tensor.data_ptr() % 16 == 0
+def is_aligned(x: Tensor) -> bool:
+    """Whether wide accesses may begin at the first element of a batch.
+
+    A kernel is compiled for either; of (C,) vectors it assumes nothing.
+    """
+    return x.data_ptr() % 16 == 0
 
 
-def are_usual(kinds: tuple[tuple[Any, ...] | None, ...], device: int) -> bool:
+def as_batch(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A gradient as kernels count on it: in the format of its batch, and aligned."""
+    grad = grad.contiguous(memory_format=memory_format)
+    return grad if is_aligned(grad) else grad.clone()  # new memory is aligned
+
+
+def are_usual(kinds: Kinds, device: int) -> bool:
     """Whether vectors of these ``kinds`` are dense, real, and on the ``device``."""
     return all(
         one is None or (one[0] in DTYPES and one[1] == device and one[2] == (1,) and one[3])

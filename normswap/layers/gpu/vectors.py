@@ -14,22 +14,20 @@ from torch import Tensor
 from normswap.layers.gpu import vector_kernels as kernels
 from normswap.layers.gpu.launching import (
     DTYPES,
+    PLANS,
     CannotLaunchError,
+    Kinds,
     Launch,
     are_usual,
-    is_aligned,
     kind,
     on_device_of,
 )
 from normswap.layers.gpu.tiles import power_of_two
 
-_PLANS = 4096
 _BLOCK = 1024
 _ELEMENTS = 1024  # of a program that joins
 _MOST_ROWS = 256
 _LARGEST = 2**31 - 1 - _BLOCK  # indices are 32-bit
-
-Kinds = tuple[tuple[Any, ...] | None, ...]
 
 
 def track(
@@ -68,13 +66,13 @@ def track(
     return True
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan_track(
     channels: int, device: int, kinds: Kinds, counter: tuple[Any, ...] | None, cumulative: bool
 ) -> Launch | None:
     if not are_usual(kinds, device) or not _are_float32(kinds[:2]):
         return None
-    if counter is not None and counter[:4] != (torch.int64, device, (), True):
+    if counter is not None and counter != (torch.int64, device, (), True):
         return None
     constants = channels, min(_BLOCK, power_of_two(channels)), cumulative and counter is not None
     return Launch(kernels.track, 1, constants, 4)
@@ -95,10 +93,7 @@ def join(
     rows, channels = shift.shape
     strides = (*shift.stride(), *variances.stride())
     dtypes = shift.dtype, variances.dtype
-    aligned = is_aligned(shift), is_aligned(variances)
-    launch = _plan_join(
-        rows, channels, mean.get_device(), kind(mean), strides, dtypes, aligned, here, rule
-    )
+    launch = _plan_join(rows, channels, mean.get_device(), kind(mean), strides, dtypes, here, rule)
     if launch is None:
         return None
     window, entries = mean.new_empty((3, channels)), mean.new_empty((3, rows, channels))
@@ -110,7 +105,7 @@ def join(
     return list(window.unbind()), list(entries.unbind())
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan_join(
     rows: int,
     channels: int,
@@ -118,7 +113,6 @@ def _plan_join(
     mean: tuple[Any, ...] | None,
     strides: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
-    aligned: tuple[bool, bool],  # noqa: ARG001 - a kernel is compiled for it
     here: int,
     rule: str,
 ) -> Launch | None:
@@ -144,9 +138,8 @@ def forget(room: Tensor, patch: Tensor, mean: Tensor, variance: Tensor) -> bool:
     dense = room.is_contiguous() and patch.is_contiguous()
     device, sizes = mean.get_device(), (room.numel(), patch.numel(), room.shape[1])
     kinds = kind(mean), kind(variance)
-    aligned = is_aligned(room), is_aligned(patch)
     dtypes = room.dtype, patch.dtype
-    launch = _plan_forget(sizes, device, kinds, dtypes, aligned) if dense else None
+    launch = _plan_forget(sizes, device, kinds, dtypes) if dense else None
     if launch is None:
         return False
     try:
@@ -158,13 +151,12 @@ def forget(room: Tensor, patch: Tensor, mean: Tensor, variance: Tensor) -> bool:
     return True
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=PLANS)
 def _plan_forget(
     sizes: tuple[int, int, int],
     device: int,
     kinds: Kinds,
     dtypes: tuple[torch.dtype, torch.dtype],
-    aligned: tuple[bool, bool],  # noqa: ARG001 - a kernel is compiled for it
 ) -> Launch | None:
     if not are_usual(kinds, device) or not _are_float32(kinds) or max(sizes) > _LARGEST:
         return None
