@@ -387,9 +387,13 @@ class _Chooser:
         halves = self._halves(images, device)
         budget.tell(0.0, "every layer by itself")
         with evaluating(self.teacher):
-            seen = [self._moments(whole, half) for half in halves]
+            donors = [self._converted(whole) for _ in halves]
+            seen = [
+                moments_alone(donor, self.teacher, half, self.draw)
+                for donor, half in zip(donors, halves, strict=True)
+            ]
             opened = budget.clock()
-            folds = [self._fold(whole, halves[i], seen[i], halves[1 - i]) for i in (0, 1)]
+            folds = [self._fold(donors[i], halves[i], seen[i], halves[1 - i]) for i in (0, 1)]
             solving = budget.clock() - opened  # what it costs to do that once more, on all images
             budget.tell(0.2, "what each layer costs")
             slopes = self._slopes(folds, halves, sites)
@@ -446,13 +450,9 @@ class _Chooser:
             each.append(found)
         return {name: torch.cat([found[name] for found in each]) for name in sites}
 
-    def _moments(self, whole: Plan, used: list[Any]) -> dict[str, Moments]:
-        return moments_alone(self._converted(whole), self.teacher, used, self.draw)
-
     def _fold(
-        self, whole: Plan, used: list[Any], seen: dict[str, Moments], judges: list[Any]
+        self, donor: nn.Module, used: list[Any], seen: dict[str, Moments], judges: list[Any]
     ) -> _Fold:
-        donor = self._converted(whole)
         producers = solve_alone(donor, self.teacher, used, seen)
         return _Fold(donor, producers, list(_answered(self.teacher, judges)))
 
@@ -476,7 +476,7 @@ class _Chooser:
         if not best.sites:
             return _Ready(found, None)
         model = self._converted(found)
-        self._fold(whole, *every, []).lend(model, best.sites)
+        self._fold(self._converted(whole), *every, []).lend(model, best.sites)
         return _Ready(found, model.state_dict())
 
     def _halves(self, images: Any, device: torch.device) -> tuple[list[Any], list[Any]]:
