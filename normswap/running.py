@@ -159,6 +159,18 @@ def first(batches: Iterable[Any], count: int) -> list[Any]:
     return chosen
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Maps and volumes with their channels last in memory; any other tensor as it is."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.dim()]) if x.dim() in formats else x
+
+
+def put_channels_last(model: nn.Module) -> None:
+    """The same for a model's weights, in place."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = channels_last(tensor.data)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's tensors live."""
     for tensor in (*model.parameters(), *model.buffers()):

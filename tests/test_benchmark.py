@@ -8,6 +8,7 @@ from torch import nn
 
 import normswap
 from normswap.benchmark import compare, kept_for_backward
+from normswap.running import channels_last, put_channels_last
 
 
 def net():
@@ -118,3 +119,12 @@ def test_the_command_prints_json_alone(tmp_path, monkeypatch):
     table = CliRunner().invoke(app, [*arguments, *mixed, "--image-size", "16", "--to", "gn"])
     assert "ratio to BatchNorm" in table.stdout
     assert CliRunner().invoke(app, [*arguments, "--to", "gn:4"]).exit_code == 2
+
+
+def test_channels_last_is_for_volumes_too():
+    conv, linear = nn.Conv3d(3, 4, 3), nn.Linear(3, 4)
+    put_channels_last(nn.Sequential(conv, linear))
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert linear.weight.is_contiguous()
+    flat = torch.randn(2, 3)
+    assert channels_last(flat) is flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -75,10 +75,12 @@ def command(
     over rounds in which all variants take turns.
     """
     import torch
-    from torch.utils._pytree import tree_map
+    from torch.utils._pytree import tree_map_only
 
     from normswap.benchmark import compare, one_box_each
     from normswap.provenance import provenance_of
+    from normswap.running import channels_last as put_last
+    from normswap.running import put_channels_last
     from normswap.sources import architecture_of
 
     source = chosen.load()
@@ -90,8 +92,8 @@ def command(
     if detects and not no_onnx:
         logging.getLogger("normswap").info("a detector: onnxruntime is left out")
     if channels_last:
-        model.to(memory_format=torch.channels_last)
-        inputs = tree_map(_channels_last, inputs)
+        put_channels_last(model)
+        inputs = tree_map_only(torch.Tensor, put_last, inputs)
     found = compare(
         model,
         targets,
@@ -110,13 +112,6 @@ def command(
         say_next(
             "recommend", *chosen.words(), "--data", "IMAGES", "--batch-size", batch_size,
         )  # fmt: skip
-
-
-def _channels_last(value: Any) -> Any:
-    import torch
-
-    maps = isinstance(value, torch.Tensor) and value.ndim == 4
-    return value.to(memory_format=torch.channels_last) if maps else value
 
 
 def _print(spec: str, batch_size: int, found: Comparison) -> None:

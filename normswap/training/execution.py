@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import TrainingError
-from normswap.running import call, leaves, watched
+from normswap.running import call, leaves, put_channels_last, watched
 from normswap.training.options import FineTune
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def memory_spared(model: nn.Module, options: FineTune) -> Iterator[None]:
         if options.grad_checkpointing:
             switch(True)
         if options.channels_last:
-            model.to(memory_format=torch.channels_last)
+            put_channels_last(model)
         yield
     finally:
         if options.grad_checkpointing:
