@@ -7,12 +7,10 @@ Weights are looked at as (G, C/G, F).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from normswap.layers.batch_statistics import (
     aliases,
@@ -24,13 +22,11 @@ from normswap.layers.batch_statistics import (
 from normswap.layers.gpu.launching import can_launch
 from normswap.layers.iteration_history import Loan, Present
 from normswap.layers.producers import fold_weight, unfold_weight
+from normswap.layers.products import product
 from normswap.layers.tracing import must_be_plain
 
 Part = Tensor | float
 """(C,), or one number where all channels have the same."""
-
-_FEW_ENTRIES = 5
-_SMALL = 1 << 16
 
 
 class Window(NamedTuple):
@@ -80,7 +76,7 @@ class Reach(NamedTuple):
 def offsets_of(patches: Tensor, weight: Tensor) -> Tensor:
     """``⟨p̄, w⟩``: (k, G, F) with (G, C/G, F) to (k, C)."""
     if weight.shape[0] == 1:
-        return linear(patches.view(patches.shape[0], -1), weight.view(-1, weight.shape[2]))
+        return product(patches.view(patches.shape[0], -1), weight.view(-1, weight.shape[2]))
     return torch.bmm(weight, patches.permute(1, 2, 0)).flatten(0, 1).t()
 
 
@@ -336,34 +332,21 @@ def _gradient_through_history(
         of_patch[here].zero_()
         columns = list(of_variance.expand_as(deviation).unsqueeze(2).unbind(0))
         del columns[here]
-        by_weight = _sum_of_products(zip(columns, reach.loan.slopes(), strict=True))
-        _add_patches(by_weight, of_patch, reach.loan.patches())
+        by_weight = _through_patches(of_patch, reach.loan.patches())
+        for column, slope in zip(columns, reach.loan.slopes(), strict=True):
+            by_weight.addcmul_(column, slope.to(column.dtype))
         # detached: autograd adds the convolution's own gradient to a view's in new memory
         by_weight = unfold_weight(producer, by_weight.to(weight.dtype)).detach()
     return by_weight, by_bias
 
 
-def _sum_of_products(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    total: Tensor | None = None
-    for column, slope in terms:
-        slope = slope.to(column.dtype)
-        total = column * slope if total is None else total.addcmul_(column, slope)
-    assert total is not None  # a loan is of something
-    return total
-
-
-def _add_patches(total: Tensor, coefficients: Tensor, patches: Tensor) -> None:
-    """Add ``Σ_τ c_τ·p̄_τ``, (k, C) with (k, G, F), to (C, F)."""
+def _through_patches(coefficients: Tensor, patches: Tensor) -> Tensor:
+    """``Σ_τ c_τ·p̄_τ``, (k, C) with (k, G, F) to (C, F)."""
     batches, groups, taps = patches.shape
-    if groups > 1:
-        by_group = coefficients.t().reshape(groups, -1, batches)
-        total.view(groups, -1, taps).baddbmm_(by_group, patches.transpose(0, 1))
-    elif batches > _FEW_ENTRIES or total.numel() < _SMALL:
-        total.addmm_(coefficients.t(), patches.view(batches, taps))
-    else:
-        # matrix products are slow at sums of so few
-        for column, row in zip(coefficients.unsqueeze(2), patches, strict=True):
-            total.addcmul_(column, row)
+    if groups == 1:
+        return product(coefficients.t(), patches.view(batches, taps).t())
+    by_group = coefficients.t().reshape(groups, -1, batches)
+    return torch.bmm(by_group, patches.transpose(0, 1)).flatten(0, 1)
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -24,6 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from normswap.layers.batch_statistics import in_eager, is_recomputation
+from normswap.layers.products import product
 
 _FEW_POSITIONS = 128
 _SMALL_MAP = 256
@@ -427,7 +428,7 @@ def _gradient_into(
 ) -> None:
     if isinstance(producer, nn.Linear):
         x = call.input.reshape(-1, call.input.shape[-1])
-        _multiply(out, [(_as_rows(grad).t(), x.to(grad.dtype))], scale)
+        _multiply(out, [(_as_rows(grad).t(), x.to(grad.dtype).t())], scale)
         return
     assert isinstance(producer, _ConvNd)  # producer_problem looked at it
     if every == 1 and grad.shape != call.shape:
@@ -447,7 +448,7 @@ def _gradient_into(
         _multiply(out, _pointwise_factors(x, grad), scale)
     elif few:
         rows = _patch_rows(producer, x, grad.shape[2:], steps).to(grad.dtype)
-        _multiply(out, [(_as_rows(grad).t(), rows)], scale)
+        _multiply(out, [(_as_rows(grad).t(), rows.t())], scale)
     else:
         weight = _weight_of(producer).detach()
         gradient: Tensor = torch.ops.aten.convolution_backward(
@@ -467,13 +468,11 @@ def _gradient_into(
 
 
 def _multiply(out: Tensor, factors: list[tuple[Tensor, Tensor]], scale: float) -> None:
-    """``out = scale·Σ a @ b``."""
-    dtype = factors[0][0].dtype
-    into = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    for number, (a, b) in enumerate(factors):
-        torch.addmm(into, a, b, beta=min(number, 1), alpha=scale, out=into)
-    if into is not out:
-        out.copy_(into)
+    """``out = scale·Σ a @ b.T``."""
+    total = product(*factors[0])
+    for a, b in factors[1:]:
+        total.add_(product(a, b))
+    torch.mul(total, scale, out=out)
 
 
 def every_nth(x: Tensor, steps: Sequence[int]) -> Tensor:
@@ -538,8 +537,8 @@ def _pointwise_factors(x: Tensor, grad: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Plain matrix products are a fifth faster than the convolution's kernel."""
     few = math.prod(x.shape[2:]) <= _FEW_POSITIONS  # one product then reads the result but once
     if few or not (x.is_contiguous() and grad.is_contiguous()):
-        return [(_as_rows(grad).t(), _as_rows(x))]
-    return [(g.flatten(1), sample.flatten(1).t()) for g, sample in zip(grad, x, strict=True)]
+        return [(_as_rows(grad).t(), _as_rows(x).t())]
+    return [(g.flatten(1), sample.flatten(1)) for g, sample in zip(grad, x, strict=True)]
 
 
 def _has_few_positions(producer: _ConvNd, grad: Tensor) -> bool:

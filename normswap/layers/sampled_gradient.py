@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from normswap.layers.producers import Call, Pad, groups_of, pad_by_hand, taps_first, with_padding
+from normswap.layers.products import product
 
 _FEW = 16
 """Positions of a sample for which alone no matrix product is worth while."""
-_SMALL = 1 << 16
-"""Numbers that one product for each sample may write, to be summed up later."""
+_SMALL = 1 << 15
+"""Numbers below which one product for each sample, summed up later, is cheaper than joining."""
 
 
 class Positions(NamedTuple):
@@ -59,27 +60,21 @@ def sampled_gradient(
         at: which positions they are.
         out: (C, F), of any float dtype.
     """
-    into = out if out.dtype == grad.dtype else torch.empty_like(out, dtype=grad.dtype)
     patches = _patches(producer, call, pad, at).to(grad.dtype)
-    if grad.shape[0] > 1 and grad.shape[2] <= _FEW:
+    few = grad.shape[2] <= _FEW
+    if grad.shape[0] > 1 and (few or (patches.shape[1] == 1 and out.numel() >= _SMALL)):
         grad, patches = _joined(grad), _joined(patches)
-    _contract(grad, patches.transpose(2, 3), into)
-    if into is not out:
-        out.copy_(into)
+    out.copy_(_contract(grad, patches))
 
 
-def _contract(grad: Tensor, patches: Tensor, out: Tensor) -> None:
-    """``out = Σ_n``, (N, C, P) by (N, G, P, F) to (C, F)."""
-    samples, groups, _, taps = patches.shape
-    if groups == 1 and samples * out.numel() < _SMALL:
-        torch.sum(torch.bmm(grad, patches[:, 0]), 0, out=out)
-    elif groups == 1:
-        for number in range(samples):
-            torch.addmm(out, grad[number], patches[number, 0], beta=min(number, 1), out=out)
-    else:
-        by_group = grad.view(samples * groups, -1, grad.shape[2])
-        products = torch.bmm(by_group, patches.flatten(0, 1))
-        torch.sum(products.view(samples, -1, taps), 0, out=out)
+def _contract(grad: Tensor, patches: Tensor) -> Tensor:
+    """``Σ_n``, (N, C, P) by (N, G, F, P) to (C, F)."""
+    samples, groups, taps, positions = patches.shape
+    if samples == groups == 1:
+        return product(grad[0], patches[0, 0])
+    by_group = grad.view(samples * groups, -1, positions)
+    products = torch.bmm(by_group, patches.flatten(0, 1).transpose(1, 2))
+    return products.view(samples, -1, taps).sum(0)
 
 
 def _joined(x: Tensor) -> Tensor:
