@@ -56,6 +56,7 @@ class BatchEffect:
             their own statistics; one minus the outputs' relative error where nothing is decided;
             None where it cannot run so (``refused``).
         refused: why it cannot; None too where the images are fewer than one batch.
+        judged: images that ``kept`` is of; fewer than ``images`` where time was short.
     """
 
     batch_size: int
@@ -63,6 +64,7 @@ class BatchEffect:
     sites: tuple[SiteEffect, ...]
     kept: float | None
     refused: str | None = None
+    judged: int = 0
 
     @property
     def shift(self) -> float:
@@ -108,11 +110,11 @@ def measure_batch_effect(
         model, shuffled, batch_size, lambda: clock() - begun < seconds / 2
     )
     seen = shuffled[: sum(len(found[0]) for found in outputs)]
-    kept, refused = _kept_in_training_mode(
+    kept, refused, judged = _kept_in_training_mode(
         model, seen, outputs, batch_size, lambda: clock() - begun < seconds
     )
     sites = tuple(_site(name, bn, parts, batch_size) for (name, bn), parts in moments.items())
-    return BatchEffect(batch_size, len(seen), sites, kept, refused)
+    return BatchEffect(batch_size, len(seen), sites, kept, refused, judged)
 
 
 Moments = dict[tuple[str, nn.Module], list[Tensor]]
@@ -164,8 +166,8 @@ def _kept_in_training_mode(
     outputs: list[list[Tensor]],
     batch_size: int,
     go_on: Callable[[], bool],
-) -> tuple[float | None, str | None]:
-    """The share of decisions that stay under the statistics of each batch, or why there is none."""
+) -> tuple[float | None, str | None, int]:
+    """The share of decisions that stay under each batch's statistics, or why none; of how many."""
     twin = copied(model).eval()
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
@@ -178,17 +180,17 @@ def _kept_in_training_mode(
         try:
             found = leaves(call(twin, images[part].clone()))
         except (RuntimeError, ValueError) as problem:  # one value per channel, mostly
-            return None, in_short(problem)
+            return None, in_short(problem), 0
         reference = [leaf[part] for leaf in said]
         agreement.add(found, reference)
         for ours, theirs in zip(found, reference, strict=False):
             error += float((ours - theirs).square().sum())
             spread += float((theirs - theirs.mean()).square().sum())
-    if at == 0:
-        return None, None
-    if agreement.value is not None:
-        return agreement.value, None
-    return (max(0.0, 1 - math.sqrt(error / spread)), None) if spread else (None, "no outputs")
+    if at == 0 or agreement.value is not None:
+        return agreement.value, None, at
+    if not spread:
+        return None, "no outputs", 0
+    return max(0.0, 1 - math.sqrt(error / spread)), None, at
 
 
 def _alike(outputs: list[list[Tensor]]) -> bool:

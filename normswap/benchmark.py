@@ -38,6 +38,10 @@ _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _Precision = Callable[[], AbstractContextManager[Any]]  # what a forward runs in
 
 
+def _never() -> bool:
+    return False
+
+
 class Variant(NamedTuple):
     """One contestant: a target, as it is or under ``torch.compile``."""
 
@@ -46,16 +50,23 @@ class Variant(NamedTuple):
 
 
 _BASE = Variant(BASE)
+_SURE_ROUNDS, _CLOSE = 3, 0.25
 _CANNOT_TRAIN = (RuntimeError, ValueError, AssertionError)  # the last: a detector without boxes
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Quartiles of a cost divided by BatchNorm's."""
+    """Quartiles of a cost divided by BatchNorm's, over the rounds in which both were measured."""
 
     lower: float
     median: float
     upper: float
+    rounds: int = 0
+
+    @property
+    def steady(self) -> bool:
+        """Whether it says anything: rounds enough, whose middle half lies close together."""
+        return self.rounds >= _SURE_ROUNDS and self.upper - self.lower <= _CLOSE * self.median
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Row:
         target: its name; ``bn`` is the model itself.
         compiled: measured under ``torch.compile``; ratios are to eager BatchNorm all the same.
         training: forward, backward and SGD step, or None where it cannot train (``note``).
-        inference: forward in eval mode without gradients.
+        inference: forward in eval mode without gradients; None where there was no time for it.
         onnx: latency of the exported file in onnxruntime; None if not measured.
         kept: bytes of distinct tensors that one training forward keeps for its backward.
         state: bytes of training state beyond parameters and buffers (CBN's history).
@@ -78,7 +89,7 @@ class Row:
     target: str
     compiled: bool
     training: Ratio | None
-    inference: Ratio
+    inference: Ratio | None
     onnx: Ratio | None
     kept: int
     state: int
@@ -114,6 +125,8 @@ def compare(
     training_inputs: Any = None,
     amp: str | None = None,
     progress: ProgressCallback | None = None,
+    expired: Callable[[], bool] = _never,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Measure converted copies of a model beside the model itself.
 
@@ -131,6 +144,9 @@ def compare(
             images and targets.
         amp: mixed precision, ``"bf16"`` or ``"fp16"``.
         progress: called before each stage, with its name as the message.
+        expired: asked before every conversion and every step: whether to end at once, two rounds or
+            not. What was not measured by then is None, and a target not yet converted has no row.
+        clock: what is measured with.
 
     Returns:
         Comparison: one row per target, BatchNorm first.
@@ -147,6 +163,8 @@ def compare(
     lowered = partial(torch.autocast, device.type, dtype=_AMP[amp]) if amp else nullcontext
     models = {_BASE: copied(model)}
     for label, target in targets.items():
+        if expired():
+            break
         say(f"converting to {label}")
         models[Variant(label)] = convert(copied(model), target, example_inputs=example_inputs).model
     eager = dict(models)
@@ -156,11 +174,12 @@ def compare(
     limit = compiler_config.recompile_limit * len(models)
     with safe_path(), compiler_config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
         say("training steps")
-        pace = _Pace(warmup, rounds, 0.75 * seconds)
+        pace = _Pace(warmup, rounds, 0.75 * seconds, expired, clock)
         training, notes = _training(models, learning, pace, lowered)
         say("inference")
         inference = {v: _inference_step(v, m, example_inputs, lowered) for v, m in models.items()}
-        infer = _interleave(inference, _Pace(min(warmup, 3), rounds, 0.25 * seconds))
+        pace = _Pace(min(warmup, 3), rounds, 0.25 * seconds, expired, clock)
+        infer = _interleave(inference, pace)
     latencies: dict[Variant, list[float]] = {}
     if onnx:
         say("onnxruntime")
@@ -171,19 +190,23 @@ def compare(
             target=variant.target,
             compiled=variant.compiled,
             training=_ratio(training, variant),
-            inference=_ratio(infer, variant) or Ratio(1.0, 1.0, 1.0),
+            inference=_ratio(infer, variant),
             onnx=_ratio(latencies, variant),
-            kept=kept_for_backward(contestant, learning, lowered) if variant in measured else 0,
+            kept=0
+            if expired() or variant not in measured
+            else kept_for_backward(contestant, learning, lowered),
             state=_history_bytes(contestant) if variant in eager else 0,
-            peak=_peak(contestant, learning, lowered) if variant in measured else None,
+            peak=None
+            if expired() or variant not in measured
+            else _peak(contestant, learning, lowered),
             note=notes.get(variant, ""),
         )
         for variant, contestant in models.items()
     ]
     return Comparison(
         tuple(rows),
-        statistics.median(training.get(_BASE, [float("nan")])),
-        statistics.median(infer[_BASE]),
+        statistics.median(training.get(_BASE) or [math.nan]),
+        statistics.median(infer[_BASE] or [math.nan]),
         len(infer[_BASE]),
         str(device),
     )
@@ -202,12 +225,14 @@ def one_box_each(images: list[Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _ratio(seconds: Mapping[Variant, list[float]], variant: Variant) -> Ratio | None:
-    if variant not in seconds or _BASE not in seconds:
+    if not seconds.get(variant) or not seconds.get(_BASE):
         return None
     ratios = [a / b for a, b in zip(seconds[variant], seconds[_BASE], strict=True)]
-    if len(ratios) == 1:
+    rounds = len(ratios)
+    if rounds == 1:
         ratios *= 2
-    return Ratio(*statistics.quantiles(ratios, n=4, method="inclusive"))
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(lower, median, upper, rounds)
 
 
 def _synchronize(inputs: Any) -> None:
@@ -216,11 +241,16 @@ def _synchronize(inputs: Any) -> None:
 
 
 class _Pace(NamedTuple):
-    """Runs of every variant before the first round, rounds, and seconds for both together."""
+    """Runs of every variant before the first round, rounds, and seconds for both together.
+
+    Whatever they say, nothing more is run once it has ``expired``.
+    """
 
     warmup: int
     rounds: int
     seconds: float = math.inf
+    expired: Callable[[], bool] = _never
+    clock: Callable[[], float] = time.perf_counter
 
 
 _FEWEST_ROUNDS = 2
@@ -229,25 +259,34 @@ _FEWEST_ROUNDS = 2
 def _interleave(
     steps: Mapping[Variant, Callable[[], None]], pace: _Pace
 ) -> dict[Variant, list[float]]:
-    """Seconds of every step in every round, the steps taking turns."""
-    begun = time.perf_counter()
-    for number in range(pace.warmup):
-        if number and time.perf_counter() - begun > 0.6 * pace.seconds:
-            break
-        for step in steps.values():
-            step()
+    """Seconds of every step in every whole round, the steps taking turns."""
+    clock, begun = pace.clock, pace.clock()
+    _warm_up(steps, pace)
     seconds: dict[Variant, list[float]] = {variant: [] for variant in steps}
     order = list(steps)
     gc.collect()
     for number in range(pace.rounds if steps else 0):
-        if number >= _FEWEST_ROUNDS and time.perf_counter() - begun > pace.seconds:
+        if number >= _FEWEST_ROUNDS and clock() - begun > pace.seconds:
             break
         # a rotating order: whoever comes first in a round finds other caches
         for variant in order[number % len(order) :] + order[: number % len(order)]:
-            start = time.perf_counter()
+            if pace.expired():
+                return {variant: found[:number] for variant, found in seconds.items()}
+            start = clock()
             steps[variant]()
-            seconds[variant].append(time.perf_counter() - start)
+            seconds[variant].append(clock() - start)
     return seconds
+
+
+def _warm_up(steps: Mapping[Variant, Callable[[], None]], pace: _Pace) -> None:
+    begun = pace.clock()
+    for number in range(pace.warmup):
+        if number and pace.clock() - begun > 0.6 * pace.seconds:
+            return
+        for step in steps.values():
+            if pace.expired():
+                return
+            step()
 
 
 def _loss(output: Any) -> Tensor:
@@ -297,6 +336,8 @@ def _training(
     """Seconds of a training step; and why a variant cannot take one on this input."""
     steps, notes = {}, {}
     for variant, model in models.items():
+        if pace.expired():
+            break
         step = _training_step(variant, model, inputs, lowered)
         try:
             step()
@@ -322,16 +363,32 @@ def _onnx(
         return _interleave(steps, _Pace(3, rounds))
 
 
-def step_seconds(model: nn.Module, inputs: Any) -> float | None:
-    """Seconds of one training step of a copy, or None where it cannot take one."""
+def step_seconds(
+    model: nn.Module,
+    inputs: Any,
+    enough: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float | None:
+    """Seconds of one training step of a copy, or None where it cannot take one.
+
+    Args:
+        model: it is not changed.
+        inputs: one batch.
+        enough: a first step that takes longer counts, though the first is slower than others.
+        clock: what is measured with.
+    """
     step = _training_step(_BASE, copied(model), inputs)
+    begun = clock()
     try:
         step()
     except _CANNOT_TRAIN:
         return None
-    begun = time.perf_counter()
+    first = clock() - begun
+    if first > enough:
+        return first
+    begun = clock()
     step()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def kept_for_backward(model: nn.Module, inputs: Any, lowered: _Precision = nullcontext) -> int:

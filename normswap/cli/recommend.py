@@ -103,8 +103,8 @@ def _print(spec: str, found: Recommendation) -> None:
         droppable=("error", "state", "memory", "matched"),
     )
     say(
-        "error: predicted, median layer; matched, calibrated: decisions of the original kept; "
-        "training, inference: time beside BatchNorm"
+        "error: predicted, median layer; matched, calibrated: decisions of the original kept, "
+        "of so many images; training, inference: time beside BatchNorm"
     )
     if found.effect is not None and found.effect.sites:
         say(
@@ -114,7 +114,9 @@ def _print(spec: str, found: Recommendation) -> None:
         )
     for sentence in found.unknown:
         say(f"note: {sentence}")
-    say(f"recommended: {found.target}: {found.reason}")
+    say(f"recommended{'' if found.firm else ', not firmly'}: {found.target}: {found.reason}")
+    if found.over:
+        say(f"note: {found.over}")
 
 
 def _next(chosen: ModelChoice, found: Recommendation, data: Path | None) -> Iterator[object]:
