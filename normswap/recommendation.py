@@ -79,6 +79,7 @@ class Option:
         note: what stands against it.
         images: that ``matched`` and ``kept`` were measured on, none of which the calibration saw
             where there were 16; 0: not measured, or known without any.
+        hurried: whether there were images, and no time to calibrate.
     """
 
     target: str
@@ -92,6 +93,7 @@ class Option:
     state: int = 0
     note: str = ""
     images: int = 0
+    hurried: bool = False
 
 
 @dataclass(frozen=True)
@@ -308,17 +310,20 @@ def decide(options: Sequence[Option], effect: BatchEffect | None, batch_size: in
         )
         return _verdict(BASE, [why], doubts)
     why = _against_batchnorm(effect, batch_size)
-    best = _best([o for o in options if o.per_sample and o.kept is not None])
+    free = [o for o in options if o.per_sample]
+    doubts += [f"there was no time to calibrate {o.target}" for o in free if o.hurried]
+    best = _best([o for o in free if _known(o)])
     if best is None:
         return _verdict("frozen", [why], doubts)
     kept = f"{_share(best):.0%} of the decisions{_of(best.images)}"
+    when = "without calibration" if best.kept is None else "after a short calibration"
     if not _sure(_share(best), best.images, _COMES_BACK):
         doubts.append(_doubt(f"{best.target} keeps", _share(best), best.images, _COMES_BACK))
     if _share(best) < _COMES_BACK:
-        alone = f"after a short calibration {best.target} keeps only {kept}"
+        alone = f"{when} {best.target} keeps only {kept}"
         return _verdict("frozen", [why, alone, "frozen keeps all and needs no batch"], doubts)
-    reasons = [why, f"after a short calibration it keeps {kept}, and no batch matters to it"]
-    return _verdict(best.target, [*reasons, *_behind(best, options, effect)], doubts)
+    reasons = [why, f"{when} it keeps {kept}, and no batch matters to it"]
+    return _verdict(best.target, reasons, doubts, _behind(best, options, effect))
 
 
 def _best(known: Sequence[Option]) -> Option | None:
@@ -338,8 +343,8 @@ def _behind(best: Option, options: Sequence[Option], effect: BatchEffect | None)
     for option in options:
         if option.per_sample and option is not best and _share(option) > _share(best):
             yield (
-                f"{option.target} keeps {_share(option):.0%}{_of(option.images)}, which is no more "
-                "than chance or 2 points above it"
+                f"{option.target.capitalize()} keeps {_share(option):.0%}{_of(option.images)}, "
+                "which is no more than chance or 2 points above it"
             )
     frozen = next((o for o in options if o.target == "frozen" and o.kept == 1 and not o.note), None)
     if frozen is None:
@@ -356,17 +361,19 @@ def _behind(best: Option, options: Sequence[Option], effect: BatchEffect | None)
             "them, median layer)"
         )
     yield (
-        f"frozen keeps all of them, needs no batch either{cheaper}, but its statistics stay as "
-        f"they are{where}; trained, it mostly ended behind gn in sweeps of small networks, but in "
-        "front on EfficientNet-Lite0 with few photographs: with few images, train both"
+        f"Frozen keeps all of them, needs no batch either{cheaper}, but its statistics stay as "
+        f"they are{where}. Trained, it ended behind gn in sweeps of small networks, and before it "
+        "on EfficientNet-Lite0 with few photographs: with few images, try both"
     )
 
 
-def _verdict(target: str, reasons: Sequence[str], doubts: Sequence[str]) -> Verdict:
-    said = "; ".join(reasons)
+def _verdict(
+    target: str, reasons: Sequence[str], doubts: Sequence[str], others: Iterable[str] = ()
+) -> Verdict:
+    sentences = ["; ".join(reasons), *others]
     if doubts:
-        said += f"; not firm, more images or seconds may change it: {', '.join(doubts)}"
-    return Verdict(target, said, not doubts)
+        sentences.append(f"Not firm, more images or seconds may change it: {'; '.join(doubts)}")
+    return Verdict(target, ". ".join(sentences), not doubts)
 
 
 def _against_batchnorm(effect: BatchEffect | None, batch_size: int) -> str:
@@ -381,8 +388,13 @@ def _against_batchnorm(effect: BatchEffect | None, batch_size: int) -> str:
     )
 
 
+def _known(option: Option) -> bool:
+    return option.kept is not None or option.matched is not None
+
+
 def _share(option: Option) -> float:
-    return 0.0 if option.kept is None else option.kept
+    """What it keeps, before a calibration where there was no time for one: that loses nothing."""
+    return (option.matched or 0.0) if option.kept is None else option.kept
 
 
 def _error(option: Option) -> tuple[float, float]:
@@ -589,7 +601,7 @@ class _Survey:
         self.look()
         option = Option(label, per_sample=True)
         if _CONVERSION * self.pace > self.budget.at_most:
-            return replace(option, note="no time was left to look at it")
+            return replace(option, note=_NO_TIME, hurried=self.images is not None)
         originals = {names[0]: bn for bn, names in batchnorms(self.model).items()}
         model = apply_plan(copied(self.model).eval(), made).model
         known = [s.predicted for s in predict_drift(model, originals, made).sites]
@@ -603,7 +615,7 @@ class _Survey:
         try:
             report = self._calibrated(model, self.images, max(seconds, _LEAST), seed)
         except OutOfTimeError:
-            return replace(option, note=_NO_TIME)
+            return self._uncalibrated(option, model, seconds)
         except NormSwapError as error:
             return replace(option, note=f"not calibrated: {error.got}")
         before, after = report.before, report.after
@@ -611,11 +623,12 @@ class _Survey:
 
     def _uncalibrated(self, option: Option, model: nn.Module, seconds: float) -> Option:
         """What it keeps by itself, on as many images as there is time for."""
+        option = replace(option, note=_NO_TIME, hurried=True)
         if not isinstance(self.images, Tensor) or _FEWEST * 3 * self.pace > self.budget.at_most:
-            return replace(option, note=_NO_TIME)
+            return option
         count = max(_FEWEST, int(seconds / (3 * max(self.pace, 1e-9))))
         found = measure_drift(model, self.model, self.images[:count], batch_size=_FEWEST)
-        return replace(option, matched=_kept(found), images=found.images, note=_NO_TIME)
+        return replace(option, matched=_kept(found), images=found.images)
 
     def _calibrated(self, model: nn.Module, images: Any, seconds: float, seed: int) -> Calibration:
         """Calibrate in that time; where that is too short, in the shortest that is not."""
@@ -687,7 +700,7 @@ _COST_MORE, _COST_ONCE = 1.5, 2.0
 """What a part of the time may be exceeded by: a factor, and seconds."""
 _NEARLY = 0.98
 """The share that a bar shows once the time is over."""
-_NO_TIME = "not calibrated: there was no time"
+_NO_TIME = "no time to calibrate"
 
 
 def _affordable(batch_size: int, small: int, ratio: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,11 @@ from click.testing import CliRunner
 from torch import nn
 
 import normswap
-from normswap.batch_effect import BatchEffect, measure_batch_effect
-from normswap.benchmark import compare
+from normswap.batch_effect import BatchEffect, SiteEffect, measure_batch_effect
+from normswap.benchmark import Ratio, compare
 from normswap.cli.app import app
 from normswap.errors import CalibrationError, PlanError
-from normswap.recommendation import Option, decide
+from normswap.recommendation import Option, Recommendation, decide
 
 
 class Pool(nn.Module):
@@ -299,3 +300,131 @@ def test_a_calibration_takes_longer_where_its_share_is_too_short(
     found = normswap.recommend(net, x, targets=("gn",), seconds=1)
     assert [b / a for a, b in itertools.pairwise(asked)] == [2, 2]
     assert next(o for o in found.options if o.target == "gn").kept is not None
+
+
+class Slow(nn.Module):
+    """Takes time of a clock of its own for every image, more of it in training."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+        )  # fmt: skip
+        self.spend = lambda count: clock.append(clock.pop() + seconds * count)
+
+    def forward(self, x):
+        if not x.is_meta:
+            self.spend(len(x) * (3 if torch.is_grad_enabled() else 1))
+        return self.body(x)
+
+
+@pytest.mark.parametrize("pace", [0.001, 0.02, 0.1, 0.4])
+def test_the_time_is_held_however_slow_a_piece_is(pace):
+    """Within half of it more, 5 s, and what is looked at once: 8 images, a batch, a few of two."""
+    clock, told = [0.0], []
+    torch.manual_seed(0)
+    net, x = Slow(clock, pace).eval(), torch.randn(160, 3, 8, 8)
+    found = normswap.recommend(
+        net, x, batch_size=4, seconds=10, progress=told.append, clock=lambda: clock[0]
+    )
+    assert found.seconds == pytest.approx(clock[0])
+    assert found.seconds <= 1.5 * 10 + 5 + 40 * pace
+    assert ("It took" in found.over) == (found.seconds > 12)
+    assert str(found).endswith(found.over or found.reason)
+    shares = [now.share for now in told]
+    assert shares == sorted(shares)
+    assert all(now.share <= now.done / 10 + 1e-9 for now in told[:-1])  # no share ahead of time
+    assert found.effect.judged >= 4
+    if pace == 0.001:
+        assert all(o.kept is not None for o in found.options[1:])
+        assert all(o.inference is not None for o in found.options)
+    if pace == 0.4:
+        assert any("no time" in o.note for o in found.options)
+        assert any("what each target costs was not measured" in text for text in found.unknown)
+        assert not found.firm
+
+
+def test_costs_end_at_once_when_the_time_is_over():
+    net, x = hot()
+    asked = itertools.count()
+    found = compare(
+        net, {"gn": "gn", "frn": "frn"}, x[:2], onnx=False, expired=lambda: next(asked) > 9
+    )
+    assert [row.target for row in found.rows] == ["bn", "gn", "frn"]
+    assert [(row.training, row.inference) for row in found.rows] == [(None, None)] * 3
+    asked = itertools.count()
+    found = compare(
+        net, {"gn": "gn", "frn": "frn"}, x[:2], onnx=False, expired=lambda: next(asked) > 0
+    )
+    assert [row.target for row in found.rows] == ["bn", "gn"]
+
+
+def of(images, **kept):
+    made = [Option(n, per_sample=True, kept=k, images=images) for n, k in kept.items()]
+    return [*made, Option("frozen", per_sample=False, kept=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("images", "kept", "answer", "firm"),
+    [
+        (256, {"gn": 0.80}, "gn", True),
+        (8, {"gn": 1.0}, "gn", False),  # too few for anything
+        (31, {"gn": 0.55}, "gn", False),  # may be below a half
+        (31, {"gn": 0.48}, "frozen", False),
+        (256, {"gn": 0.10}, "frozen", True),
+        (32, {"gn": 0.78, "frn": 0.88}, "gn", True),  # within the error: nothing is decided
+        (1000, {"gn": 0.78, "frn": 0.88}, "frn", True),
+    ],
+)
+def test_a_difference_within_the_error_decides_nothing(images, kept, answer, firm):
+    seen = BatchEffect(2, 256, (), 0.4, None, 256)
+    found = decide(of(images, **kept), seen, 2)
+    assert (found.target, found.firm) == (answer, firm)
+    assert f"of {images} images" in found.reason
+    assert ("Not firm" in found.reason) == (not firm)
+
+
+@pytest.mark.parametrize(("judged", "firm"), [(2000, True), (64, False), (8, False)])
+def test_batchnorm_stays_firmly_where_enough_images_say_so(judged, firm):
+    found = decide(of(64, gn=0.9), BatchEffect(16, judged, (), 0.94, None, judged), 16)
+    assert (found.target, found.firm) == ("bn", firm)
+    assert f"of {judged} images" in found.reason
+
+
+def test_the_reason_says_why_frozen_lost():
+    sites = (SiteEffect("bn", 0.15, 0.2),)
+    seen = BatchEffect(2, 256, sites, 0.4, None, 256)
+    gn, frozen = of(256, gn=0.62)
+    reason = decide([gn, frozen], seen, 2).reason
+    assert "Frozen keeps all of them, needs no batch either, but its statistics stay" in reason
+    assert "lie 0.15 running standard deviations" in reason
+    steady = {"gn": Ratio(1.2, 1.3, 1.4, 9), "frozen": Ratio(0.8, 0.9, 0.95, 9)}
+    pair = [replace(o, training=steady[o.target]) for o in (gn, frozen)]
+    assert "costs less (0.90 beside 1.30)" in decide(pair, seen, 2).reason
+    noisy = [replace(pair[0], training=Ratio(0.5, 1.3, 1.6, 9)), pair[1]]
+    assert "costs less" not in decide(noisy, seen, 2).reason
+    assert "rozen" not in decide([gn], seen, 2).reason
+
+
+def test_a_target_without_time_for_a_calibration_is_judged_as_it_stands():
+    hurried = Option("gn", per_sample=True, matched=0.9, images=64, hurried=True)
+    frn = Option("frn", per_sample=True, kept=0.6, images=64)
+    found = decide([hurried, frn, *of(0)], BatchEffect(2, 64, (), 0.4, None, 64), 2)
+    assert (found.target, found.firm) == ("gn", False)
+    assert "there was no time to calibrate gn" in found.reason
+    assert "without calibration it keeps 90%" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"),
+    [
+        (Ratio(0.9, 1.0, 1.1, 9), "1.00"),
+        (Ratio(0.6, 1.0, 1.1, 9), "1.00?"),
+        (Ratio(1.0, 1.0, 1.0, 2), "1.00?"),
+    ],
+)
+def test_costs_that_are_noise_are_marked(ratio, shown):
+    option = Option("gn", per_sample=True, matched=0.5, kept=0.75, training=ratio, images=33)
+    found = Recommendation("gn", "", (option,), 2, (), None, 314, (), None, 2, 1.0)
+    assert found.rows()[0][2:5] == ("50% of 33", "75% of 33", shown)

@@ -37,7 +37,10 @@ _ENOUGH, _MADE = 256, 192
 
 @torch.no_grad()
 def steady(
-    pairs: tuple[Pair, ...], producers: dict[str, Movable], moments: Mapping[str, Moments]
+    pairs: tuple[Pair, ...],
+    producers: dict[str, Movable],
+    moments: Mapping[str, Moments],
+    expired: Callable[[], bool] = lambda: False,
 ) -> None:
     """Scale the producers in front of norms that share statistics.
 
@@ -47,8 +50,11 @@ def steady(
         pairs: the replaced sites.
         producers: what may be scaled, by the site behind it.
         moments: what :func:`moments_before` found.
+        expired: whether to leave the others as they are; asked at every one.
     """
     for pair, groups in _sharing(pairs, producers):
+        if expired():
+            return
         if pair.name not in moments:
             continue
         gain = state_of(pair.original).weight

@@ -37,6 +37,8 @@ _LOCKSTEP, _SOLVING = 0.25, 0.85
 """The same for the images of one walk in lockstep, and for all walks."""
 _MAKING = 0.25
 """The same until no more images are made from those given."""
+_SCALING = 0.5
+"""The same until no further producer is scaled."""
 _FEWEST_LOOKS = 13
 """So often original and copy run on the fewest images, however little time there is."""
 _OVERRUN = 1.1
@@ -216,7 +218,7 @@ class Run:
                     self.pairs, self.producers, self.teacher, batches, self.pool.dice,
                     lambda done: spent() * (done + 1) / done > _MAKING,
                 )  # fmt: skip
-                steady(self.pairs, self.producers, seen)
+                steady(self.pairs, self.producers, seen, lambda: spent() > _SCALING)
                 fit = Fit(self.once, self.producers, self.pool.dice)
                 scaled = State(self.moving)
             found = in_lockstep(fit, (self.model, self.teacher), batches, lambda: spent() >= 1)
