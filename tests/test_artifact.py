@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -589,6 +590,43 @@ def test_model_card_tells_what_was_swapped_and_how_to_load():
     assert r"| `bn\|2`, `alias` | frozen |  |  | 1x1 |" in card
     assert "| evaluated | top1=0.9 |" in card
     assert 'normswap.load("out", into=' in card
+
+
+def test_model_card_sets_the_score_beside_the_originals():
+    facts = {"step": "fine-tuned", "val_top1": 0.934, "original_top1": 0.95, "start_top1": None}
+    card = artifact.writing.model_card({"model": "Net", "history": [facts, {"step": "x"}]}, "out")
+    assert "| score on the validation images | top-1 93.4 % |" in card
+    assert "| score of the BatchNorm original there | top-1 95.0 % |" in card
+    assert "score before fine-tuning" not in card
+    facts |= {"val_metric": 12.345, "start_metric": 3.0}
+    card = artifact.writing.model_card({"model": "Net", "history": [facts]}, "out")
+    assert "| score on the validation images | 12.35 |" in card
+    assert "| score before fine-tuning there | 3 |" in card
+
+
+@pytest.mark.parametrize("target", ["gn(groups=8)", "ln", "gn(groups=8)+"])
+def test_weights_load_strictly_into_the_librarys_own_norm_layer(target):
+    import timm
+    import torchvision
+    from timm.layers import GroupNorm
+
+    groups = 1 if target == "ln" else 8
+    inputs = torch.randn(2, 3, 64, 64)
+    init = "steady" if target.endswith("+") else "match"  # producers are scaled: still plain
+    for make, layer in (
+        (lambda **k: timm.create_model("test_resnet", **k), partial(GroupNorm, num_groups=groups)),
+        (torchvision.models.resnet18, partial(torch.nn.GroupNorm, groups)),
+    ):
+        model = make()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+        result = normswap.convert(model, target.rstrip("+"), example_inputs=inputs, init=init)
+        plain = make(norm_layer=layer)
+        plain.load_state_dict(result.model.state_dict())
+        with torch.no_grad():
+            assert torch.allclose(plain.eval()(inputs), result.model.eval()(inputs), atol=1e-4)
 
 
 def test_converted_model_round_trip(tmp_path):

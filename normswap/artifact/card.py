@@ -44,10 +44,34 @@ def _facts(document: Mapping[str, Any]) -> str:
         ("input", " × ".join(str(edge) for edge in wanted.get("input_size") or ())),
         ("mean, std", _pair(wanted.get("mean"), wanted.get("std"))),
         ("classes", None if classes is None else len(classes)),
+        *_scores(document.get("history") or []),
         ("made with", ", ".join(f"{key} {value}" for key, value in versions.items())),
         ("SHA-256 of the weights", document.get("sha256")),
     ]
     return _table(("", ""), [(label, value) for label, value in rows if value not in (None, "")])
+
+
+_SCORES = (
+    ("val", "score on the validation images"),
+    ("original", "score of the BatchNorm original there"),
+    ("start", "score before fine-tuning there"),
+)
+
+
+def _scores(history: Sequence[Any]) -> list[tuple[str, str | None]]:
+    """What the last fine-tune measured: of what it left, of the original and of its start."""
+    steps = [entry for entry in history if isinstance(entry, Mapping)]
+    measured = [entry for entry in steps if entry.get("step") == "fine-tuned"]
+    if not measured:
+        return []
+    return [(label, _score(measured[-1], which)) for which, label in _SCORES]
+
+
+def _score(facts: Mapping[str, Any], which: str) -> str | None:
+    metric, top1 = facts.get(f"{which}_metric"), facts.get(f"{which}_top1")
+    if isinstance(metric, int | float):  # mean IoU, mAP, or one's own, of any scale
+        return f"{metric:.4g}"
+    return f"top-1 {100 * top1:.1f} %" if isinstance(top1, int | float) else None
 
 
 def _pair(mean: Any, std: Any) -> str:
