@@ -29,7 +29,8 @@ from normswap.training import (
     read_metrics,
 )
 from normswap.training.batches import Share, epoch_order, slices
-from normswap.training.parameters import scale_schedules
+from normswap.training.optimisation import make_optimizer, make_scheduler
+from normswap.training.parameters import relative_steps, scale_schedules
 
 PAIR = samples(24)
 
@@ -256,6 +257,46 @@ def test_no_decay_on_norms_biases_and_what_the_model_names():
         *(f"frn.{name}" for name in ("weight", "bias", "tau", "eps_l")),
     }
     assert steady["weight_decay"] == 0.0
+
+
+def test_steps_by_the_rule_are_relative_to_the_weights():
+    """A kernel's first step is a share of its own size; vectors keep the rate, a given rate too."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+    )
+    sizes = (0.7, 0.09, 0.0)  # the last: a layer that begins at 0
+    for kernel, size in zip((net[0], net[2], net[3]), sizes, strict=True):
+        nn.init.constant_(kernel.weight, size)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for options, shares in (
+        (FineTune(weight_decay=0.0, scheduler="none"), (2.0, 0.25, 0.5)),
+        (FineTune(weight_decay=0.0, scheduler="cosine", warmup_epochs=0), (2.0, 0.25, 0.5)),
+        (FineTune(weight_decay=0.0, scheduler="none", learning_rate=1e-3), (1.0, 1.0, 1.0)),
+    ):
+        net.load_state_dict(before, strict=False)
+        optimizer = make_optimizer(net, options, 1e-3)
+        make_scheduler(optimizer, options, 1e-3, 10)
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for kernel, name, share in zip((0, 2, 3), ("0", "2", "3"), shares, strict=True):
+            step = before[f"{name}.weight"] - net[kernel].weight
+            assert torch.allclose(step, torch.full_like(step, share * 1e-3), rtol=1e-3)
+            assert torch.allclose(before[f"{name}.bias"] - net[kernel].bias, torch.tensor(1e-3))
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(("name", "relative"), [("adamw", True), ("lamb", False), ("sgd", False)])
+def test_an_optimizer_that_scales_its_steps_itself_is_left_alone(name, relative):
+    optimizer = make_optimizer(Net("gn"), FineTune(optimizer=name), 1e-3)
+    assert any("lr_scale" in group for group in optimizer.param_groups) == relative
+
+
+def test_sizes_that_are_no_numbers_are_left_to_the_run_to_report():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    nn.init.constant_(net[0].weight, float("nan"))
+    groups = relative_steps(parameter_groups(net, 0.1))
+    assert [group["lr_scale"] for group in groups] == [0.25, 1.0]
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "frn", "brn", "cbn"])
@@ -702,8 +743,8 @@ def test_tensorboard_events_are_written_where_it_is_installed(tmp_path):
     [
         ("gn", {}, 1),
         ("brn", {}, 1),
-        ("frn", {}, 3),
-        ("frn", {"optimizer": "lamb"}, 3),
+        ("frn", {}, 5),
+        ("frn", {"optimizer": "lamb"}, 5),
         ("frn", {"optimizer": "sgd"}, 1),
         ("frn", {"learning_rate": 1e-4}, 1),
     ],

@@ -13,7 +13,7 @@ from training_runs import CLASSES, Net, samples, weights
 
 from normswap.errors import DataError, TrainingError
 from normswap.losses import LOSSES, binary_cross_entropy
-from normswap.training import FineTune, evaluate, finetune
+from normswap.training import FineTune, evaluate, finetune, loop
 from normswap.training.examples import draw_examples
 from normswap.training.tasks import Step, Task, task_for
 from normswap.training.tasks.base import Metrics
@@ -232,6 +232,20 @@ def test_it_stops_when_it_gets_no_better(tmp_path):
         metric=lambda _o, _y: pytest.fail("it had finished"),
     )
     assert again.epochs == history.epochs
+
+
+@pytest.mark.parametrize(("losses", "kept"), [((1.0, 0.9, 0.8), 2), ((1.0, 1.1, 1.2), 0)])
+def test_of_epochs_that_are_as_often_right_the_surer_one_is_kept(losses, kept, monkeypatch):
+    scores = iter(losses)
+    seen = [Metrics(top1=0.5, top5=0.5, loss=next(scores), images=10) for _ in losses]
+    monkeypatch.setattr(loop.Run, "_validate", lambda *_: seen.pop(0))
+    net = Net("gn")
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    options = FineTune(batch_size=4, epochs=2, learning_rate=0.01)
+    history = finetune(net, samples(), samples(10, seed=1), options)
+    assert history.best.epoch == kept
+    same = all(torch.equal(value, start[name]) for name, value in net.state_dict().items())
+    assert same == (kept == 0)
 
 
 def test_to_stop_early_it_must_be_validated():

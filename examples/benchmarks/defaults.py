@@ -239,11 +239,13 @@ def cell(name: str, target: str, init: str, **options: Any) -> dict[str, Any]:
     last = copy.deepcopy(model)
     history = normswap.finetune(last, train, chosen_on, FineTune(**_last(recipe)))
     facts |= {"seconds": time.process_time() - begun, "last": top1(last)}
-    scores = {row.epoch: row.val_top1 for row in history.epochs}
-    begun_at = None if history.start is None else history.start.top1
-    kept = begun_at is None or (scores[1] or 0.0) >= begun_at
-    facts |= {"val_start": begun_at, "val_last": scores[1]}
-    return facts | {"kept": facts["last"] if kept else facts["start"]}
+    begun_at, ended_at = history.start, history.epochs[-1]
+    assert begun_at is not None  # there is validation data
+    facts |= {"val_start": begun_at.top1, "val_last": ended_at.val_top1}
+    facts |= {"val_start_loss": begun_at.loss, "val_last_loss": ended_at.val_loss}
+    # the best on the validation images, of two that are as often right the surer one
+    started, ended = (begun_at.top1, -begun_at.loss), (ended_at.val_top1, -ended_at.val_loss)
+    return facts | {"kept": facts["last"] if ended > started else facts["start"]}
 
 
 def _last(recipe: FineTune) -> dict[str, Any]:

@@ -92,6 +92,7 @@ ROWS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "bn": (None, "", {}),
     "frozen": ("frozen", "match", {}),
     "gn-passage": ("gn", "match", {"passage": 0.6}),
+    "gn-steady-passage": ("gn", "steady", {"passage": 0.6}),
     "gn-matched": ("gn", "match", {}),
     "gn-steady": ("gn", "steady", {}),
     "gn-calibrated": ("gn", "calibrated", {}),

@@ -45,7 +45,7 @@ class FilterResponseNorm(base.Recipe):
     evidence: ClassVar[str | None] = (
         "a matched frn kept 0.3 % of EfficientNet-Lite0's decisions, which is chance"
     )
-    pace: ClassVar[float] = 3.0
+    pace: ClassVar[float] = 5.0
     takes_as: ClassVar[str] = "TLU"
     layers: ClassVar[tuple[type[nn.Module], ...]] = base.ranks("FilterResponseNorm")
 

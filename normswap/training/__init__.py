@@ -7,7 +7,7 @@ from normswap.training.checkpoints import read_checkpoint, write_checkpoint
 from normswap.training.execution import TrainingInterrupted
 from normswap.training.loop import finetune
 from normswap.training.options import FineTune
-from normswap.training.parameters import classifier_of, is_norm, parameter_groups
+from normswap.training.parameters import classifier_of, is_norm, parameter_groups, relative_steps
 from normswap.training.records import (
     Epoch,
     History,
@@ -35,5 +35,6 @@ __all__ = [
     "parameter_groups",
     "read_checkpoint",
     "read_metrics",
+    "relative_steps",
     "write_checkpoint",
 ]

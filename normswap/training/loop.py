@@ -961,8 +961,11 @@ def _better(row: Epoch, best: Epoch | None) -> bool:
         return False
     if best is None or best.score is None:
         return True
-    # an epoch that comes up to the start is taken: it has seen the data
-    return row.score >= best.score if best.epoch == 0 else row.score > best.score
+    if row.score != best.score:
+        return row.score > best.score
+    if row.val_loss is None or best.val_loss is None:
+        return best.epoch == 0  # what comes up to the start has seen the data
+    return row.val_loss < best.val_loss  # as often right, and more often sure
 
 
 def _line(row: Epoch, epochs: int, metric: str) -> str:

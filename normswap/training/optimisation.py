@@ -15,7 +15,7 @@ from normswap.reading import what_is_wrong
 from normswap.training.checkpoints import check_fit
 from normswap.training.likeness import check_like, check_optimizer_state
 from normswap.training.options import FineTune
-from normswap.training.parameters import parameter_groups
+from normswap.training.parameters import parameter_groups, relative_steps
 
 
 class Updates:
@@ -57,7 +57,8 @@ class Updates:
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"]) / float(group.get("lr_scale", 1.0))
 
     def backward(self, loss: Any) -> None:
         """Gradients of one forward."""
@@ -136,10 +137,15 @@ class Updates:
 
 
 def make_optimizer(model: nn.Module, options: FineTune, learning_rate: float) -> Any:
-    """Timm's optimizer by name, with the norms and biases free of weight decay."""
+    """Timm's optimizer by name, with the norms and biases free of weight decay.
+
+    Where the rate is the rule's, steps are relative to the weights.
+    """
     from timm.optim import create_optimizer_v2
 
     groups = parameter_groups(model, options.weight_decay)
+    if options.relative:
+        groups = relative_steps(groups)
     return _by_name(
         "optimizer",
         options.optimizer,
@@ -200,6 +206,9 @@ def make_scheduler(
             need="a name that this timm knows",
             hint="'cosine'",
         )
+    if scheduler is None or not warmup:  # it scales the groups when it first changes them
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     return scheduler
 
 

@@ -40,8 +40,10 @@ class FineTune:
         batch_size: samples per process in one forward.
         epochs: passes over the training data.
         learning_rate: at the top of the schedule; None takes 0.002 · √(b/256) for Adam's relatives
-            (three times that where FRN is in the model) and 0.1 · b/256 for others, where b counts
-            the samples of one update over all processes.
+            (five times that where FRN is in the model) and 0.1 · b/256 for others, where b counts
+            the samples of one update over all processes. By this rule the steps of Adam's relatives
+            are relative: the rate of a kernel or matrix is multiplied by its size (see
+            :func:`normswap.training.relative_steps`); a rate that is given is one for all.
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows.
         momentum: of optimizers that have one.
         weight_decay: never applied to norm parameters (γ, β, τ, ε) and biases.
@@ -235,6 +237,12 @@ class FineTune:
         their weights after a conversion; steps that follow them do harm.
         """
         return any(name in self.optimizer.lower() for name in _ADAPTIVE)
+
+    @property
+    def relative(self) -> bool:
+        """Whether steps are relative to the weights: by the rule, unless LAMB sees to it itself."""
+        by_rule = self.learning_rate is None and self.adaptive
+        return by_rule and "lamb" not in self.optimizer.lower()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; the teacher appears as its class and a hash of its weights."""

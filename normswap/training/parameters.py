@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap import layers
 from normswap.errors import TrainingError
@@ -63,6 +64,44 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": steady, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def relative_steps(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split groups so that a step changes every weight by the same part of its own size.
+
+    Adam's steps are as large as the rate, whatever they are taken from: what a kernel of root mean
+    square 0.5 does not notice rewrites one of 0.05, and a pretrained network has both. The rate of
+    a kernel or matrix is multiplied by its root mean square over 0.35; vectors (γ, β, biases) keep
+    theirs. Sizes count in powers of two, so that there are few groups.
+
+    Args:
+        groups: of :func:`parameter_groups`, before any training: the sizes are those of now.
+
+    Returns:
+        Groups with timm's ``lr_scale``, which its schedulers know.
+    """
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            scale = _size(parameter) / _USUAL_SIZE if parameter.ndim > 1 else 1.0
+            by_scale.setdefault(2.0 ** round(math.log2(scale)), []).append(parameter)
+        found += [
+            {**group, "params": by_scale[scale], "lr_scale": scale}
+            for scale in sorted(by_scale, reverse=True)
+        ]
+    return found
+
+
+_USUAL_SIZE = 0.35
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square; at least what a layer begins with, as some begin at 0."""
+    inputs = max(weight.numel() // max(len(weight), 1), 1)
+    found = float(weight.detach().float().square().mean().sqrt()) if weight.numel() else 0.0
+    least = 1 / math.sqrt(3 * inputs)
+    return max(found, least) if math.isfinite(found) else least  # the run will say what is wrong
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
