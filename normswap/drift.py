@@ -268,7 +268,9 @@ class Drift:
         errors = {
             label: [getattr(site, field) for site in self.sites] for field, label in _LABELS.items()
         }
-        return pictures.drift(errors, [site.name for site in self.sites], self.summary, path)
+        kinds = ", ".join(sorted({site.kind for site in self.sites}))
+        title = f"{kinds}: {self.summary}"
+        return pictures.drift(errors, [site.name for site in self.sites], title, path)
 
 
 _LABELS = {

@@ -129,13 +129,32 @@ def _locked(path: Path, target: str | Path, patience: float) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
+        _check_writable(path, target)
         raise _busy(target) from error
+    except OSError as error:  # the lock's name says nothing to who named the target
+        raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         yield
     finally:
         with contextlib.suppress(OSError):  # while it is held: who waits sees that it has gone
             file.unlink()
         lock.release()
+
+
+def _check_writable(path: Path, target: str | Path) -> None:
+    """A lock that is never got is somebody's, or cannot be made: try a file that nobody holds.
+
+    Raises:
+        OSError: nothing can be made there.
+    """
+    trial = _fresh(path, "part")
+    try:
+        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        why = os.strerror(error.errno or errno.EACCES)
+        text = f"a folder in which nothing can be made ({why})"
+        raise PermissionError(errno.EACCES, text, str(target)) from error
+    trial.unlink()
 
 
 def home(target: Path) -> Path:

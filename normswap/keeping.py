@@ -106,7 +106,7 @@ class Kept(Conversion):
         """One line."""
         done = sum(entry.becomes != "frozen" for entry in self.plan if entry.name in self.costs)
         return (
-            f"{done} of {len(self.costs)} sites converted, the others frozen; {self.share:.1%} of "
+            f"{done} of {len(self.costs)} layers converted, the others frozen; {self.share:.1%} of "
             f"the original's decisions kept on {self.images} images (at least {self.bound:.1%})"
         )
 
@@ -187,7 +187,7 @@ def convert(
                 "images",
                 got="images without keep",
                 need="the share of decisions to keep",
-                hint="keep=0.95, or normswap.calibrate for a converted model",
+                hint="--keep 95 (keep=0.95), or normswap.calibrate() for a converted model",
             )
         return _matched(model, target, example_inputs, options, optimizer, allow_nonfinite)
     _check(target, keep, images, seconds)

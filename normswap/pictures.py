@@ -35,10 +35,16 @@ def drift(errors: Mapping[str, Values], names: Sequence[str], title: str, path: 
         if any(value is not None for value in values):
             shown = [float("nan") if v is None else v for v in values]
             axes.plot(range(len(shown)), shown, style, marker=".", label=label)
-    axes.set(ylabel="relative error", title=title, ylim=(0, None))
+    axes.set(ylabel="relative error", title=title, ylim=(0, _above(errors)))
     _name_sites(axes, names)
     _legend_above(axes)
     return _save(figure, path)
+
+
+def _above(errors: Mapping[str, Values]) -> float | None:
+    """Where an axis ends on which the highest point stands below the frame; None: as it likes."""
+    known = [v for values in errors.values() for v in values if v is not None and math.isfinite(v)]
+    return 1.08 * max(known) if known and max(known) > 0 else None
 
 
 def costs(

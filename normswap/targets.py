@@ -35,6 +35,9 @@ INITS: tuple[str, ...] = ("match", "copy", "reset")
 STARTS: tuple[str, ...] = ("match", "steady", "copy", "reset")
 """The same as it may be asked for: ``steady`` is a match, once the producers are scaled."""
 
+DEAD = "channels are dead: variance 0"
+"""How the remark on a layer ends whose channels never varied."""
+
 _MOST = 1000
 """Characters of a target; nobody needs as many."""
 _TARGET = re.compile(r"\s*([^\s(),=]+)\s*(?:\((.*)\))?\s*", re.DOTALL)

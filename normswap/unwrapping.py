@@ -27,7 +27,7 @@ from normswap.errors import ArtifactError, in_short
 from normswap.files import contents, draft_folder
 from normswap.graph.norms import is_batchnorm
 from normswap.layers import ThresholdedLinearUnit, fold_weights
-from normswap.provenance import provenance_of
+from normswap.provenance import Provenance, provenance_of
 from normswap.recipes import recipe_of
 from normswap.room import room_for
 from normswap.running import call, evaluating, leaves
@@ -64,7 +64,8 @@ def unwrap(
     Args:
         model: converted or not, of known source (``load_model``, ``load``); not changed.
         folder: to be made; gets ``model.py``, whose ``build()`` returns the model in eval mode, and
-            ``model.pth``, its state dict.
+            ``model.pth``, its state dict. What is known of its images and its classes stands in
+            ``model.py`` as ``PREPROCESSING`` and ``CLASS_NAMES``.
         example_inputs: what the written model is compared on with this one; None compares keys
             and shapes alone. See :func:`normswap.graph.call`.
         force: replace the two files in a folder that exists.
@@ -100,7 +101,7 @@ def unwrap(
     # what is written below is code made of the record: rebuild refuses a record that is not plain
     original = rebuild(origin, trust=provenance_of(model).trusted)
     found = _differences(original, plain)
-    text = _text(origin, found, plain)
+    text = _text(origin, found, plain, provenance_of(model))
     with room_for(target, ArtifactError), draft_folder(target, (WEIGHTS, MODEL)) as draft:
         _check_target(target, force)  # again: somebody may have been there meanwhile
         save_checkpoint(_plain_state(plain), draft / WEIGHTS)
@@ -163,7 +164,7 @@ def _note(found: _Found, name: str, old: nn.Module, new: nn.Module) -> None:
         )
 
 
-def _text(origin: Mapping[str, Any], found: _Found, model: nn.Module) -> str:
+def _text(origin: Mapping[str, Any], found: _Found, model: nn.Module, record: Provenance) -> str:
     if "" in found.layers:
         raise ArtifactError(
             "the model",
@@ -186,6 +187,7 @@ def _text(origin: Mapping[str, Any], found: _Found, model: nn.Module) -> str:
                 *_globals(found),
             ]
         ),
+        _constants(record),
         *(inspect.getsource(kind).rstrip() for kind in _kinds(used)),
         *([_put()] if found.layers else []),
         *blocks,
@@ -280,6 +282,26 @@ def _kinds(used: str) -> Iterator[type[nn.Module]]:
 def _put() -> str:
     lines = inspect.getsource(standalone.put).rstrip().splitlines()
     return "\n".join(line.partition("  # type:")[0] for line in lines)
+
+
+_COMMENT = (
+    "# What the images have to be: values from 0 to 1; resized so that the crop is crop_pct of the",
+    "# shorter edge (crop_mode center; squash and border keep all of the image), cropped to",
+    "# input_size (channels, height, width), less the mean, over the std.",
+)
+
+
+def _constants(record: Provenance) -> str:
+    """What is known of images and classes, as plain values."""
+    parts = []
+    if record.preprocessing:
+        lines = [f"    {_literal(k)}: {_literal(v)}," for k, v in record.preprocessing.items()]
+        parts.append("\n".join([*_COMMENT, "PREPROCESSING = {", *lines, "}"]))
+    if record.class_names:
+        lines = [f"    {name!r}," for name in map(str, record.class_names)]
+        names = ["# In the order of the model's outputs.", "CLASS_NAMES = [", *lines, "]"]
+        parts.append("\n".join(names))
+    return "\n\n".join(parts)
 
 
 def _homes(found: _Found) -> set[str]:

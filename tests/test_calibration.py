@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -356,6 +357,26 @@ def test_a_slow_model_never_takes_a_tenth_more(seconds, parameters):
     clock = Slow(0.05, model, teacher)
     calibrate(model, teacher, images(256, 1), seconds=seconds, parameters=parameters, clock=clock)
     assert clock.now <= 1.1 * seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 9, "best_loss": 0.5, "stopped": "plateau"}, None),
+        ({"steps": 0, "best_loss": 0.5, "stopped": "steps"}, None),
+        ({"steps": 0, "best_loss": 0.5}, r"time was up before the first step: try more"),
+        ({"steps": 0, "best_loss": 1.0}, r"it began: try more time, --calibrate-seconds 33"),
+        ({"steps": 9, "best_loss": 1.0, "stopped": "plateau"}, r"ends where it began: try other"),
+    ],
+)  # fmt: skip
+def test_a_report_of_nothing_says_what_to_do(changes, said):
+    model, teacher = pair("gn")
+    report = calibrate(model, teacher, images(32, 1), steps=1)
+    facts = {"first_loss": 1.0, "seconds": 10.2, "stopped": "budget"} | changes
+    text = str(replace(report, **facts))
+    assert ("Note that" in text) == (said is not None)
+    assert said is None or re.search(said, text)
+    assert "measured on 4 of them that were held out" in text
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(10, False), (16, True)])

@@ -77,6 +77,12 @@ def test_every_command_has_help_for_every_option():
             assert option.help, f"{name} {option.opts}"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_80_columns(name):
+    done = CliRunner().invoke(app, [name, "--help"], terminal_width=80)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 def test_no_command_prints_help_and_is_a_usage_error():
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 2

@@ -1,15 +1,18 @@
 """Whole or not there, one writer at a time, and what a killed writer leaves is put right."""
 
+import errno
 import os
 import threading
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
 from normswap import files
-from normswap.errors import BusyError
+from normswap.cli.options import keep_others_out
+from normswap.errors import BusyError, NormSwapError
 
 OWN = ("a", "b")
 
@@ -169,6 +172,30 @@ def test_the_second_writer_is_told(tmp_path):
     assert read(target) == {"a": "first", "b": "first"}
     put(target, a="later")
     assert left(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS])
+def test_where_nothing_can_be_made_nobody_is_writing(number, tmp_path, monkeypatch):
+    """/proc says that there is no such file, which filelock takes for a lock that was removed."""
+    real = os.open
+
+    def refused(path, flags, *more, **how):
+        if flags & os.O_CREAT and str(path).startswith(str(tmp_path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, flags, *more, **how)
+
+    monkeypatch.setattr(os, "open", refused)
+    target = tmp_path / "out"
+    with pytest.raises(OSError, match=os.strerror(number)) as caught, files.sole_writer(target):
+        pass
+    assert not isinstance(caught.value, BusyError)
+    assert caught.value.filename == str(target)
+    context = click.Context(click.Command("x"))
+    with context, pytest.raises(NormSwapError, match="cannot be written to") as told:
+        keep_others_out(target)
+    assert str(told.value).startswith(f"{target}: got a place that cannot be written to (")
+    assert "lock" not in str(told.value)
+    assert "another run" not in str(told.value)
 
 
 def test_who_writes_one_file_waits_for_the_other(tmp_path):

@@ -36,6 +36,14 @@ def test_every_picture_is_drawn_and_replaces_another(tmp_path):
     assert found[0].read_bytes().startswith(b"<?xml")
 
 
+def test_the_highest_point_lies_below_the_frame(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, _path: seen.append(figure))
+    pictures.drift({"measured": [0.97, 1.0, None]}, ["a", "b", "c"], "t", tmp_path / "a.png")
+    (axes,) = seen[0].axes
+    assert 1.05 <= axes.get_ylim()[1] <= 1.2
+
+
 def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path):
     path = pictures.accuracy_bars({"bn": 0.9}, 0.1, "t", "%", tmp_path / "d.png")
     before = path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -139,6 +140,34 @@ def test_every_per_sample_target_can_be_written():
     for recipe in RECIPES.values():
         if recipe.per_sample and "standalone" not in vars(recipe):
             assert recipe.standalone is not base.Recipe.standalone, recipe.target
+
+
+def test_what_is_known_of_images_and_classes_goes_along(tmp_path, monkeypatch):
+    """A name is a name, whatever stands in it."""
+    from click.testing import CliRunner
+
+    model, _ = converted("timm/test_resnet", "gn")
+    names = ["a", 'b"; import os', "c\n'", "犬", "\U0001f600 \\", "f", ""]
+    normswap.save(model, tmp_path / "gn", class_names=names)
+    run = CliRunner().invoke(app, ["unwrap", str(tmp_path / "gn"), "-o", str(tmp_path / "plain")])
+    assert run.exit_code == 0, run.output
+    home: dict[str, object] = {"__file__": str(tmp_path / "plain" / "model.py"), "__name__": "m"}
+    exec(compile((tmp_path / "plain" / "model.py").read_text("utf-8"), "m", "exec"), home)
+    assert home["CLASS_NAMES"] == names
+    wanted = normswap.provenance.provenance_of(model).preprocessing
+    assert home["PREPROCESSING"] == wanted
+    assert {"input_size", "mean", "std", "crop_pct", "interpolation"} <= set(wanted)
+    assert "model.py also has PREPROCESSING and CLASS_NAMES" in run.stdout
+    assert "its model was run and gives what this one gives" in run.stdout
+    last = run.stdout.splitlines()[-1]
+    assert last.startswith("next: ")
+    done = subprocess.run(
+        ["sh", "-c", last.removeprefix("next: ").replace("python -c", f"{sys.executable} -c")],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "'crop_pct'" in done.stdout
+    assert "犬" in done.stdout
 
 
 def test_the_command(tmp_path):

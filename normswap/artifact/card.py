@@ -86,10 +86,10 @@ def _swaps(plans: Sequence[Mapping[str, Any]]) -> str:
         entries = [entry for entry in plan.get("entries") or [] if isinstance(entry, Mapping)]
         counts = Counter((entry.get("kind"), entry.get("becomes")) for entry in entries)
         target = _cell(plan.get("target")).replace("`", "'")
-        sections.append(f"Target `{target}`, {len(entries)} sites.")
+        sections.append(f"Target `{target}`, {len(entries)} layers.")
         sections.append(
             _table(
-                ("from", "to", "sites"),
+                ("from", "to", "layers"),
                 [(before, after, number) for (before, after), number in counts.items()],
             )
         )

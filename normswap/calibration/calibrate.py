@@ -74,11 +74,26 @@ class Calibration:
         return {**asdict(self), **drifts}
 
     def __str__(self) -> str:
-        seen = "" if self.held_out else ", measured on the images that it was calibrated on"
+        seen = f"on {self.after.images} of them that were held out"
+        if not self.held_out:
+            seen = "on the images that it was calibrated on"
         return (
             f"calibrated on {self.images} images in {self.seconds:.0f} s, {self.steps} steps "
-            f"({self.stopped}): {self.before.summary} → {self.after.summary}{seen}"
+            f"({self.stopped}): {self.before.summary} → {self.after.summary}, measured {seen}"
+            f"{self._advice()}"
         )
+
+    def _advice(self) -> str:
+        """What to do where little or nothing was done."""
+        gained = self.best_loss < self.first_loss
+        if gained and (self.steps or self.stopped != "budget"):
+            return ""
+        said = "time was up before the first step" if gained else "the model ends where it began"
+        more = "other images, or fine-tuning"
+        if self.stopped == "budget":
+            seconds = 3 * math.ceil(self.seconds)
+            more = f"more time, --calibrate-seconds {seconds} (seconds={seconds})"
+        return f". Note that {said}: try {more}"
 
 
 def calibrate(

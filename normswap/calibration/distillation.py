@@ -115,7 +115,7 @@ class Run:
                 "model",
                 got="a model in which nothing was replaced",
                 need="a converted model",
-                hint="normswap.convert(model, 'gn', example_inputs=x)",
+                hint="--to gn (normswap.convert(model, 'gn', example_inputs=x))",
             )
         self.own = list(
             {id(p): p for pair in self.pairs for p in own_parameters(pair.module).values()}.values()

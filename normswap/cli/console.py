@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
+from normswap.cli.wording import without_arguments
+from normswap.cli.wrapping import fitted, wrapped
 from normswap.plain import plain
 from normswap.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 _LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
 _PIPE_WIDTH = 200  # rich takes 80 columns where there is no terminal, and cuts module names there
@@ -72,11 +75,14 @@ class _Stderr(logging.Handler):
     """Writes to what stderr is at the time: a progress bar puts itself in between."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(visible(self.format(record)) + "\n")
+        sys.stderr.write(
+            at_words(visible(without_arguments(self.format(record))), sys.stderr) + "\n"
+        )
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
-    sys.stderr.write(f"warning: {one_line(str(message))}\n")
+    text = f"warning: {one_line(without_arguments(str(message)))}"
+    sys.stderr.write(at_words(text, sys.stderr) + "\n")
 
 
 def one_line(text: str) -> str:
@@ -145,61 +151,89 @@ def print_table(
     """
     if _hushed.get():
         return
+    heads = [visible(column) for column in columns]
     table_rows = [["" if cell is None else visible(str(cell)) for cell in row] for row in rows]
-    console = stdout()
     empty = [c for c in droppable if not any(row[columns.index(c)] for row in table_rows)]
+    shown = [index for index, column in enumerate(columns) if column not in empty]
+    whole = [column in numeric or index == 0 for index, column in enumerate(columns)]
+    natural, least = _measured([heads, *table_rows], whole)
+    console = stdout()
     left_out: list[str] = []
-    table = _table(columns, table_rows, title, numeric, empty)
     for column in droppable:
-        if _least_width(table, console) <= console.width:
+        if _around(shown) + sum(least[index] for index in shown) <= console.width:
             break
         if column not in empty:
             left_out.append(column)
-            table = _table(columns, table_rows, title, numeric, [*empty, *left_out])
-    console.width = max(console.width, _least_width(table, console))
+            shown.remove(columns.index(column))
+    room = console.width - _around(shown)
+    widths = fitted([natural[i] for i in shown], [least[i] for i in shown], room)
+    console.width = max(console.width, sum(widths) + _around(shown))
+    table = _table(
+        title, [(width, columns[i] in numeric) for i, width in zip(shown, widths, strict=True)]
+    )
+    for made, i, width in zip(table.columns, shown, widths, strict=True):
+        made.header = _broken(heads[i], width)
+    for row in table_rows:
+        table.add_row(*(_broken(row[i], width) for i, width in zip(shown, widths, strict=True)))
     console.print(table)
     if left_out:
         say(f"left out for want of width: {', '.join(left_out)} (a wider terminal or --json)")
 
 
-def _least_width(table: Table, console: Console) -> int:
-    return table.__rich_measure__(console, console.options.update(width=10_000)).minimum
-
-
-def _table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    title: str | None,
-    numeric: Sequence[str],
-    left_out: Sequence[str],
-) -> Table:
-    from rich import box
+def _measured(lines: Sequence[Sequence[str]], whole: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """Of each column the width of its widest cell, and what it needs with every word whole."""
     from rich.cells import cell_len
+
+    natural = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
+    words = [
+        [word for cell in cells for word in cell.split()] for cells in zip(*lines, strict=True)
+    ]
+    longest = [max(map(cell_len, found), default=0) for found in words]
+    return natural, [n if w else least for n, w, least in zip(natural, whole, longest, strict=True)]
+
+
+def _around(shown: Sequence[int]) -> int:
+    """Cells that a table of these columns has beside their text: the box and the padding."""
+    return 3 * len(shown) + 1
+
+
+def _table(title: str | None, columns: Sequence[tuple[int, bool]]) -> Table:
+    """An empty table of columns of these widths, flush right or not."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     heading = None if title is None else Text(visible(title))
     table = Table(title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    shown = [index for index, column in enumerate(columns) if column not in left_out]
-    for index in shown:
-        right = columns[index] in numeric
-        words = [word for row in rows for word in row[index].split()]
-        table.add_column(
-            Text(visible(columns[index])),
-            justify="right" if right else "left",
-            no_wrap=right or index == 0,
-            min_width=max(map(cell_len, words), default=0),  # rich would cut words to make room
-        )
-    for row in rows:
-        table.add_row(*(Text(row[index]) for index in shown))
+    for width, right in columns:
+        table.add_column(width=width, justify="right" if right else "left", no_wrap=True)
     return table
 
 
+def _broken(cell: str, width: int) -> Text:
+    from rich.text import Text
+
+    return Text("\n".join(wrapped(cell, width)))
+
+
 def say(text: str) -> None:
-    """Lines of result text."""
-    if _hushed.get():
-        return
-    stdout().print(visible(text), markup=False, soft_wrap=True)
+    """Lines of result text; on a terminal they are broken between words."""
+    say_line(at_words(visible(text), _results.get() or sys.stdout))
+
+
+def say_line(text: str) -> None:
+    """Result text as it is, to be copied."""
+    if not _hushed.get():
+        stdout().print(visible(text), markup=False, soft_wrap=True)
+
+
+def at_words(text: str, stream: TextIO) -> str:
+    """A text whose lines a terminal would break inside words, broken between them."""
+    if not stream.isatty():
+        return text
+    from rich.console import Console
+
+    return "\n".join(wrapped(text, Console(file=stream).width, "  "))
 
 
 def suggest(*words: object) -> None:
@@ -210,7 +244,7 @@ def suggest(*words: object) -> None:
 
 def say_next(*words: object) -> None:
     """The command that a user would give next, as a line to copy."""
-    say(f"next: normswap {shlex.join(map(str, words))}")
+    say_line(f"next: normswap {shlex.join(map(str, words))}")
 
 
 @contextlib.contextmanager

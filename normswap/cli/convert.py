@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ from normswap.cli.options import (
     known_target,
     model_options,
     report_option,
+    skip_broken_option,
 )
+from normswap.cli.wording import without_arguments
 from normswap.errors import PlanError
 from normswap.reading import reading
 from normswap.regular import read_text
@@ -46,11 +49,20 @@ _BESIDE_PLAN = ("init", "groups", "window", "through_history", "include", "exclu
 """Options that a plan has settled already."""
 _SECONDS, _KEEP_SECONDS = 60.0, 180.0
 _NOT_KEPT = ("calibrate_moves", "calibrate_all", "plan_file")
-_CALIBRATION = ("calibrate_seconds", "calibrate_moves", "calibrate_all", "keep")
-_TARGETS = (
-    "\b\nTARGET is one of\n"
-    + "\n".join(f"  {name:<10} {meaning}" for name, meaning in TARGETS.items())
-    + "\nSettings stand in brackets, as the plan prints them: gn(groups=16), brn(r_max=2, d_max=3)."
+_CALIBRATION = ("calibrate_seconds", "calibrate_moves", "calibrate_all", "keep", "skip_broken")
+_WIDTH = 76  # what click leaves of 80 columns, and does not fill by itself below a \\b
+_TARGETS = "\n".join(
+    [
+        "\b\nTARGET is one of",
+        *(
+            textwrap.fill(
+                meaning, _WIDTH, initial_indent=f"  {name:<10} ", subsequent_indent=" " * 13
+            )
+            for name, meaning in TARGETS.items()
+        ),
+        "Settings stand in brackets, as the plan prints them:",
+        "gn(groups=16), brn(r_max=2, d_max=3).",
+    ]
 )
 
 
@@ -122,6 +134,7 @@ def _number_of_groups(
     metavar="IMAGES",
     help="Bring the result closer to MODEL on a folder of unlabelled images.",
 )
+@skip_broken_option
 @click.option(
     "--calibrate-seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -171,6 +184,7 @@ def command(
     exclude: tuple[str, ...],
     fallback: str | None,
     images: Path | None,
+    skip_broken: bool,
     calibrate_seconds: float | None,
     calibrate_moves: str | None,
     calibrate_all: bool,
@@ -201,11 +215,12 @@ def command(
     }
     plan = _planned(source.model, recipe, options)
     if dry_run or output is None:  # the one excuse for having no output
-        print_json(plan.to_json()) if as_json else print_plan(plan)
+        to = () if plan_file else ("--to", recipe)
+        _show(plan, ("convert", *chosen.words(), *to, *_chosen_plan()), as_json=as_json)
         return
     if plan.idle is not None:
         raise plan.idle
-    batch = chosen.images(source, images) if images else None
+    batch = chosen.images(source, images, skip_broken=skip_broken) if images else None
     options["allow_nonfinite"] = chosen.allow_nonfinite
     report = None
     if keep is not None:
@@ -231,11 +246,32 @@ def command(
     if keep is not None:
         _print_kept(result)
     _print_trust(result.plan, report, found)
-    say(f"wrote {output}")
+    say("\n".join(f"wrote {file}" for file in (output, drift, costs) if file is not None))
     say_next(
         "finetune", output, *chosen.consent(), "--data", "DATA", "--batch-size", 2,
         "-o", f"{output}-tuned",
     )  # fmt: skip
+
+
+def _show(plan: Plan, words: tuple[Any, ...], *, as_json: bool) -> None:
+    """A plan that is not applied, and the command that applies it."""
+    if as_json:
+        print_json(plan.to_json())
+        return
+    print_plan(plan)
+    if plan.idle is None:
+        say_next(*words, "-o", "converted")
+
+
+def _chosen_plan() -> Iterator[object]:
+    """The options that made a plan what it is, beside the target, as they were given."""
+    context = click.get_current_context()
+    for name in ("plan_file", "init", "include", "exclude", "fallback"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = next(p.opts[0] for p in context.command.params if p.name == name)
+            value = context.params[name]
+            for part in value if isinstance(value, tuple) else (value,):
+                yield from (option, part)
 
 
 def _planned(model: nn.Module, recipe: Any, options: dict[str, Any]) -> Plan:
@@ -324,7 +360,7 @@ def _print_trust(plan: Plan, report: Calibration | None, drift: Drift) -> None:
     """How far the result may be trusted as it is."""
     per_sample = [e for e in plan.swapped if e.recipe is not None and e.recipe.per_sample]
     if report is not None:
-        say(str(report))
+        say(without_arguments(str(report)))
     elif not per_sample:
         say("in eval mode this is the original's function, to rounding")
         return

@@ -67,6 +67,8 @@ def evaluate(
             [(row["class"], percent(row["score"])) for row in classes],
             numeric=(measured,),
         )
+    if confusion is not None:
+        say(f"wrote {confusion}")
     if task == "segmentation" and not chosen.spec.endswith(".onnx"):
         say_next("export", *chosen.words(), "-o", f"{chosen.short_name}.onnx")
 

@@ -19,6 +19,7 @@ from normswap.cli.options import (
     ModelChoice,
     batch_size_option,
     check_device,
+    check_file,
     cli_command,
     json_option,
     model_options,
@@ -38,6 +39,21 @@ if TYPE_CHECKING:
 _MOST_NUMBERS = 1 << 28
 
 _logger = logging.getLogger("normswap")
+
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
+
+
+def _picture(_ctx: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+    """The callback of ``--confusion``: what can be drawn and written, found out before the work."""
+    if value is None:
+        return None
+    if value.suffix.lower() not in (*_PICTURES, ""):
+        raise click.BadParameter(
+            f"got {value.name!r}; need a name ending in {', '.join(_PICTURES)}."
+        )
+    check_file(value, force=True)
+    return value
 
 
 @cli_command("evaluate")
@@ -68,7 +84,8 @@ _logger = logging.getLogger("normswap")
 @click.option(
     "--confusion",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Picture to write (.png, .svg, .pdf): which class is taken for which.",
+    callback=_picture,
+    help="Picture to write (.png, .jpg, .svg, .pdf): which class is taken for which.",
 )
 @click.option("--skip-broken", is_flag=True, help="Count broken images instead of stopping.")
 @timeout_option
@@ -173,6 +190,8 @@ def command(
     )
     if per_class:
         _print_classes(_classes(judge, labels))
+    if confusion is not None:
+        say(f"wrote {confusion}")
     if chosen.spec.endswith(".onnx"):
         suggest("verify", chosen.spec)
     else:

@@ -15,6 +15,7 @@ from normswap.cli.options import (
     force_option,
     json_option,
     model_options,
+    skip_broken_option,
 )
 from normswap.cli.verify import print_parity
 from normswap.errors import ParityError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--half", is_flag=True, help="float16, with the normalisers in float32.")
 @click.option("--tolerance", type=float, help="Largest error that passes, of the output's scale.")
 @click.option("--images", type=click.Path(path_type=Path), help="Prove it on these images too.")
+@skip_broken_option
 @click.option("--input-name", multiple=True, metavar="NAME", help="Input's name. [default: image]")
 @click.option(
     "--output-name",
@@ -47,6 +49,7 @@ def command(
     chosen: ModelChoice,
     output: Path,
     images: Path | None,
+    skip_broken: bool,
     input_name: tuple[str, ...],
     output_name: tuple[str, ...],
     force: bool,
@@ -58,9 +61,11 @@ def command(
     The proof runs onnxruntime beside torch at several batch sizes; of a detector, on several images
     one by one. If it fails, no file is written and the exit code is 3.
     """
+    if skip_broken and images is None:
+        raise click.UsageError("--skip-broken goes with --images.")
     check_file(output, force=force)
     source = chosen.load()
-    batch = chosen.images(source, images) if images else None
+    batch = chosen.images(source, images, skip_broken=skip_broken) if images else None
     import normswap
 
     try:

@@ -22,7 +22,7 @@ from normswap.cli.options import (
 from normswap.cli.tasks import metric_name, percent
 from normswap.cli.training import Images, RunChoice, run_options
 from normswap.errors import NormSwapError
-from normswap.files import contents, next_folder, put_in_place, remove
+from normswap.files import contents, current, next_folder, put_in_place, remove
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,7 +166,13 @@ def _workplace(output: Path, *, first: bool, force: bool, resume: bool) -> Path:
         check_output(output, force=resume or force, hint=hint)
     beside = next_folder(output)
     replaces = beside.is_dir() if resume else force and bool(contents(output))
-    return beside if replaces else output
+    work = beside if replaces else output
+    if first and resume:
+        from normswap.training.checkpoints import LAST
+
+        if not current(work, LAST).is_file():
+            _logger.warning("nothing to resume in %s; starting a new run", output)
+    return work
 
 
 def _fitting(run: RunChoice, model: nn.Module, images: Images, device: str | None) -> int:

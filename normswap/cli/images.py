@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normswap.cli.options import skip_broken_option
 from normswap.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,7 +53,14 @@ class ImageChoice:
         Raises:
             DataError: there are none, or two ways to divide at once.
         """
-        from normswap.data import has_splits, is_divided, is_named
+        from normswap.data import (
+            Preprocessing,
+            has_splits,
+            image_files,
+            is_divided,
+            is_named,
+            read_folder,
+        )
 
         if task == "classification":
             own = is_named(self.data) or has_splits(self.data)
@@ -69,6 +77,10 @@ class ImageChoice:
         if not self.validation and self.val_split is not None:
             raise click.UsageError("--val-split and --no-validation exclude each other.")
         if self.validation and not own and self.val_split is None and Path(self.data).is_dir():
+            # a folder in which nothing can be divided is told what it lacks, not to be divided
+            if task != "classification":
+                image_files(self.data)
+            read_folder(task, self.data, Preprocessing(), "train", val_split=0.5)
             raise DataError(
                 self.data,
                 got="one folder, and no images to validate on",
@@ -164,7 +176,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--validation/--no-validation", default=True, help="Whether to keep images for validation."
     ),
-    click.option("--skip-broken", is_flag=True, help="Skip broken images instead of stopping."),
+    skip_broken_option,
     click.option(
         "--check-data",
         is_flag=True,

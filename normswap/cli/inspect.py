@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from normswap.cli.console import print_json, print_table, say, say_next
 from normswap.cli.options import ModelChoice, cli_command, json_option, model_options
-from normswap.targets import TARGETS
+from normswap.targets import DEAD, TARGETS
 
 if TYPE_CHECKING:
     from normswap.graph import Graph, Site
@@ -46,7 +46,7 @@ def command(*, chosen: ModelChoice, exclude: tuple[str, ...], as_json: bool) -> 
         )
         return
     _print_sites(graph, plans)
-    _print_targets(plans)
+    _print_targets(plans, graph.notes)
     for note in (*graph.notes, *(f"{other.name}: {other.reason}" for other in graph.others)):
         say(f"note: {note}")
     say_next("convert", *chosen.words(), "--to", "gn", "-o", "converted")
@@ -93,23 +93,37 @@ def _exceptions(site: Site, plans: Mapping[str, Plan]) -> str:
     return "; ".join(f"{', '.join(targets)} → {becomes}" for becomes, targets in others.items())
 
 
-def _print_targets(plans: Mapping[str, Plan]) -> None:
+def _print_targets(plans: Mapping[str, Plan], said: Collection[str]) -> None:
+    """What is true of one target stands in its row, what is true of several below, once."""
+    remarks = {target: list(_remarks(plan, said)) for target, plan in plans.items()}
+    sharing: dict[str, list[str]] = {}
+    for target, found in remarks.items():
+        for remark in found:
+            sharing.setdefault(remark, []).append(target)
     rows = []
     for target, plan in plans.items():
         taken = [entry for entry in plan.entries if entry.becomes == target]
-        rows.append((target, f"{len(taken)} of {len(plan.entries)}", "; ".join(_remarks(plan))))
+        own = "; ".join(remark for remark in remarks[target] if len(sharing[remark]) == 1)
+        rows.append((target, f"{len(taken)} of {len(plan.entries)}", own))
     print_table(("target", "layers", "remarks"), rows, title="What each target would do")
+    for remark, targets in sharing.items():
+        if len(targets) > 1:
+            say(f"{'all' if len(targets) == len(plans) else ', '.join(targets)}: {remark}")
 
 
-def _remarks(plan: Plan) -> Iterable[str]:
-    """What is special about a target in this model, each thing once."""
+def _remarks(plan: Plan, said: Collection[str]) -> Iterator[str]:
+    """What is special about a target in this model, each thing once.
+
+    Not how many channels of each layer are dead: the plan's own notes count them.
+    """
     removals = sum(entry.removal is not None for entry in plan.entries)
     if removals:
         yield f"takes the place of {removals} ReLUs"
     counts = Counter(
         f"{entry.reason} → {entry.becomes}" if entry.reason else note
         for entry in plan.entries
-        for note in (entry.notes or ("",))
+        for note in ([n for n in entry.notes if not n.endswith(DEAD)] or [""])
         if entry.reason or note
     )
     yield from (f"{number} × {remark}" for remark, number in counts.items())
+    yield from (note for note in plan.notes if note not in said)

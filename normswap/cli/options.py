@@ -19,8 +19,10 @@ import click
 from normswap.children import FOREVER, ROOT, SECONDS, safe_path
 from normswap.cli.completion import complete_model, complete_target
 from normswap.cli.console import quiet_libraries, results_alone
+from normswap.cli.wording import reword
 from normswap.errors import NormSwapError, in_short
 from normswap.files import contents, sole_writer
+from normswap.room import full
 from normswap.targets import FALLBACKS, TARGETS, read_target, split_targets
 
 if TYPE_CHECKING:
@@ -47,7 +49,25 @@ class Command(click.Command):
         debug = ctx.meta.get("debug", False)
         with safe_path(), results_alone(), quiet_libraries(debug=debug):
             _settings_of_pictures()
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except NormSwapError as error:
+                reword(error, self._options())
+                raise
+
+    def _options(self) -> dict[str, str]:
+        """Argument → option, for what is shown in the help text."""
+        options = (p for p in self.params if isinstance(p, click.Option) and not p.hidden)
+        return {
+            name: text
+            for option in options
+            for name, text in ((str(option.name), option.opts[0]), *_negations(option))
+        }
+
+
+def _negations(option: click.Option) -> Iterator[tuple[str, str]]:
+    """``--no-validation`` beside ``--validation``, for its own name alone."""
+    yield from ((text, text) for text in option.secondary_opts)
 
 
 def _say_at_once(command: str | None) -> None:
@@ -120,6 +140,10 @@ def debug_option() -> click.Option:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")
+
+skip_broken_option = click.option(
+    "--skip-broken", is_flag=True, help="Skip broken images instead of stopping."
+)
 
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
@@ -258,12 +282,14 @@ class ModelChoice:
         """Example inputs of the size asked for, on the device of the model."""
         return source.example_inputs(image_size=self.image_size, seed=self.seed)
 
-    def images(self, source: Source, folder: Path) -> Tensor:
+    def images(self, source: Source, folder: Path, *, skip_broken: bool = False) -> Tensor:
         """Unlabelled images as one batch, at most ``MOST_IMAGES``, on the device of the model."""
         from normswap.data import load_images
 
         preprocessing = source.preprocessing.resized(self.image_size)
-        return load_images(folder, preprocessing, limit=MOST_IMAGES).to(check_device(self.device))
+        on_broken = "skip" if skip_broken else "error"
+        images = load_images(folder, preprocessing, limit=MOST_IMAGES, on_broken=on_broken)
+        return images.to(check_device(self.device))
 
 
 def model_options(function: Function) -> Function:
@@ -495,8 +521,24 @@ def keep_others_out(path: Path) -> None:
 
     Raises:
         BusyError: another run is writing it.
+        NormSwapError: nothing can be written there.
     """
-    click.get_current_context().with_resource(sole_writer(path))
+    try:
+        click.get_current_context().with_resource(sole_writer(path))
+    except OSError as error:
+        if full(error):
+            raise
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> NormSwapError:
+    """The one line for a place where nothing can be written, whatever the system calls it."""
+    return NormSwapError(
+        str(path),
+        got=f"a place that cannot be written to ({error.strerror})",
+        need="a writable folder",
+        hint="another path",
+    )
 
 
 def check_parent(path: Path) -> None:

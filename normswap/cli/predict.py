@@ -13,6 +13,7 @@ from normswap.cli.options import (
     ModelChoice,
     batch_size_option,
     check_device,
+    check_output,
     cli_command,
     json_option,
     model_options,
@@ -69,6 +70,8 @@ def command(
     from normswap.cli import dense
     from normswap.predictions import predictions
 
+    if pictures_in is not None:
+        check_output(pictures_in, force=True)
     opened = open_model(chosen, timeout)
     model, preprocessing, names, source = opened
     task = chosen_task(task, source)

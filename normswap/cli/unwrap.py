@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
-from normswap.cli.console import print_json, say
-from normswap.cli.options import ModelChoice, cli_command, force_option, json_option, model_options
+from normswap.cli.console import print_json, say, say_line
+from normswap.cli.options import (
+    ModelChoice,
+    check_output,
+    cli_command,
+    force_option,
+    json_option,
+    model_options,
+)
 
 
 @cli_command("unwrap")
@@ -19,14 +27,24 @@ def command(*, chosen: ModelChoice, output: Path, force: bool, as_json: bool) ->
     """Write MODEL so that it loads without normswap.
 
     The folder gets model.py, whose build() returns the model, and model.pth, its weights. They need
-    torch and the library that MODEL comes from, alone. The file is run once and compared.
+    torch and the library that MODEL comes from, alone. What is known of the images (mean, std,
+    size, crop) and the names of the classes stand in model.py too. The file is run once and
+    compared.
     """
+    check_output(output, force=force)
     import normswap
+    from normswap.provenance import provenance_of
 
     source = chosen.load()
     normswap.unwrap(source.model, output, example_inputs=chosen.inputs(source), force=force)
     if as_json:
         print_json({"output": output})
         return
-    say(f"wrote {output}: model.py and model.pth")
-    say("next: from model import build  (in Python, in that folder; no normswap needed)")
+    say(f"wrote {output}: model.py and model.pth; its model was run and gives what this one gives")
+    record = provenance_of(source.model)
+    known = {"PREPROCESSING": record.preprocessing, "CLASS_NAMES": record.class_names}
+    names = [name for name, value in known.items() if value]
+    if names:
+        say(f"model.py also has {' and '.join(names)}: what images have to be, and the classes")
+    code = f"import model; {''.join(f'print(model.{name}); ' for name in names)}model.build()"
+    say_line(f"next: cd {shlex.quote(str(output))} && python -c {shlex.quote(code)}")

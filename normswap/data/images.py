@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import struct
 import threading
 import warnings
@@ -233,12 +234,23 @@ def size_of(path: Path) -> tuple[int, int]:
         raise _broken(path, error) from error
 
 
+def undecodable(error: Exception) -> str:
+    """Why a file could not be decoded, without the name that Python gives the open file.
+
+    Example:
+        >>> undecodable(OSError("cannot identify image file <_io.BufferedReader name=3>"))
+        'OSError: cannot identify image file'
+    """
+    text = re.sub(r"\s*<_io\.[^>]*>", "", str(error))
+    return f"{type(error).__name__}: {text[:80]}"
+
+
 def _broken(path: Path, error: Exception) -> DataError:
     return DataError(
         str(path),
-        got=f"a broken image ({type(error).__name__}: {str(error)[:80]})",
+        got=f"a broken image ({undecodable(error)})",
         need="a complete image file",
-        hint="removing it, or skipping broken images (on_broken='skip')",
+        hint="removing it, or --skip-broken (on_broken='skip')",
     )
 
 

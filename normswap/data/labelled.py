@@ -266,7 +266,7 @@ def _part(root: Path, split: str, val_split: float | None) -> tuple[Path, Path |
         str(root),
         got=f"a folder {(other or root).name} alone",
         need=f"a folder {split} beside it",
-        hint="adding it, or dividing one folder with val_split",
+        hint="adding it, or dividing one folder with --val-split 0.2 (val_split=0.2)",
     )
 
 
@@ -343,7 +343,10 @@ def _take(
         return files
     if not checks.above(val_split, 0) or val_split >= 1:
         raise DataError(
-            "val_split", got=repr(val_split), need="a share between 0 and 1", hint="val_split=0.2"
+            "val_split",
+            got=repr(val_split),
+            need="a share between 0 and 1",
+            hint="--val-split 0.2 (val_split=0.2)",
         )
 
     def rank(file: Path) -> bytes:
@@ -389,7 +392,7 @@ def _named_dataset(
             name,
             got=f"{type(error).__name__}: {in_short(error)}",
             need="a dataset that timm.data.create_dataset can open",
-            hint="root=FOLDER where it lies, download=True, or another split name",
+            hint="another --split (split; root=FOLDER where it lies, download=True)",
         ) from error
     dataset.transform = make
     dataset.class_names = tuple(class_names) if class_names else _names_of(dataset)

@@ -125,7 +125,9 @@ def names_of(split: str) -> tuple[str, ...]:
         DataError: there is no such split.
     """
     if split not in SPLITS:
-        raise DataError("split", got=repr(split), need="train or val", hint="split='val'")
+        raise DataError(
+            "split", got=repr(split), need="train or val", hint="--split val (split='val')"
+        )
     return SPLITS[split]
 
 
@@ -218,7 +220,10 @@ def divided(
     """
     if not 0 < val_split < 1:
         raise DataError(
-            "val_split", got=str(val_split), need="a share between 0 and 1", hint="val_split=0.2"
+            "val_split",
+            got=str(val_split),
+            need="a share between 0 and 1",
+            hint="--val-split 0.2 (val_split=0.2)",
         )
     if len(items) < 2:
         raise DataError(

@@ -29,6 +29,7 @@ from normswap.data.images import (
     opened,
     read_image,
     size_of,
+    undecodable,
 )
 from normswap.data.pairing import (
     CLASSES,
@@ -154,7 +155,7 @@ def read_mask(
     except UNREADABLE as error:
         raise DataError(
             str(file),
-            got=f"a broken mask ({type(error).__name__}: {str(error)[:80]})",
+            got=f"a broken mask ({undecodable(error)})",
             need="a complete PNG",
             hint="removing it with its image",
         ) from error

@@ -149,7 +149,7 @@ def check_known(module: nn.Module, name: str) -> None:
             name or "the model",
             got=f"{kind}, a BatchNorm with a forward of its own that computes something else",
             need="a BatchNorm whose computation is known",
-            hint=f"exclude={name!r} (--exclude '{name}') to leave it as it is",
+            hint=f"--exclude '{name}' (exclude={name!r}) to leave it as it is",
         )
 
 

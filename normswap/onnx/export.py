@@ -147,7 +147,7 @@ def _failure(target: Path, parity: Parity) -> ParityError:
         str(target),
         got=parity.failure or "a failed proof",
         need=need,
-        hint=f"{hint}; allow_mismatch=True writes the file all the same",
+        hint=f"{hint}; --allow-mismatch (allow_mismatch=True) writes the file all the same",
     )
     error.parity = parity
     return error

@@ -58,7 +58,7 @@ def verify_onnx(
             "tolerance, images or example_inputs",
             got="one of them without a model",
             need="the model to prove the file against; the self-test brings its own",
-            hint="model=",
+            hint="--model MODEL (model=…)",
         )
     file = read_onnx(path)
     metadata = read_metadata(file)

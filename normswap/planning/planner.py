@@ -27,7 +27,7 @@ from normswap.planning.document import KEEP, Plan, PlanEntry
 from normswap.provenance import provenance_of
 from normswap.recipes import FrozenBatchNorm, Recipe, recipe_for
 from normswap.recipes.base import has_statistics, looks_fresh
-from normswap.targets import FALLBACKS, STARTS
+from normswap.targets import DEAD, FALLBACKS, STARTS
 
 Target = str | Recipe | Mapping[str, "str | Recipe"]
 Patterns = str | Sequence[str] | None
@@ -125,7 +125,7 @@ class _Choice:
                 "fallback",
                 got=repr(fallback),
                 need="one of " + ", ".join(FALLBACKS) + ", or a recipe",
-                hint="fallback='frozen'",
+                hint="--fallback frozen (fallback='frozen')",
             )
         self.fallback = fallback
 
@@ -197,7 +197,8 @@ class _Planner:
                 site.name,
                 got=reason,
                 need=f"a site that {recipe.target} can take",
-                hint=f"fallback='frozen' or exclude={site.name!r}",
+                hint="--fallback frozen (fallback='frozen') or "
+                f"--exclude '{site.name}' (exclude={site.name!r})",
             )
         if fallback == KEEP or site.calls == 0:
             return _kept(site, reason)
@@ -237,7 +238,7 @@ class _Planner:
 
     def _dead(self, site: Site) -> tuple[str, ...]:
         count = dead_channels(self._modules[site.name])
-        return (f"{count} of {site.channels} channels are dead: variance 0",) if count else ()
+        return (f"{count} of {site.channels} {DEAD}",) if count else ()
 
     def with_removal(self, entry: PlanEntry, site: Site, removal: Removal | None) -> PlanEntry:
         """The entry with the activation that its layer takes, or why it takes none."""
@@ -317,7 +318,10 @@ def _without_removal(recipe: Recipe, site: Site) -> str:
 def _check_init(init: str) -> None:
     if init not in STARTS:
         raise PlanError(
-            "init", got=repr(init), need="one of " + ", ".join(STARTS), hint="init='match'"
+            "init",
+            got=repr(init),
+            need="one of " + ", ".join(STARTS),
+            hint="--init match (init='match')",
         )
 
 

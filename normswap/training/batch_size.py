@@ -50,7 +50,8 @@ def largest_batch_size(
         "batch_size",
         got="out of memory with a single sample",
         need="memory for the activations of one",
-        hint="smaller images, amp='bf16' or grad_checkpointing=True",
+        hint="smaller images, --amp bf16 (amp='bf16') or --grad-checkpointing "
+        "(grad_checkpointing=True)",
     )
 
 

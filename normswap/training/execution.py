@@ -128,7 +128,7 @@ def memory_spared(model: nn.Module, options: FineTune) -> Iterator[None]:
             "FineTune.grad_checkpointing",
             got=f"{type(model).__name__}, which has no set_grad_checkpointing()",
             need="a model that can recompute its activations, as timm's can",
-            hint="smaller images or amp='bf16' to save memory",
+            hint="smaller images or --amp bf16 (amp='bf16') to save memory",
         )
     before = bool(getattr(model, "grad_checkpointing", False))
     try:
@@ -312,8 +312,9 @@ def _out_of_memory(batch_size: int, device: torch.device) -> TrainingError:
         str(device),
         got=f"out of memory at batch_size={batch_size}",
         need="memory for the activations of one batch",
-        hint="a smaller batch_size with gradient_accumulation, smaller images, amp='bf16', "
-        "or the model's own gradient checkpointing (timm: model.set_grad_checkpointing())",
+        hint="a smaller --batch-size (batch_size), smaller images, --grad-accum "
+        "(gradient_accumulation) to make up for it, --amp bf16 (amp='bf16'), or "
+        "--grad-checkpointing (timm: model.set_grad_checkpointing())",
     )
 
 
@@ -322,7 +323,7 @@ def _one_value(batch_size: int, text: str) -> TrainingError:
         "BatchNorm",
         got=f"one value per channel at batch_size={batch_size} ({text})",
         need="several values to take a variance of",
-        hint="batch_size=2 or more, or converting to gn, frn, brn or cbn",
+        hint="--batch-size 2 (batch_size=2), or converting to gn, frn, brn or cbn",
     )
 
 

@@ -193,16 +193,16 @@ def _check_call(model: nn.Module, val_data: Any, options: FineTune) -> None:
     if options.keep == "best" and val_data is None:
         raise TrainingError(
             "FineTune.keep",
-            got="'best' without val_data",
+            got="'best' without validation data",
             need="validation data to say which weights are best",
-            hint="val_data, or keep='last'",
+            hint="leaving --no-validation out (val_data), or --keep last (keep='last')",
         )
     if options.early_stop is not None and val_data is None:
         raise TrainingError(
             "FineTune.early_stop",
-            got=f"{options.early_stop} without val_data",
+            got=f"{options.early_stop} without validation data",
             need="validation data to say when a run gets no better",
-            hint="giving val_data, or leaving early_stop out",
+            hint="leaving --no-validation out (val_data), or leaving --early-stop out (early_stop)",
         )
     if options.teacher is model:
         raise TrainingError(
@@ -504,7 +504,8 @@ class Run:
                     "train_data",
                     got=f"{_described(images)}, which the model refuses: {in_short(error)}",
                     need="preprocessed images that it takes",
-                    hint="normswap.data.Preprocessing; for half precision FineTune(amp='bf16')",
+                    hint="--image-size, --mean and --std (normswap.data.Preprocessing); "
+                    "--amp bf16 (amp='bf16') for half precision",
                 ) from error
         self.task.begin(output)
         self._begun = True
@@ -516,7 +517,8 @@ class Run:
             f"step {self.place.step + 1}",
             got=f"a loss of {value}, first seen in {where}",
             need="finite numbers",
-            hint=f"a smaller learning_rate, clip_grad, or a longer warm-up{self._kept()}",
+            hint="a smaller --lr (learning_rate), --clip-grad (clip_grad), or a longer "
+            f"--warmup-epochs (warmup_epochs){self._kept()}",
         )
 
     def _check_weights(self) -> None:
@@ -527,7 +529,8 @@ class Run:
                     f"step {self.place.step}",
                     got=f"{name} is not finite any more, although the loss was",
                     need="finite numbers",
-                    hint=f"a smaller learning_rate, or clip_grad{self._kept()}",
+                    hint="a smaller --lr (learning_rate), or --clip-grad (clip_grad)"
+                    f"{self._kept()}",
                 )
 
     def _kept(self) -> str:
@@ -560,7 +563,7 @@ class Run:
         name = self.stop.name or "a signal in another process"
         hint = "out=… next time, to be able to resume"
         if self.job.folder is not None:
-            hint = f"resume=True: {self.job.folder / LAST} holds step {self.place.step}"
+            hint = f"--resume (resume=True): {self.job.folder / LAST} holds step {self.place.step}"
         error = TrainingInterrupted(
             "finetune",
             got=f"{name} at step {self.place.step}",
@@ -644,7 +647,8 @@ class Run:
         add_history(
             self.model,
             "fine-tuned",
-            epochs=row.epoch,
+            epochs=history.epochs[-1].epoch,
+            kept=_kept_of(row, self.options.keep),
             batch_size=self.batches.batch_size,
             images=self.batches.samples,
             optimizer=self.options.optimizer,
@@ -924,6 +928,12 @@ class Run:
                 need="the same one in all of them",
                 hint="a folder that all machines see",
             )
+
+
+def _kept_of(row: Epoch, keep: str | None) -> str:
+    """Which weights a model holds in the end."""
+    when = f"epoch {row.epoch}" if row.epoch else "the start"
+    return f"{keep or 'last'}, {when}"
 
 
 def _simple(value: Any) -> bool:

@@ -128,7 +128,7 @@ def classifier_of(model: nn.Module) -> nn.Module:
             "freeze_backbone",
             got=f"{type(model).__name__} without a weight matrix",
             need="a classifier to train",
-            hint="freeze_backbone=False",
+            hint="leaving --freeze-backbone out (freeze_backbone=False)",
         )
     return last[-1]
 

@@ -189,7 +189,7 @@ def checked(collated: Any) -> Batch:
             where,
             got=collated.reason,
             need="(tensor, class) pairs of one shape that can be read",
-            hint="repairing or removing it, or on_broken='skip'",
+            hint="repairing or removing it, or --skip-broken (on_broken='skip')",
         )
     images, labels, broken, numbers = collated
     if images is None:

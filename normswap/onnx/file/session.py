@@ -276,7 +276,7 @@ def check_timeout(timeout: float | None) -> None:
             "timeout",
             got=str(timeout),
             need=f"seconds, above 0 and at most {children.FOREVER:g}",
-            hint=f"timeout={children.SECONDS:g}",
+            hint=f"--timeout {children.SECONDS:g} (timeout={children.SECONDS:g})",
         )
 
 
@@ -310,5 +310,8 @@ def resolve_provider(name: str | None) -> str:
         if candidate.lower().removesuffix("executionprovider") == short:
             return candidate
     raise ExportError(
-        "provider", got=repr(name), need=f"one of {', '.join(have)}", hint=f"provider={CPU!r}"
+        "provider",
+        got=repr(name),
+        need=f"one of {', '.join(have)}",
+        hint=f"--provider cpu (provider={CPU!r})",
     )

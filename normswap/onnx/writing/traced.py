@@ -73,7 +73,7 @@ def _check(subject: Subject, options: Options) -> None:
             f"{name}, opset",
             got=str(options.opset),
             need=f"at most {LAST_OPSET} for a detector: torch's older exporter writes it",
-            hint=f"opset={LAST_OPSET}",
+            hint=f"--opset {LAST_OPSET} (opset={LAST_OPSET})",
         )
     if options.half:
         raise ExportError(
