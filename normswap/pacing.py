@@ -110,7 +110,7 @@ class Threads(AbstractContextManager["Threads"]):
         """
         seconds = self._timed(run)
         if seconds <= enough:  # the first run of all is slower for other reasons
-            seconds = min(seconds, self._timed(run))
+            seconds = self._timed(run)
         if torch.get_num_threads() == 1:
             return seconds
         threads = torch.get_num_threads()

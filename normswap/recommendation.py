@@ -24,7 +24,7 @@ from normswap.benchmark import BASE, Comparison, Ratio, Row, compare, step_secon
 from normswap.calibration import Calibration, calibrate
 from normswap.calibration.images import joined
 from normswap.copying import copied
-from normswap.drift import Drift, batches, measure_drift, predict_drift
+from normswap.drift import Agreement, Drift, batches, measure_drift, predict_drift
 from normswap.errors import CalibrationError, NormSwapError, PlanError
 from normswap.graph import batchnorms, walk
 from normswap.pacing import Budget, OutOfTimeError, Threads
@@ -78,7 +78,8 @@ class Option:
         state: bytes of training state beside parameters and buffers.
         note: what stands against it.
         images: that ``matched`` and ``kept`` were measured on, none of which the calibration saw
-            where there were 16; 0: not measured, or known without any.
+            where there were 16 (a quarter of 64 and more, at random); 0: not measured, or known
+            without any.
         hurried: whether there were images, and no time to calibrate.
     """
 
@@ -249,7 +250,10 @@ def recommend(
     with survey.threads:
         effect = survey.effect(_EFFECT * seconds)
         plans = survey.plans()
+        alone = survey.threads.slower is not None
         costs, at = survey.costs(plans, _COST * seconds)
+        if effect is not None and effect.judged < _FEW and not alone and survey.threads.slower:
+            effect = survey.effect(_EFFECT * seconds)  # the first look had threads that hindered
         options = survey.options(plans, costs, at, seed)
     verdict = decide(options, effect, batch_size)
     return Recommendation(
@@ -448,6 +452,8 @@ class _Survey:
         self.budget, self.threads = budget, Threads(budget.clock)
         self.slow = ""  # why there are no costs
         self.pace = 0.0  # seconds of one image's forward
+        self._aside: _Aside | None = None
+        self._rest = torch.arange(0)
         self.model, self.batch_size, self.targets = model, batch_size, targets
         self.images = None if images is None else moved(images, device_of(model))
         if example_inputs is None and self.images is not None:
@@ -539,7 +545,7 @@ class _Survey:
         small = _of_size(self.inputs, min(2, self.batch_size))
         one = step_seconds(self.model, small, longest / (_FEWEST_RUNS * number), clock)
         at = self.batch_size
-        if one is not None:
+        if one:  # a coarse clock says 0
             at = _affordable(at, entries(small), seconds / (_RUNS * number * one))
         inputs = _of_size(self.inputs, at)
         conversions = number * _CONVERSION * self.pace
@@ -612,14 +618,40 @@ class _Survey:
         seconds = self.budget.left / waiting
         if _CALIBRATION * self.pace > self.budget.at_most / waiting:
             return self._uncalibrated(option, model, seconds)
+        aside, images = self._set_aside(self.images, seconds)
+        came = aside.agreement(model)
         try:
-            report = self._calibrated(model, self.images, max(seconds, _LEAST), seed)
+            left = self.budget.left / waiting - aside.seconds
+            report = self._calibrated(model, images, max(left, _LEAST), seed)
         except OutOfTimeError:
-            return self._uncalibrated(option, model, seconds)
+            hurried = replace(option, matched=came, images=aside.count, note=_NO_TIME, hurried=True)
+            return hurried if came is not None else self._uncalibrated(option, model, 0.0)
         except NormSwapError as error:
             return replace(option, note=f"not calibrated: {error.got}")
+        if came is not None:
+            kept = aside.agreement(model)
+            return replace(option, matched=came, kept=kept, images=aside.count)
         before, after = report.before, report.after
         return replace(option, matched=_kept(before), kept=_kept(after), images=after.images)
+
+    def _set_aside(self, images: Any, seconds: float) -> tuple[_Aside, Any]:
+        """Images that no calibration sees, as many for every target, and the others.
+
+        The calibration's own are few in a short time: a look at them costs more, and is not the
+        last.
+        """
+        if self._aside is None:
+            most = int(_JUDGING * seconds / (3 * max(self.pace, 1e-9)))
+            known = isinstance(images, Tensor) and len(images) >= _SPLIT and most >= _FEW
+            count = min(len(images) // 4, most) if known else 0
+            # at random: images often come in an order
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+            self._rest = order[count:].sort().values
+            chosen = images[order[:count].to(images.device)].split(32) if count else ()
+            self._aside = _Aside(self.model, chosen, self.budget.clock)
+        if not self._aside.count:
+            return self._aside, images
+        return self._aside, images[self._rest.to(images.device)]
 
     def _uncalibrated(self, option: Option, model: nn.Module, seconds: float) -> Option:
         """What it keeps by itself, on as many images as there is time for."""
@@ -627,7 +659,9 @@ class _Survey:
         if not isinstance(self.images, Tensor) or _FEWEST * 3 * self.pace > self.budget.at_most:
             return option
         count = max(_FEWEST, int(seconds / (3 * max(self.pace, 1e-9))))
-        found = measure_drift(model, self.model, self.images[:count], batch_size=_FEWEST)
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(1))
+        chosen = self.images[order[:count].to(self.images.device)]
+        found = measure_drift(model, self.model, chosen, batch_size=_FEWEST)
         return replace(option, matched=_kept(found), images=found.images)
 
     def _calibrated(self, model: nn.Module, images: Any, seconds: float, seed: int) -> Calibration:
@@ -696,11 +730,44 @@ class _Survey:
 
 
 _ENOUGH, _LEAST, _FEWEST = 16, 0.5, 8
+_JUDGING, _SPLIT = 0.2, 64
+"""Share of a target's time for images of which a quarter is set aside, where there are so many."""
 _COST_MORE, _COST_ONCE = 1.5, 2.0
 """What a part of the time may be exceeded by: a factor, and seconds."""
 _NEARLY = 0.98
 """The share that a bar shows once the time is over."""
 _NO_TIME = "no time to calibrate"
+
+
+class _Aside:
+    """Images that are set aside, and what the original says of them.
+
+    Args:
+        model: the original.
+        batches: of the images.
+        clock: how long it takes to run them.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Tensor], clock: Callable[[], float]
+    ) -> None:
+        begun = clock()
+        self._batches = batches
+        self._said = [self._answers(model, batch) for batch in batches]
+        self.count, self.seconds = sum(len(batch) for batch in batches), clock() - begun
+
+    @staticmethod
+    @torch.no_grad()
+    def _answers(model: nn.Module, batch: Tensor) -> list[Tensor]:
+        with evaluating(model):
+            return [leaf.clone() for leaf in leaves(call(model, batch.clone()))]
+
+    def agreement(self, model: nn.Module) -> float | None:
+        """The share of decisions that a converted model keeps; None where nothing is decided."""
+        found = Agreement()
+        for batch, said in zip(self._batches, self._said, strict=True):
+            found.add(self._answers(model, batch), said)
+        return found.value
 
 
 def _affordable(batch_size: int, small: int, ratio: float) -> int:

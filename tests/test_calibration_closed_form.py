@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.calibration import calibrate
+from normswap.calibration import calibrate, closed_form
 from normswap.calibration.lockstep import Ahead, lanes, stop_before, stops
 from normswap.calibration.regression import Regression
 from normswap.calibration.steady import Moments, steady_scales
@@ -287,3 +287,19 @@ def test_decisions_never_get_worse_than_they_came(teacher):
     assert report.after.agreement >= report.before.agreement
     assert report.after.agreement <= report.after.sure_agreement <= 1
     assert "of those the original is sure of" in str(report)
+
+
+def test_producers_are_scaled_as_long_as_there_is_time():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    net.eval()
+    x = torch.randn(16, 3, 12, 12)
+    model = normswap.convert(copy.deepcopy(net), "gn(groups=2)", example_inputs=x).model
+    before = [model[at].weight.clone() for at in (0, 3)]
+    pairs, producers, _ = closed_form._replaced(model, net, x)
+    moments = closed_form.moments_before(pairs, producers, net, [x], torch.Generator())
+    asked = iter([False, True])
+    closed_form.steady(pairs, producers, moments, lambda: next(asked))
+    same = [torch.equal(old, model[at].weight) for old, at in zip(before, (0, 3), strict=True)]
+    assert same == [False, True]

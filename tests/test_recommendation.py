@@ -345,6 +345,71 @@ def test_the_time_is_held_however_slow_a_piece_is(pace):
         assert not found.firm
 
 
+def test_threads_that_begin_to_hinder_each_other_are_left_aside():
+    clock, before = [0.0], torch.get_num_threads()
+    net = Slow(clock, 0.001).eval()
+    quick = net.spend
+
+    def spend(count):
+        hindered = clock[0] > 0.01 and torch.get_num_threads() > 1
+        quick(count * (100 if hindered else 1))
+
+    net.spend = spend
+    torch.set_num_threads(2)
+    try:
+        found = normswap.recommend(
+            net, torch.randn(160, 3, 8, 8), seconds=10, clock=lambda: clock[0]
+        )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert any("Measured with one thread: 2 threads took 100 times" in t for t in found.unknown)
+    assert found.seconds < 30
+    assert found.effect.judged > 100
+    assert all(o.images == 40 for o in found.options if o.per_sample)
+
+
+def test_shares_are_of_images_that_no_calibration_saw(monkeypatch):
+    from normswap import recommendation
+
+    given = []
+
+    def watched(model, teacher, images, **options):
+        given.append(images)
+        return normswap.calibrate(model, teacher, images, **options)
+
+    monkeypatch.setattr(recommendation, "calibrate", watched)
+    net, x = hot()
+    found = normswap.recommend(net, x, targets=("gn", "frn"), seconds=4)
+    shown = {o.target: o.images for o in found.options}
+    assert shown == {"bn": 0, "gn": 24, "frn": 24}
+    assert [len(images) for images in given] == [72, 72]
+    assert torch.equal(*given)
+    few = normswap.recommend(net, x[:40], targets=("gn",), seconds=2)
+    assert len(given[-1]) == 40
+    assert 0 < few.options[1].images <= 5
+
+
+def test_a_calibration_that_does_not_end_is_ended(monkeypatch):
+    from normswap import recommendation
+
+    clock = [0.0]
+
+    def endless(*_, **options):
+        while True:
+            clock[0] += 0.5
+            options["clock"]()
+
+    monkeypatch.setattr(recommendation, "calibrate", endless)
+    net, x = hot()
+    found = normswap.recommend(net, x, targets=("gn",), seconds=10, clock=lambda: clock[0])
+    assert found.seconds <= 20
+    gn = found.options[1]
+    assert (gn.kept, gn.hurried, gn.images, gn.note) == (None, True, 24, "no time to calibrate")
+    assert gn.matched is not None
+    assert "It took" in found.over
+
+
 def test_costs_end_at_once_when_the_time_is_over():
     net, x = hot()
     asked = itertools.count()
