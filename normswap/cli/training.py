@@ -88,7 +88,10 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Passes over it."
     ),
     click.option(
-        "--lr", "learning_rate", type=_POSITIVE, help="Learning rate. [default: by batch size]"
+        "--lr",
+        "learning_rate",
+        type=_POSITIVE,
+        help="Learning rate. [default: by batch size, times the size of each weight]",
     ),
     click.option("--optimizer", default="adamw", show_default=True, help="A name timm knows."),
     click.option(

@@ -392,12 +392,13 @@ class Run:
     def _say(self) -> None:
         options = self.options
         log.info(
-            "training on %s images, %s: %d updates of %d images, learning rate %.3g",
+            "training on %s images, %s: %d updates of %d images, learning rate %.3g%s",
             self.batches.samples,
             "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs",
             self.steps,
             self.images_per_update,
             self.learning_rate,
+            ", by the size of each weight" if options.relative else "",
         )
         if options.gradient_accumulation > 1:
             log.info(
