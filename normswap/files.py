@@ -152,7 +152,7 @@ def _check_writable(path: Path, target: str | Path) -> None:
         os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
         why = os.strerror(error.errno or errno.EACCES)
-        text = f"a folder in which nothing can be made ({why})"
+        text = f"nothing can be made in its folder: {why}"
         raise PermissionError(errno.EACCES, text, str(target)) from error
     trial.unlink()
 

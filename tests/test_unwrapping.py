@@ -157,7 +157,8 @@ def test_what_is_known_of_images_and_classes_goes_along(tmp_path, monkeypatch):
     wanted = normswap.provenance.provenance_of(model).preprocessing
     assert home["PREPROCESSING"] == wanted
     assert {"input_size", "mean", "std", "crop_pct", "interpolation"} <= set(wanted)
-    assert "model.py also has PREPROCESSING and CLASS_NAMES" in run.stdout
+    assert "model.py also has PREPROCESSING: what images have to be" in run.stdout
+    assert "model.py also has CLASS_NAMES: the names of its outputs" in run.stdout
     assert "its model was run and gives what this one gives" in run.stdout
     last = run.stdout.splitlines()[-1]
     assert last.startswith("next: ")

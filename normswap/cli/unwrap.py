@@ -42,9 +42,12 @@ def command(*, chosen: ModelChoice, output: Path, force: bool, as_json: bool) ->
         return
     say(f"wrote {output}: model.py and model.pth; its model was run and gives what this one gives")
     record = provenance_of(source.model)
-    known = {"PREPROCESSING": record.preprocessing, "CLASS_NAMES": record.class_names}
-    names = [name for name, value in known.items() if value]
-    if names:
-        say(f"model.py also has {' and '.join(names)}: what images have to be, and the classes")
+    known = {
+        "PREPROCESSING": (record.preprocessing, "what images have to be"),
+        "CLASS_NAMES": (record.class_names, "the names of its outputs"),
+    }
+    names = [name for name, (value, _) in known.items() if value]
+    for name in names:
+        say(f"model.py also has {name}: {known[name][1]}")
     code = f"import model; {''.join(f'print(model.{name}); ' for name in names)}model.build()"
     say_line(f"next: cd {shlex.quote(str(output))} && python -c {shlex.quote(code)}")
