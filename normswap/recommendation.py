@@ -290,9 +290,10 @@ def decide(options: Sequence[Option], effect: BatchEffect | None, batch_size: in
     stand, for want of better, but not firmly. What a target costs decides nothing.
 
     That ``frozen`` keeps more does not decide either: how far a fine-tune comes from a start is not
-    said by what it keeps. In the short sweeps of ``examples/benchmarks/recommend.py`` ``gn`` came
-    out in front of it at 55 % kept as at 100 %, on images like those before and on others; on one
-    real network with few photographs it came out behind, at 88 %.
+    said by what it keeps. In the short sweeps of ``examples/benchmarks/recommend.py`` ``gn`` ended
+    clearly in front of it where it had kept 55 to 78 %, of images unlike those before, and level
+    where it had kept 88 to 100 % of images like them; on EfficientNet-Lite0 with few photographs,
+    unlike those before, it ended behind at 88 %.
 
     Args:
         options: what was measured, in the order in which targets are preferred.
@@ -366,8 +367,8 @@ def _behind(best: Option, options: Sequence[Option], effect: BatchEffect | None)
         )
     yield (
         f"Frozen keeps all of them, needs no batch either{cheaper}, but its statistics stay as "
-        f"they are{where}. Trained, it ended behind gn in sweeps of small networks, and before it "
-        "on EfficientNet-Lite0 with few photographs: with few images, try both"
+        f"they are{where}. Trained, it ended behind gn or level in sweeps of small networks, and "
+        "in front on EfficientNet-Lite0 with few photographs: with few images, try both"
     )
 
 
