@@ -62,7 +62,7 @@ _HOME = {
     "Conversion": "swap",
     "apply_plan": "keeping",
     "convert": "keeping",
-    "Option": "recommendation",
+    "Option": "verdict",
     "Recommendation": "recommendation",
     "recommend": "recommendation",
     "Sweep": "sweeps",
@@ -193,7 +193,7 @@ if TYPE_CHECKING:
     from normswap.recipes import InstanceNorm as InstanceNorm
     from normswap.recipes import LayerNorm as LayerNorm
     from normswap.recipes import SyncBatchNorm as SyncBatchNorm
-    from normswap.recommendation import Option, Recommendation, recommend
+    from normswap.recommendation import Recommendation, recommend
     from normswap.sources import Source
     from normswap.swap import Conversion
     from normswap.sweeps import Sweep, sweep
@@ -208,6 +208,7 @@ if TYPE_CHECKING:
         finetune,
     )
     from normswap.unwrapping import unwrap
+    from normswap.verdict import Option
 else:  # a type checker that saw this would believe in every name
 
     def __getattr__(name: str) -> Any:

@@ -17,7 +17,8 @@ from normswap.batch_effect import BatchEffect, SiteEffect, measure_batch_effect
 from normswap.benchmark import Ratio, compare
 from normswap.cli.app import app
 from normswap.errors import CalibrationError, PlanError
-from normswap.recommendation import Option, Recommendation, decide
+from normswap.recommendation import Recommendation
+from normswap.verdict import Option, decide
 
 
 class Pool(nn.Module):
