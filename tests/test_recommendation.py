@@ -170,7 +170,7 @@ def test_the_rule(options, seen, batch_size, answer):
 
 def test_without_images_it_says_what_it_cannot_know():
     net, x = hot()
-    found = normswap.recommend(net, example_inputs=x[:1], batch_size=2, seconds=2)
+    found = normswap.recommend(net, example_inputs=x[:1], batch_size=2, seconds=8)
     assert found.effect is None
     assert found.images == 0
     assert "Without images it is not known" in found.unknown[0]

@@ -18,6 +18,7 @@ from normswap.cli.options import (
     json_option,
     model_options,
     report_option,
+    skip_broken_option,
     targets_option,
 )
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     metavar="IMAGES",
     help="A folder of your images, at any depth; labels are not looked at.",
 )
+@skip_broken_option
 @batch_size_option(2, "Images in a training step.")
 @targets_option(
     "gn,frn,brn,cbn,frozen", "What is compared; settings stand in brackets: gn(groups=16)."
@@ -51,6 +53,7 @@ def command(
     *,
     chosen: ModelChoice,
     data: Path | None,
+    skip_broken: bool,
     batch_size: int,
     targets: tuple[str, ...],
     seconds: float,
@@ -65,10 +68,12 @@ def command(
     """
     if picture is not None:
         check_file(picture, force=force)
+    if skip_broken and data is None:
+        raise click.UsageError("--skip-broken goes with --data IMAGES.")
     import normswap
 
     source = chosen.load()
-    images = chosen.images(source, data) if data else None
+    images = chosen.images(source, data, skip_broken=skip_broken) if data else None
     with progress("recommend") as show:
         found = normswap.recommend(
             source.model,
