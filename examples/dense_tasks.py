@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Sweep]:
         "--batch-sizes", type=lambda t: tuple(int(n) for n in t.split(",")), default=(1, 2)
     )
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=600)
+    parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--kinds", type=int, default=10)
