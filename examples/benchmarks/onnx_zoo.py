@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import re
 import signal
 import sys
 import tempfile
@@ -167,7 +168,8 @@ def _row(name: str, target: str) -> Iterator[dict[str, Any]]:
     try:
         yield row
     except ParityError as error:
-        row |= {"passed": False, "problem": str(error)[:400], **facts(error.parity)}
+        problem = re.sub(r"\S*/m\.onnx", "m.onnx", str(error))
+        row |= {"passed": False, "problem": problem[:400], **facts(error.parity)}
     except (Exception, _TooLong) as error:  # noqa: BLE001  a table of everything that can happen
         row |= {"passed": False, "problem": f"{type(error).__name__}: {str(error)[:400]}"}
     row["seconds"] = round(time.perf_counter() - started, 1)
