@@ -27,8 +27,5 @@ def _by_onednn(a: Tensor, b: Tensor) -> Any:
     if not same or 0 in (*a.shape, *b.shape) or must_be_plain():
         return None
     there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if there and _enabled() else None
-
-
-def _enabled() -> bool:
-    return bool(torch.backends.mkldnn.enabled)
+    usable = there and bool(torch.backends.mkldnn.enabled)
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if usable else None
