@@ -79,6 +79,30 @@ def lines(path):
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
+def test_steps_relative_to_the_weights_resume_bit_equal(tmp_path):
+    """Their sizes are those of the start, also for a run that goes on from later weights."""
+
+    def net():
+        found = Net("gn")
+        kernels = [p for p in found.parameters() if p.ndim > 1]
+        with torch.no_grad():
+            for number, kernel in enumerate(kernels):
+                kernel.mul_(4.0 ** (number % 3 - 1))
+        return found
+
+    def run(out, **more):
+        model = net()
+        finetune(model, samples(24), samples(8, seed=1), options, out=tmp_path / out, **more)
+        return weights(model)
+
+    options = FineTune(batch_size=4, epochs=3, checkpoint_every=0, **QUIET)
+    assert options.relative
+    whole = run("whole")
+    with pytest.raises(Stop):
+        run("broken", progress=stop_at(9))
+    assert same(run("broken", resume=True), whole)
+
+
 @pytest.mark.parametrize("norm", [*NORMS, *PASSAGES])
 def test_killed_runs_end_with_the_weights_of_the_unbroken_one(norm, unbroken, tmp_path):
     expected = unbroken(norm)[0]
