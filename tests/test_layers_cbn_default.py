@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import normswap
 from normswap.errors import LayerError
 from normswap.layers import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
     CrossIterationBatchNorm3d,
+    load_training_state,
     training_state,
 )
 from normswap.layers.batch_statistics import batch_moments
@@ -267,8 +269,9 @@ def test_a_frozen_bias_alone_or_a_trained_bias_alone():
 def test_a_frozen_weight_that_moves_all_the_same_is_followed():
     """A momentum encoder: no gradient, and another weight in every step."""
     torch.manual_seed(0)
-    model = wired(nn.Conv2d(3, 4, 3).requires_grad_(False), window=3)
-    twin = wired(copy.deepcopy(model[0]).requires_grad_(), window=3)
+    # the first batch of one is the second of the other, so that turns would differ
+    model = wired(nn.Conv2d(3, 4, 3).requires_grad_(False), window=3, sampling=1)
+    twin = wired(copy.deepcopy(model[0]).requires_grad_(), window=3, sampling=1)
     twin[0]._forward_hooks.popitem(last=False)
     for step in range(6):
         x = torch.randn(2, 3, 12, 12)
@@ -315,3 +318,111 @@ def test_turning_modes_by_hand_keeps_the_producer_followed():
         module.training = True
     model(torch.randn(2, 3, 12, 12))
     assert model[1]._history.filled == 1
+
+
+# --- one slope for several batches ----------------------------------------------------------------
+
+
+def slopes_in_a_window(window, sampling, turn=0, steps=40):
+    """For each step of a run, whether the batch had a slope of its own."""
+    model = wired(nn.Conv2d(3, 4, 3), window=window, sampling=sampling)
+    model[1].stagger(turn)
+    own = []
+    for _ in range(steps):
+        own.append(not model[1]._history.borrows)
+        model(torch.randn(2, 3, 6, 6))
+    return own
+
+
+def test_one_batch_in_sampling_squared_has_a_slope_of_its_own_and_one_in_each_window():
+    assert all(slopes_in_a_window(window=4, sampling=1))
+    assert [i for i, own in enumerate(slopes_in_a_window(8, 2, steps=13)) if own] == [0, 4, 8, 12]
+    assert [i for i, own in enumerate(slopes_in_a_window(3, 2, steps=10)) if own] == [0, 3, 6, 9]
+    assert [i for i, own in enumerate(slopes_in_a_window(8, 2, 1, steps=13)) if own] == [
+        0,
+        3,
+        7,
+        11,
+    ]
+
+
+def test_converted_layers_take_turns():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(8)]
+    x = torch.randn(2, 3, 8, 8)
+    model = normswap.convert(nn.Sequential(*blocks), "cbn", example_inputs=x).model.train()
+    layers = [module for module in model.modules() if isinstance(module, CrossIterationBatchNorm2d)]
+    model(x)
+    for _ in range(8):
+        assert sum(not layer._history.borrows for layer in layers) == 2
+        model(x)
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("window", [2, 4, 8])
+def test_the_gradient_is_that_of_what_was_computed(window, turn):
+    """In every step, whoever borrows from whom: the derivative along a direction by differences."""
+    torch.manual_seed(0)
+    model = wired(nn.Conv2d(3, 4, 3), window=window).double()
+    model[1].stagger(turn)
+    upstream = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    for _ in range(2 * window + 3):
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        way = torch.randn_like(model[0].weight)
+        sides = []
+        for step in (-1e-6, 1e-6):
+            twin = copy.deepcopy(model)
+            with torch.no_grad():
+                twin[0].weight.add_(way, alpha=step)
+                sides.append((twin(x) * upstream).sum())
+        model.zero_grad()
+        (model(x) * upstream).sum().backward()
+        expected = (sides[1] - sides[0]) / 2e-6
+        torch.testing.assert_close(
+            (model[0].weight.grad * way).sum(), expected, rtol=1e-5, atol=1e-6
+        )
+        nudge(model[0], 0.02)
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_a_history_with_turns_goes_on_where_it_stopped(turn):
+    torch.manual_seed(0)
+    model = wired(nn.Conv2d(3, 4, 3), window=4)
+    model[1].stagger(turn)
+    batches = torch.randn(14, 2, 3, 8, 8)
+    for at, x in enumerate(batches):
+        twin = wired(copy.deepcopy(model[0]), window=4)
+        twin[0]._forward_hooks.popitem(last=False)
+        load_training_state(twin, training_state(model))
+        for later in batches[at:]:
+            assert torch.equal(copy.deepcopy(model)(later), copy.deepcopy(twin)(later))
+        model(x)
+        nudge(model[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_a_bad_or_empty_batch_harms_nobody_who_borrows(bad):
+    """Whether it had a slope of its own or took another's."""
+    for at in range(2, 8):
+        torch.manual_seed(0)
+        model = wired(nn.Conv2d(3, 4, 3), window=4)
+        for step in range(16):
+            x = torch.full((2, 3, 8, 8), bad) if step == at else torch.randn(2, 3, 8, 8)
+            model.zero_grad()
+            y = model(x)
+            if step == at:
+                continue
+            y.square().mean().backward()
+            assert torch.isfinite(y).all()
+            assert torch.isfinite(model[0].weight.grad).all()
+            nudge(model[0], 0.01)
+
+
+def test_a_history_of_fewer_slopes_takes_less_memory():
+    sizes = []
+    for sampling in (1, 2):
+        model = wired(nn.Conv2d(16, 32, 3), window=8, sampling=sampling)
+        for _ in range(9):
+            model(torch.randn(2, 16, 8, 8))
+        sizes.append(model[1].history_bytes())
+    assert sizes[1] < 0.6 * sizes[0]

@@ -952,7 +952,9 @@ def test_vectors_cbn_layer_is_the_same(vectors, windows, monkeypatch):
                 for leaf, gradient in zip(leaves, seen[-1][1:], strict=True):
                     leaf.sub_(0.001 * gradient)
         seen.append(list(norm.state_dict().values()))
-    assert vectors.done == ["forget", "track", *["join", "forget", "track"] * 5]
+    # every third batch has a slope of its own, and what is not finite in it is forgotten
+    borrowing = ["join", "track"] * 2
+    assert vectors.done == ["forget", "track", *borrowing, "join", "forget", "track", *borrowing]
     for ours, eager in zip(seen[:7], seen[7:], strict=True):
         for one, other in zip(ours, eager, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

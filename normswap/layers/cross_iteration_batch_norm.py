@@ -45,6 +45,9 @@ from normswap.layers.producers import (
 from normswap.layers.variance_slope import variance_slope
 
 _RULES = ("max", "drop")
+_TRUSTED = 4.0
+"""The largest factor by which a borrowed slope is stretched."""
+_TINY = 1e-30
 _HISTORY_DTYPES = (None, torch.bfloat16, torch.float16)
 
 
@@ -97,6 +100,7 @@ class _CrossIterationBatchNorm(TracksBatches):
         self.variance_rule = variance_rule
         self.through_history = through_history
         self.sampling = int(sampling)
+        self._turn = 0
         self.history_dtype = history_dtype
         self.iteration = 0
         self._link: ProducerLink | None = None
@@ -158,7 +162,19 @@ class _CrossIterationBatchNorm(TracksBatches):
 
     def reset_history(self) -> None:
         """Forget past iterations; the window fills again."""
-        self._history = History(self.window - 1, lends=self.through_history)
+        every = min(self.sampling**2, self.window)
+        self._history = History(
+            self.window - 1, lends=self.through_history, every=every, phase=self._turn
+        )
+
+    def stagger(self, turn: int) -> None:
+        """Take another turn than other layers to see how the variance depends on the weight.
+
+        With ``sampling`` that is done for some batches only, and layers that all did it in the same
+        step would make that one dearer than the others. Forgets the history.
+        """
+        self._turn = turn
+        self.reset_history()
 
     def history_bytes(self) -> int:
         """Bytes that the history takes; training state, beside parameters and buffers."""
@@ -232,7 +248,7 @@ class _CrossIterationBatchNorm(TracksBatches):
     def _naive(self, mean: Tensor, variance: Tensor) -> Window:
         self._history.prepare(mean, None, mean.dtype)
         window, _, _ = self._join_constant(mean, variance, mean)
-        self._history.push(Batch(mean, variance, variance))
+        self._history.push(Batch(mean, variance))
         return window
 
     def _compensated(
@@ -254,29 +270,34 @@ class _CrossIterationBatchNorm(TracksBatches):
         # one contraction for the present and the past: the weight is read once
         offsets = offsets_of(present.patches, weight)
         offset = offsets[present.here]
-        reach = None
+        reach = along = None
         if history.filled == 0:
             bias = _bias(producer)
             self._check_input(mean, variance, offset if bias is None else offset + bias)
             window = Window(mean, variance, 1.0)
         else:
             moved = offsets - present.offset
-            variances = predict(present, variance, moved, weight)
+            variances, along = predict(present, variance, moved, weight)
             # a bias moves all means alike
             shift = offsets - offset
             window, entries = join(mean, shift, variances, present.here, self.variance_rule)
             reach = self._reach(entries, moved, present)
-        room = history.room()
-        moments = mean, variance
-        along = variance_slope(
-            producer, call, x, moments, link.pad, sampling=self.sampling, out=room
-        )
-        if room.dtype != mean.dtype:
-            # what rounding took from the slope is taken from the base, so that v̂(w_τ) = v_τ
-            along = (room.to(mean.dtype) * weight.flatten(0, 1)).sum(-1)
+        factor = None
+        if history.borrows and along is not None:
+            factor = _borrowed(variance, along)
+            along = along * factor
+        else:
+            room, moments = history.room(), (mean, variance)
+            along = variance_slope(
+                producer, call, x, moments, link.pad, sampling=self.sampling, out=room
+            )
+            if room.dtype != mean.dtype:
+                # what rounding took from the slope is taken from the rest, so that v̂(w_τ) = v_τ
+                along = (room.to(mean.dtype) * weight.flatten(0, 1)).sum(-1)
         if not _is_known_finite(window):
             history.forget_values(mean, variance)
-        history.push(Batch(offset, variance, along - variance))
+            factor = None if factor is None else factor.nan_to_num_()
+        history.push(Batch(offset, variance, variance - along, factor))
         return window, reach
 
     def _is_constant(self, producer: nn.Module) -> bool:
@@ -296,7 +317,7 @@ class _CrossIterationBatchNorm(TracksBatches):
         reach = None
         if past is not None and entries is not None:
             reach = self._reach(entries, torch.zeros_like(entries.deviation), None)
-        self._history.push(Batch(offset, variance, variance))
+        self._history.push(Batch(offset, variance))
         return window, reach
 
     def _join_constant(
@@ -319,10 +340,11 @@ class _CrossIterationBatchNorm(TracksBatches):
         if present is None or not weight.requires_grad:
             if bias is None or not bias.requires_grad:
                 return None
-            return Reach(entries, moved, None)
+            return Reach(entries, moved)
         if isinstance(entries.share, Tensor):
             moved = torch.where(entries.share > 0, moved, 0.0)
-        return Reach(entries, moved, self._history.lend(present, weight))
+        loan = self._history.lend(present, weight)
+        return Reach(entries, moved, loan, present.factor * entries.grows)
 
     def _check_input(self, mean: Tensor, variance: Tensor, made: Tensor) -> None:
         """What comes in must be what the producer makes: an operation between moves the means."""
@@ -353,6 +375,11 @@ class _CrossIterationBatchNorm(TracksBatches):
             f"through_history={self.through_history}, sampling={self.sampling}"
             + ("" if self.history_dtype is None else f", history_dtype={self.history_dtype}")
         )
+
+
+def _borrowed(variance: Tensor, along: Tensor) -> Tensor:
+    """What brings a slope of another batch to this one's variance v: ``⟨factor·D, w⟩ = 2v``."""
+    return (variance * 2.0).div_(along + _TINY).clamp_(0.0, _TRUSTED)
 
 
 def _is_known_finite(window: Window) -> bool:
@@ -417,11 +444,13 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
         through_history: let the gradient reach the producer's weight through past batches too; None
             does so with compensation. The paper stops it there, which leaves the weight's scale
             free to grow; at batch 2 training can be very much slower for it.
-        sampling: on maps of convolutions, estimate how the variance depends on the weight from
-            every how many-th row and column, and from fewer on maps so large that an eighth of the
-            batch's positions, or about 100, are left; 1 looks at all. Maps with fewer than 32
-            positions in the sample are looked at whole. The batch's own statistics are exact
-            either way, past means too, and so is BatchNorm's scale invariance.
+        sampling: estimate how the variance depends on the weight from every how many-th row and
+            column of a convolution's map, and from fewer on maps so large that an eighth of the
+            batch's positions, or about 100, are left; maps with fewer than 32 positions in the
+            sample are looked at whole. Likewise one of ``sampling²`` batches is looked at, but one
+            in each window at least; the others take over what it showed, scaled to their own
+            variance. 1 looks at all. The batch's own statistics are exact either way, past means
+            too, and so is BatchNorm's scale invariance.
         history_dtype: ``torch.bfloat16`` or ``torch.float16`` for a history of half the size; None
             for the statistics' own dtype.
         track_running_stats: must stay True.

@@ -1,9 +1,10 @@
 """The last batches that a normaliser keeps, and the loan of them to a backward.
 
-A ring of fixed size, written in place. The batch of this forward has its place in it, beside those
-it is averaged with, so that nothing is put together first. A backward that needs the entries of
-its forward takes a loan: should a later forward overwrite one of them first, the loan gets a copy
-of its own.
+Rings of fixed size, written in place. The batch of this forward has its place in them, beside those
+it is averaged with, so that nothing is put together first. Slopes are the large part of it: not
+every batch need have one of its own, the others borrow the last one. A backward that needs the
+entries of its forward takes a loan: should a later forward overwrite one of them first, the loan
+gets a copy of its own.
 
 Shapes: n entries, k = n + 1 with the present batch, G groups, C channels, F the weights of one
 channel.
@@ -35,12 +36,15 @@ class Batch(NamedTuple):
     Attributes:
         offset: (C,), the mean less the producer's bias, where the layer follows one.
         variance: (C,), biased.
-        base: (C,), ``⟨slope, w⟩ − variance`` under the weights of its time.
+        rest: (C,), ``variance − factor·⟨D, w⟩`` under the weights of its time, where it has a
+            slope.
+        factor: (C,), what a borrowed slope D is multiplied by; None for one of its own.
     """
 
     offset: Tensor
     variance: Tensor
-    base: Tensor
+    rest: Tensor | None = None
+    factor: Tensor | None = None
 
 
 class Past(NamedTuple):
@@ -59,34 +63,40 @@ class Present(NamedTuple):
 
     Attributes:
         here: the present batch's row.
-        offset, base: (k, C), as in :class:`Batch`; undefined for the present batch.
+        offset, rest, factor: (k, C), as in :class:`Batch`; undefined for the present batch.
         patches: (k, G, F), ∂mean/∂w.
-        slopes: ∂variance/∂w in pieces of (C, F, rows).
-        gap: before which piece the present batch's row is, if it is in none.
-        slots: where in the ring the past entries are.
+        slopes: ∂variance/∂w in pieces of (C, F, some).
+        owners: which of the slopes in all pieces each row has; any for the present batch, if it
+            does not borrow.
     """
 
     here: int
     offset: Tensor
-    base: Tensor
+    rest: Tensor
+    factor: Tensor
     patches: Tensor
     slopes: list[Tensor]
-    gap: int | None
-    slots: tuple[int, ...]
+    owners: tuple[int, ...]
 
 
 class Loan:
-    """The slopes and patches of some entries for as long as somebody holds this."""
+    """The slopes and patches of some entries for as long as somebody holds this.
 
-    def __init__(self, ring: Tensor, patches: Tensor, slots: Sequence[int], weight: Tensor) -> None:
-        self.ring, self.slots = ring, tuple(slots)
+    Attributes:
+        owned: for each slope, the rows of the window that have it.
+    """
+
+    def __init__(self, ring: Tensor, patches: Tensor, layout: _Layout, weight: Tensor) -> None:
+        self.ring, self.owned = ring, layout.owned
+        self._layout = layout
         self._patches = patches
         self._weight, self._version = weakref.ref(weight), _version(weight)
         self._kept: dict[int, Tensor] = {}
+        self._has_own_patches = False
         self._lost = False
 
     def slopes(self) -> list[Tensor]:
-        """(C, F) of each entry.
+        """(C, F) each, as many as ``owned`` has.
 
         Raises:
             LayerError: one was overwritten after the weights had moved on.
@@ -94,7 +104,7 @@ class Loan:
         self._check()
         kept = self._kept
         rows = self.ring.unbind(0)
-        return [kept[slot] if slot in kept else rows[slot] for slot in self.slots]
+        return [kept[slot] if slot in kept else rows[slot] for slot in self._layout.slopes]
 
     def patches(self) -> Tensor:
         """(k, G, F) of the window.
@@ -114,9 +124,14 @@ class Loan:
                 hint="one backward for each forward, before the weights change",
             )
 
-    def rescue(self, slot: int, copies: list[Tensor]) -> None:
-        """Prepare for ``slot`` to be overwritten; ``copies`` shares one copy among loans."""
-        if slot not in self.slots or slot in self._kept or self._lost:
+    def rescue(self, row: int, slot: int | None, copies: list[Tensor]) -> None:
+        """Prepare for ``row``, and the slope in ``slot``, to be overwritten.
+
+        ``copies`` shares one copy of the slope among loans.
+        """
+        harms_patches = row in self._layout.past and not self._has_own_patches
+        harms_slope = slot in self._layout.slopes and slot not in self._kept
+        if self._lost or not (harms_patches or harms_slope):
             return
         weight = self._weight()
         if weight is None or _version(weight) != self._version:
@@ -124,11 +139,12 @@ class Loan:
             # copy is spent on it: after each step of an optimizer that would be the usual case
             self._lost = True
             return
-        if not copies:
-            copies.append(self.ring[slot].clone())
-        if not self._kept:
-            self._patches = self._patches.clone()
-        self._kept[slot] = copies[0]
+        if harms_patches:
+            self._patches, self._has_own_patches = self._patches.clone(), True
+        if harms_slope and slot is not None:
+            if not copies:
+                copies.append(self.ring[slot].clone())
+            self._kept[slot] = copies[0]
 
 
 def _version(tensor: Tensor) -> int:
@@ -141,12 +157,15 @@ class History:
     Args:
         size: how many batches are remembered.
         lends: whether slopes are lent; the batch that has just left must then stay for a while.
+        every: every how many-th batch has a slope of its own.
+        phase: how many batches earlier than the first ``every`` it is the turn of the second.
     """
 
-    def __init__(self, size: int, lends: bool = False) -> None:
+    def __init__(self, size: int, lends: bool = False, *, every: int = 1, phase: int = 0) -> None:
         self.size = size
-        self.slots = size + 1 if lends and size > 0 else size
-        self.position = 0
+        self._lends = lends and size > 0
+        self._every, self._phase = every, phase % every
+        self.count = 0
         self.filled = 0
         self._rows: Tensor | None = None
         self._patches: Tensor | None = None
@@ -157,11 +176,13 @@ class History:
         self._loans: list[weakref.ref[Loan]] = []
         self._repeatable: deque[Loan] = deque(maxlen=_REPEATABLE)
         self._seen: tuple[int, int] | None = None
+        self._known: tuple[tuple[int, int], _Layout] | None = None
         self._forget_views()
 
     def _forget_views(self) -> None:
         self._kind: tuple[Any, ...] | None = None
         self._views: dict[tuple[int, int], Tensor] = {}
+        self._columns: tuple[Tensor, ...] | None = None
 
     @property
     def has_slopes(self) -> bool:
@@ -169,9 +190,19 @@ class History:
         return self.filled > 0 and self._ring is not None
 
     @property
-    def here(self) -> int:
-        """The row of the present batch: behind the others where all slots are taken by them."""
-        return self.position if self.slots > self.size else self.size
+    def borrows(self) -> bool:
+        """Whether the present batch takes the slope of the last that had one of its own."""
+        return not self._layout().writes
+
+    def _layout(self) -> _Layout:
+        if self._known is None or self._known[0] != (self.count, self.filled):
+            lends, every = self._lends, self._every
+            turn = _slots(self.size, lends) * _slopes(self.size, lends, every) * every
+            # layouts repeat, and are remembered
+            count = self.count if self.count < 2 * turn or turn == 0 else turn + self.count % turn
+            layout = _layout(count, self.filled, self.size, lends, every, self._phase)
+            self._known = (self.count, self.filled), layout
+        return self._known[1]
 
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
@@ -195,15 +226,16 @@ class History:
         if self._fits(like, folded, dtype):
             self._kind = kind
             return
-        self.position = self.filled = 0
+        self.count = self.filled = 0
         self._forget_views()
         with torch.inference_mode(False):
-            self._rows = like.new_zeros((self.size + 1, 3, *like.shape))
+            self._rows = like.new_ones((self.size + 1, 4, *like.shape))
             self._ring = self._patches = None
             if folded is not None:
                 groups, per_group, taps = folded
+                slopes = _slopes(self.size, self._lends, self._every)
                 self._patches = like.new_zeros((self.size + 1, groups, taps))
-                self._ring = like.new_empty((self.slots, groups * per_group, taps), dtype=dtype)
+                self._ring = like.new_empty((slopes, groups * per_group, taps), dtype=dtype)
         self._kind = kind
 
     def _fits(self, like: Tensor, folded: tuple[int, int, int] | None, dtype: torch.dtype) -> bool:
@@ -224,31 +256,35 @@ class History:
         if self.filled == 0:
             return None
         assert self._rows is not None  # there are entries
-        runs = _window(self.position, self.filled, self.size, self.slots).runs
-        rows = torch.cat([self._rows[start:end] for start, end in runs])
+        rows = torch.cat([self._rows[start:end] for start, end in _runs(self._layout().past)])
         return Past(rows[:, 0], rows[:, 1])
 
     def place(self) -> Tensor:
         """(G, F) to write the present batch's patch into, before anything else is asked."""
         assert self._patches is not None  # prepare() was told of slopes
         self._rescue()
-        return self._patches[self.here]
+        return self._patches[self._layout().place]
 
     def present(self) -> Present:
         """The window with the present batch in its place."""
         assert self._rows is not None  # prepare() was told of slopes
         assert self._patches is not None
         assert self._ring is not None
-        window = _window(self.position, self.filled, self.size, self.slots)
-        rows, patches = self._rows, self._patches
-        runs = window.runs
-        gap: int | None = window.gap
+        layout = self._layout()
+        runs, owners = layout.runs, layout.owners
         if self.filled < self.size:
-            rows, patches = rows[window.rows], patches[window.rows]
-        elif self.slots > self.size and self._ring.numel() < _SMALL:
-            runs, gap = [(0, self.slots)], None  # one product in place of two
+            columns = self._rows[layout.rows].unbind(1)
+            patches = self._patches[layout.rows]
+        else:
+            if self._columns is None:
+                self._columns = self._rows.unbind(1)
+            columns, patches = self._columns, self._patches
+            if self._ring.numel() < _SMALL:
+                # one product in place of two
+                runs, owners = [(0, len(self._ring))], layout.places
+        offset, _, rest, factor = columns
         slopes = [self._view(run) for run in runs]
-        return Present(window.here, rows[:, 0], rows[:, 2], patches, slopes, gap, window.slots)
+        return Present(layout.here, offset, rest, factor, patches, slopes, owners)
 
     def _view(self, run: tuple[int, int]) -> Tensor:
         if run not in self._views:
@@ -259,7 +295,7 @@ class History:
     def lend(self, present: Present, weight: Tensor) -> Loan:
         """Lend slopes and patches to the backward of a forward with this ``weight``."""
         assert self._ring is not None  # a window has slopes
-        loan = Loan(self._ring, present.patches, present.slots, weight)
+        loan = Loan(self._ring, present.patches, self._layout(), weight)
         self._loans.append(weakref.ref(loan))
         return loan
 
@@ -273,18 +309,20 @@ class History:
         return seen not in (None, self._seen)
 
     def room(self) -> Tensor:
-        """(C, F) to write the present batch's slope into."""
+        """(C, F) to write the present batch's slope into, unless it borrows."""
         assert self._ring is not None  # prepare() was told of slopes
-        return self._ring[self.position]
+        return self._ring[self._layout().room]
 
     def _rescue(self) -> None:
         if not self._loans:
             return
+        layout = self._layout()
+        slot = layout.room if layout.writes else None
         copies: list[Tensor] = []
         alive = [(ref, loan) for ref in self._loans if (loan := ref()) is not None]
         for _, loan in alive:
             if loan.ring is self._ring:
-                loan.rescue(self.position, copies)
+                loan.rescue(layout.place, slot, copies)
         self._loans = [ref for ref, _ in alive]
 
     def forget_values(self, mean: Tensor, variance: Tensor) -> None:
@@ -293,12 +331,14 @@ class History:
         It does not count then, but whoever multiplies it by 0 must not meet a NaN.
         """
         assert self._patches is not None
-        room, patch = self.room(), self._patches[self.here]
-        kernels = vector_kernels_for(mean)
-        if kernels is not None and kernels.forget(room, patch, mean, variance):
-            return
-        finite = torch.isfinite(mean + variance)
-        room.copy_(torch.where(finite.unsqueeze(1), room, 0.0).nan_to_num_())
+        patch = self._patches[self._layout().place]
+        if not self.borrows:
+            room = self.room()
+            kernels = vector_kernels_for(mean)
+            if kernels is not None and kernels.forget(room, patch, mean, variance):
+                return
+            finite = torch.isfinite(mean + variance)
+            room.copy_(torch.where(finite.unsqueeze(1), room, 0.0).nan_to_num_())
         patch.nan_to_num_(posinf=0.0, neginf=0.0)
 
     def push(self, batch: Batch) -> None:
@@ -306,23 +346,33 @@ class History:
         if self.size == 0:
             return
         assert self._rows is not None  # prepare() has been called
-        torch.stack(batch, out=self._rows[self.position])
-        if self._patches is not None and self.here != self.position:
-            self._patches[self.position].copy_(self._patches[self.here])
-        self.position = (self.position + 1) % self.slots
+        layout = self._layout()
+        row = self._rows[layout.row]
+        known = [value for value in batch if value is not None]
+        torch.stack(known, out=row[: len(known)])
+        if batch.rest is not None and batch.factor is None:
+            row[3].fill_(1.0)
+        if self._patches is not None and layout.place != layout.row:
+            self._patches[layout.row].copy_(self._patches[layout.place])
+        self.count += 1
         self.filled = min(self.filled + 1, self.size)
 
     def state(self) -> dict[str, Tensor | int]:
         """Plain data, ready for a training checkpoint; the oldest entry first."""
-        state: dict[str, Tensor | int] = {"position": self.position}
+        state: dict[str, Tensor | int] = {"count": self.count, "phase": self._phase}
         if self.filled == 0 or self._rows is None:
             return state
-        slots = list(_slots_in_order(self.position, self.filled, self.slots))
-        state["rows"] = self._rows[slots]
+        rows, slopes = self._in_order()
+        state["rows"] = self._rows[rows]
         if self._ring is not None and self._patches is not None:
-            state["patches"] = self._patches[slots]
-            state["slopes"] = self._ring[slots]
+            state["patches"] = self._patches[rows]
+            state["slopes"] = self._ring[slopes]
         return state
+
+    def _in_order(self) -> tuple[list[int], list[int]]:
+        """Where the entries and their slopes are, the oldest first."""
+        layout = self._layout()
+        return list(layout.past), list(layout.slopes)
 
     def load(self, state: dict[str, Tensor | int]) -> None:
         """Take over what ``state`` returned, into the same slots.
@@ -330,7 +380,7 @@ class History:
         Raises:
             LayerError: the state is one of version 0.1, which kept something else.
         """
-        if "slope" in state:
+        if "count" not in state:
             raise LayerError(
                 "load_training_state",
                 got="a history as CrossIterationBatchNorm kept it in version 0.1",
@@ -338,17 +388,18 @@ class History:
                 hint="finishing that run with the version that began it",
             )
         self._forget_what_is_passing()
-        self.position, self.filled = int(state["position"]), 0
+        self.count, self.filled = int(state["count"]), 0
+        self._phase = int(state["phase"]) % self._every
         self._rows = self._patches = self._ring = None
         rows, patches, slopes = (state.get(name) for name in ("rows", "patches", "slopes"))
         if not isinstance(rows, Tensor) or self.size == 0:
             return
         self.filled = min(len(rows), self.size)
-        slots = list(_slots_in_order(self.position, self.filled, self.slots))
-        self._rows = _placed(rows, slots, self.size + 1)
+        places, slots = self._in_order()
+        self._rows = _placed(rows, places, self.size + 1)
         if isinstance(patches, Tensor) and isinstance(slopes, Tensor):
-            self._patches = _placed(patches, slots, self.size + 1)
-            self._ring = _placed(slopes, slots, self.slots)
+            self._patches = _placed(patches, places, self.size + 1)
+            self._ring = _placed(slopes, slots, _slopes(self.size, self._lends, self._every))
 
     def _move(self, device: torch.device) -> None:
         if self._rows is None or self._rows.device == device:
@@ -360,7 +411,7 @@ class History:
 
     def __getstate__(self) -> dict[str, Any]:
         twin = copy.copy(self.__dict__)
-        for name in ("_views", "_kind", "_loans", "_repeatable", "_seen"):
+        for name in ("_views", "_kind", "_loans", "_repeatable", "_seen", "_known", "_columns"):
             del twin[name]
         return twin
 
@@ -376,39 +427,92 @@ def _placed(entries: Tensor, slots: list[int], size: int) -> Tensor:
     return ring
 
 
-def _slots_in_order(position: int, filled: int, slots: int) -> tuple[int, ...]:
-    """The slots of the entries, the oldest first."""
-    return tuple((position - i) % slots for i in range(filled, 0, -1))
-
-
-class _Window(NamedTuple):
-    """Where the entries and the present batch are.
+class _Layout(NamedTuple):
+    """Where the entries and the present batch are, when it is the turn of one batch.
 
     Attributes:
-        slots: of the entries, as they lie in memory.
+        past: rows of the entries, the oldest first.
+        row: where the present batch will be an entry.
+        place: where its patch is written meanwhile.
+        rows: all that are in use, as they lie in memory.
+        here: ``place`` among them.
+        slopes: slots of the slopes in use, as they lie in memory.
         runs: of neighbours among them, from one to before another.
-        gap: the first run that lies behind the present batch.
-        rows: all that are in use.
-        here: the present batch's among them.
+        owners: for each of ``rows``, which of ``slopes`` it has; 0 for one that will have its own.
+        places: likewise, the slot of it.
+        owned: for each of ``slopes``, the rows of the window that have it.
+        writes: whether the present batch gets a slope of its own.
+        room: the slot for it.
     """
 
-    slots: tuple[int, ...]
-    runs: list[tuple[int, int]]
-    gap: int
+    past: tuple[int, ...]
+    row: int
+    place: int
     rows: list[int]
     here: int
+    slopes: tuple[int, ...]
+    runs: list[tuple[int, int]]
+    owners: tuple[int, ...]
+    places: tuple[int, ...]
+    owned: tuple[tuple[int, ...], ...]
+    writes: bool
+    room: int
+
+
+def _slots(size: int, lends: bool) -> int:
+    """Rows that entries take turns in."""
+    return size + 1 if lends else size
+
+
+def _slopes(size: int, lends: bool, every: int) -> int:
+    """Slots for slopes: what ``size`` entries can have, and one more where they are lent."""
+    return 0 if size == 0 else -(-(size - 1) // every) + 1 + int(lends)
 
 
 @lru_cache(maxsize=1024)
-def _window(position: int, filled: int, size: int, slots: int) -> _Window:
-    order = tuple(sorted(_slots_in_order(position, filled, slots)))
+def _layout(count: int, filled: int, size: int, lends: bool, every: int, phase: int) -> _Layout:
+    slots, capacity = _slots(size, lends), _slopes(size, lends, every)
+
+    def slope_of(batch: int) -> int:
+        return (batch + phase) // every % capacity
+
+    entries = range(count - filled, count)
+    past = tuple(batch % slots for batch in entries)
+    row = count % slots if slots else 0
+    place = row if lends else size
+    rows = sorted({*past, place})
+    writes = filled == 0 or (count + phase) % every == 0
+    slopes = tuple(sorted({slope_of(batch) for batch in entries}))
+    has = dict(zip(past, (slopes.index(slope_of(batch)) for batch in entries), strict=True))
+    owned = tuple(
+        tuple(i for i, at in enumerate(rows) if has.get(at) == slope)
+        for slope in range(len(slopes))
+    )
+    if not writes:
+        has[place] = slopes.index(slope_of(count))
+    owners = tuple(has.get(at, 0) for at in rows)
+    return _Layout(
+        past=past,
+        row=row,
+        place=place,
+        rows=rows,
+        here=rows.index(place),
+        slopes=slopes,
+        runs=_runs(slopes),
+        owners=owners,
+        places=tuple(slopes[owner] for owner in owners) if slopes else (),
+        owned=owned,
+        writes=writes,
+        room=slope_of(count) if capacity else 0,
+    )
+
+
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Of neighbours among them, from one to before another."""
     runs: list[tuple[int, int]] = []
-    for slot in order:
-        if runs and runs[-1][1] == slot:
-            runs[-1] = (runs[-1][0], slot + 1)
+    for place in sorted(places):
+        if runs and runs[-1][1] == place:
+            runs[-1] = (runs[-1][0], place + 1)
         else:
-            runs.append((slot, slot + 1))
-    place = position if slots > size else size
-    rows = sorted({*order, place})
-    gap = sum(start < place for start, _ in runs)
-    return _Window(order, runs, gap, rows, rows.index(place))
+            runs.append((place, place + 1))
+    return runs

@@ -6,7 +6,9 @@ Weights are looked at as (G, C/G, F).
 
 from __future__ import annotations
 
+import functools
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +68,13 @@ class Reach(NamedTuple):
         entries: see :class:`Entries`.
         moved: (k, C), ⟨p̄_τ, w − w_τ⟩ where it counts.
         loan: the past entries' slopes and patches; None where no weight is followed.
+        by_slope: (k, C), ``grows`` times what each batch multiplies its slope by, with the loan.
     """
 
     entries: Entries
     moved: Tensor
-    loan: Loan | None
+    loan: Loan | None = None
+    by_slope: Tensor | None = None
 
 
 def offsets_of(patches: Tensor, weight: Tensor) -> Tensor:
@@ -80,28 +84,38 @@ def offsets_of(patches: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(weight, patches.permute(1, 2, 0)).flatten(0, 1).t()
 
 
-def predict(present: Present, variance: Tensor, moved: Tensor, weight: Tensor) -> Tensor:
+def predict(
+    present: Present, variance: Tensor, moved: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
     """Variances (k, C) of the batches of the window under today's weights.
 
-    With ``base = ⟨D, w_τ⟩ − v_τ``: ``v̂ = ⟨D, w⟩ − base − ⟨p̄, w − w_τ⟩²``.
+    With ``rest = v_τ − factor·⟨D, w_τ⟩``: ``v̂ = factor·⟨D, w⟩ + rest − ⟨p̄, w − w_τ⟩²``.
 
     Args:
         present: the window.
         variance: (C,), of the present batch.
         moved: (k, C), ⟨p̄, w − w_τ⟩, anything for the present batch.
         weight: (G, C/G, F).
+
+    Returns:
+        The variances, and (C,) ``⟨D, w⟩`` of the slope that the present batch may borrow.
     """
     # With the weight as the row, one product per channel takes a fifth of the time of einsum,
     # which makes it the column.
     rows = weight.view(-1, 1, weight.shape[-1])
-    columns = [torch.bmm(rows, slopes.to(weight.dtype)) for slopes in present.slopes]
-    if present.gap is not None:
-        columns.insert(present.gap, variance.view(-1, 1, 1))
-    contracted = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
-    variances = contracted.squeeze(1).t() - present.base
+    pieces = [torch.bmm(rows, slopes.to(weight.dtype)) for slopes in present.slopes]
+    columns = (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).squeeze(1)
+    along = columns.index_select(1, _index(present.owners, columns.device)).t()
+    variances = torch.addcmul(present.rest, present.factor, along)
     variances.addcmul_(moved, moved, value=-1)
     variances[present.here].copy_(variance)
-    return variances
+    return variances, along[present.here]
+
+
+@lru_cache(maxsize=256)
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(places, device=device)
 
 
 def average(
@@ -327,13 +341,15 @@ def _gradient_through_history(
     if bias is not None and bias.requires_grad:
         by_bias = (of_mean.sum(0) - of_mean[here]).to(bias.dtype)
     if producer is not None and weight is not None and reach.loan is not None:
-        of_variance = growth * (-0.5 * grows)
-        of_patch = of_mean.addcmul_(of_variance, reach.moved, value=-2.0)
+        assert reach.by_slope is not None  # comes with the loan
+        # minus half of the gradients of the past variances
+        halved = growth * -0.5
+        of_patch = of_mean.addcmul_(halved * grows, reach.moved, value=-2.0)
         of_patch[here].zero_()
-        columns = list(of_variance.expand_as(deviation).unsqueeze(2).unbind(0))
-        del columns[here]
+        of_slopes = (halved * reach.by_slope).unsqueeze(2).unbind(0)
         by_weight = _through_patches(of_patch, reach.loan.patches())
-        for column, slope in zip(columns, reach.loan.slopes(), strict=True):
+        for rows, slope in zip(reach.loan.owned, reach.loan.slopes(), strict=True):
+            column = functools.reduce(torch.add, [of_slopes[row] for row in rows])
             by_weight.addcmul_(column, slope.to(column.dtype))
         # detached: autograd adds the convolution's own gradient to a view's in new memory
         by_weight = unfold_weight(producer, by_weight.to(weight.dtype)).detach()
@@ -410,15 +426,19 @@ def _gained_through_history(
     share, grows = (p[past] if isinstance(p, Tensor) else p for p in (share, grows))
     deviation, moved = deviation[past], reach.moved[past]
     shift = torch.zeros_like(deviation)
-    growth = torch.zeros_like(deviation)
+    growth = torch.zeros_like(deviation[0])
     if producer is not None and weight is not None and reach.loan is not None:
+        assert reach.by_slope is not None  # comes with the loan
         step = fold_weight(producer, (weight - weight.detach()).to(dtype))
         along = offsets_of(reach.loan.patches()[past], step)
         shift = shift + along
+        growth = growth - (grows * along * (2.0 * moved + along)).sum(0)
         # copies: the ring moves on, and whoever differentiates twice may take his time
         slopes = torch.stack([slope.to(dtype) for slope in reach.loan.slopes()])
-        growth = (slopes * step.flatten(0, 1)).sum(-1) - along * (2.0 * moved + along)
+        gains = (slopes * step.flatten(0, 1)).sum(-1)
+        for rows, gain in zip(reach.loan.owned, gains, strict=True):
+            growth = growth + gain * reach.by_slope[list(rows)].sum(0)
     if bias is not None:
         shift = shift + (bias - bias.detach()).to(dtype)
     around = share * shift * (2.0 * deviation + shift)
-    return (share * shift).sum(0), (around + grows * growth).sum(0)
+    return (share * shift).sum(0), around.sum(0) + growth

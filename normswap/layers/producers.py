@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from normswap.layers.batch_statistics import in_eager, is_recomputation
+from normswap.layers.batch_statistics import in_eager, is_recomputation, mean_of_maps
 from normswap.layers.products import product
 
 _FEW_POSITIONS = 128
@@ -277,7 +277,7 @@ def _mean_patch(producer: nn.Module, call: Call, pad: Pad | None) -> Tensor:
     assert isinstance(producer, _ConvNd)  # producer_problem looked at it
     x, padding, mode = pad_by_hand(producer, call.input, pad)
     if _is_pointwise(producer, padding) and max(producer.stride) == 1:
-        return x.mean([0, *range(2, x.dim())]).unsqueeze(1)
+        return mean_of_maps(x).unsqueeze(1)
     settings = (producer.kernel_size, producer.stride, producer.dilation, padding)
     axes = zip(x.shape[2:], call.shape[2:], *settings, strict=True)
     along = tuple(

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from normswap.layers.tracing import must_be_plain
 
+_SMALL = 1 << 20
+"""Multiplications below which a call of oneDNN's costs more than the product."""
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``, (M, K) with (N, K) to (M, N)."""
@@ -24,7 +27,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def _by_onednn(a: Tensor, b: Tensor) -> Any:
     same = a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"
-    if not same or 0 in (*a.shape, *b.shape) or must_be_plain():
+    if not same or a.numel() * b.shape[0] < _SMALL or must_be_plain():
         return None
     there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     usable = there and bool(torch.backends.mkldnn.enabled)

@@ -215,6 +215,15 @@ class Recipe(ABC):
         """
         raise NotImplementedError
 
+    def stagger(self, layer: nn.Module, number: int) -> None:
+        """Spread what a ``wired`` layer does not do in every step over the steps.
+
+        Args:
+            layer: what ``build`` made.
+            number: of the wired layers of the model, which it is.
+        """
+        del layer, number
+
     def let_go(self, layer: nn.Module) -> None:
         """``layer`` has been replaced: it must not look at its producer any more."""
         del layer

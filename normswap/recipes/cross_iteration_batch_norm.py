@@ -26,8 +26,8 @@ class CrossIterationBatchNorm(base.Tracked):
         variance_rule: ``"max"`` as in the paper, ``"drop"`` as in its reference implementation.
         through_history: let the gradient pass through past batches too, which the paper does not:
             without that, training at batch 2 is far worse.
-        sampling: on maps, follow the variance from every how many-th row and column, and from fewer
-            on large maps; 1 for all.
+        sampling: follow the variance from every how many-th row and column of a map, and from fewer
+            of large maps, in one of as many batches as it leaves positions out of; 1 for all.
         half_history: keep the history in bfloat16, in little more than half the memory.
 
     Reference:
@@ -87,6 +87,9 @@ class CrossIterationBatchNorm(base.Tracked):
         layer.attach(producer)
         undo: Callable[[], None] = layer.detach
         return undo
+
+    def stagger(self, layer: Any, number: int) -> None:
+        layer.stagger(number)
 
     def let_go(self, layer: Any) -> None:
         layer.detach()

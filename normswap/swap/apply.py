@@ -236,12 +236,15 @@ def _wire(
     new: dict[str, nn.Module],
     journal: Journal,
 ) -> None:
+    number = 0
     for entry in plan.swapped:
         layer = new[entry.name]
         recipe = entry.recipe
         if entry.producer is not None and recipe is not None and recipe.wired:
             producer = _named(model, entry.producer)
             journal.on_undo(recipe.wire(layer, producer, norm=old[entry.name], init=entry.init))
+            recipe.stagger(layer, number)
+            number += 1
 
 
 def _record(
