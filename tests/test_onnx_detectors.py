@@ -357,6 +357,17 @@ def test_a_detector_that_finds_nothing_is_proven_where_it_finds_something(tmp_pa
     assert verify_onnx(path, timeout=None).passed
 
 
+def test_a_norm_behind_the_boxes_runs_where_there_is_none(tmp_path, one_export):
+    model, path = detector(MaskRCNN), tmp_path / "m.onnx"
+    model.roi_heads.mask_head = MaskRCNNHeads(32, (8,), 1, norm_layer=nn.BatchNorm2d)
+    model = normswap.convert(lively(model), "gn", example_inputs=[image()]).model.eval()
+    assert isinstance(model.roi_heads.mask_head[0][1], nn.GroupNorm)
+    model.roi_heads.score_thresh = 0.999
+    assert len(with_torch(model, image())["scores"]) == 0
+    export_onnx(model, path, example_inputs=[image()])
+    assert found(path, image())["masks"].shape == (0, 1, SIZE, SIZE)
+
+
 def test_dynamic_size_is_proven_at_a_second_size(tmp_path, one_export):
     model, path = detector(), tmp_path / "m.onnx"
     parity = export_onnx(model, path, example_inputs=[image()], dynamic_size=True)

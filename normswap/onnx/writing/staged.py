@@ -83,7 +83,8 @@ class _Rewriter(Wiring):
                 wide = chain.constant([1, channels, *(1 for _ in axes)], np.int64)
                 value = chain.add(op, value, chain.add("Reshape", name, wide))
         if split:
-            value = chain.add("Reshape", value, chain.constant([0, channels, -1], np.int64))
+            length = shape[2].dim_value or -1  # of an empty batch none could be told
+            value = chain.add("Reshape", value, chain.constant([0, channels, length], np.int64))
         chain.finish(value)
 
     def pool(self, node: onnx.NodeProto) -> None:

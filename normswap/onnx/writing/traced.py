@@ -7,10 +7,12 @@ where a trace is known to go wrong, and proven on images of other content and nu
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -119,8 +121,9 @@ def tidy(proto: onnx.ModelProto) -> None:
     """Bring a traced graph into the form of the newer exporter's; the function stays the same.
 
     - a ``Constant`` node becomes an initializer, and so does every other name of one;
-    - a ``Reshape`` to a shape that is computed keeps a size of 0 that was computed: where no box
-      passes the threshold, the file would otherwise stop with an error;
+    - a ``Reshape`` to a shape that is computed keeps a size of 0 that was computed, and one that
+      leaves a length open names it where it is known: where no box passes the threshold, the file
+      would otherwise stop with an error;
     - the values get their shapes recorded, as far as they can be inferred.
     """
     graph = proto.graph
@@ -150,6 +153,7 @@ def tidy(proto: onnx.ModelProto) -> None:
     inferred = onnx.shape_inference.infer_shapes(proto)
     del graph.value_info[:]
     graph.value_info.extend(inferred.graph.value_info)
+    _name_lengths(graph)
 
 
 def _rename(graph: onnx.GraphProto, alias: Mapping[str, str]) -> None:
@@ -187,6 +191,32 @@ def _keep_zeros(graph: onnx.GraphProto) -> None:
             continue
         del node.attribute[:]
         node.attribute.append(onnx.helper.make_attribute("allowzero", 1))
+
+
+def _name_lengths(graph: onnx.GraphProto) -> None:
+    """(0, G, −1), GroupNorm's shape: of no boxes no length can be told."""
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_shape(t)}
+    known = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*graph.value_info, *graph.input)
+    }
+    for node in graph.node:
+        shape = constants.get(node.input[1]) if node.op_type == "Reshape" else None
+        copies = not any(a.i for a in node.attribute if a.name == "allowzero")
+        if shape is None or not copies or not {0, -1} <= set(shape.tolist()):
+            continue
+        others = [
+            length
+            for axis, length in enumerate(known.get(node.input[0], ()))
+            if axis >= len(shape) or shape[axis] != 0
+        ]
+        if not others or 0 in others:  # 0 where a length is open
+            continue
+        length = math.prod(others) // math.prod(shape[shape > 0].tolist())
+        name = f"{node.output[0]}.shape"
+        settled = np.where(shape == -1, length, shape)
+        graph.initializer.append(onnx.numpy_helper.from_array(settled, name))
+        node.input[1] = name
 
 
 def _is_shape(tensor: onnx.TensorProto) -> bool:
