@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -100,7 +101,8 @@ def stdout() -> Console:
     from rich.console import Console
 
     stream = _results.get() or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
+    says = stream.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console(file=stream, width=None if says else _PIPE_WIDTH, highlight=False)
 
 
 def forgiving(*streams: TextIO) -> None:

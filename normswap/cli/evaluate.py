@@ -113,7 +113,7 @@ def command(
 
     Top-1, top-5 and loss of a classifier, mean IoU on masks, mAP on boxes.
 
-    MODEL may be an ONNX file too: it is run by onnxruntime.
+    MODEL may be an ONNX file too: onnxruntime runs it, while torch reads the images.
     """
     import normswap
     from normswap.cli import dense

@@ -65,7 +65,7 @@ def command(
     IMAGES is a folder or one file. A classifier says one class for each, a segmentation network
     which classes are on it and how much of it they cover, a detector its boxes.
 
-    MODEL may be an ONNX file too: it is run by onnxruntime.
+    MODEL may be an ONNX file too: onnxruntime runs it, while torch reads the images.
     """
     from normswap.cli import dense
     from normswap.predictions import predictions
