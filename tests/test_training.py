@@ -30,7 +30,7 @@ from normswap.training import (
 )
 from normswap.training.batches import Share, epoch_order, slices
 from normswap.training.optimisation import make_optimizer, make_scheduler
-from normswap.training.parameters import relative_steps, scale_schedules
+from normswap.training.parameters import relative_steps, scale_schedules, steady_statistics
 
 PAIR = samples(24)
 
@@ -753,3 +753,41 @@ def test_frn_is_trained_faster_unless_a_rate_or_sgd_is_asked_for(norm, given, fa
     options = FineTune(batch_size=4, epochs=1, **given)
     history = finetune(Net(norm), samples(8), options=options)
     assert history.learning_rate == pytest.approx(factor * options.learning_rate_for(4))
+
+
+# --- running statistics ---------------------------------------------------------------------------
+
+
+def momenta(model):
+    return [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "given", "expected"),
+    [(2, None, 1 - 0.9 ** (2 / 32)), (48, None, 0.1), (2, 0.3, 0.3), (2, 0.0, 0.0)],
+)
+def test_running_statistics_go_over_as_many_samples_as_in_batches_of_32(batch, given, expected):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    data = (torch.randn(96, 1, 8, 8) + 2, torch.arange(96) % 2)
+    seen = []
+    recipe = FineTune(batch_size=batch, epochs=1, bn_momentum=given)
+    finetune(net, data, options=recipe, progress=lambda _: seen.append(momenta(net)[0]))
+    assert seen == [pytest.approx(expected)] * math.ceil(96 / batch)
+    assert momenta(net) == [0.1]
+
+
+def test_a_momentum_comes_back_from_a_run_that_fails():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+
+    def stop(_):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        finetune(net, (torch.randn(8, 1, 8, 8), torch.arange(8) % 2), progress=stop)
+    assert momenta(net) == [0.1]
+
+
+def test_no_momentum_stays_none():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten())
+    with steady_statistics(net, 2):
+        assert momenta(net) == [None]

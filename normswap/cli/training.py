@@ -124,6 +124,12 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--cutmix", type=click.FloatRange(min=0), default=0.0, help="timm's cutmix alpha."
     ),
     click.option("--ema", type=_SHARE, help="Decay of the weights' moving average."),
+    click.option(
+        "--bn-momentum",
+        type=_SHARE,
+        help="Weight of a batch in running statistics. [default: the layers' own, scaled from"
+        " batches of 32]",
+    ),
     click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Mixed precision."),
     click.option("--freeze-backbone", is_flag=True, help="Train the heads only."),
     click.option(

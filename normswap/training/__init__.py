@@ -7,7 +7,13 @@ from normswap.training.checkpoints import read_checkpoint, write_checkpoint
 from normswap.training.execution import TrainingInterrupted
 from normswap.training.loop import finetune
 from normswap.training.options import FineTune
-from normswap.training.parameters import classifier_of, is_norm, parameter_groups, relative_steps
+from normswap.training.parameters import (
+    classifier_of,
+    is_norm,
+    parameter_groups,
+    relative_steps,
+    steady_statistics,
+)
 from normswap.training.records import (
     Epoch,
     History,
@@ -36,5 +42,6 @@ __all__ = [
     "read_checkpoint",
     "read_metrics",
     "relative_steps",
+    "steady_statistics",
     "write_checkpoint",
 ]

@@ -73,6 +73,7 @@ from normswap.training.parameters import (
     pace_of,
     scale_schedules,
     start_training,
+    steady_statistics,
     training_mode,
 )
 from normswap.training.records import (
@@ -447,6 +448,10 @@ class Run:
     def _train_epoch(self) -> None:
         start_training(self.model, freeze_backbone=self.options.freeze_backbone)
         batches = self.batches.epoch(self.place.epoch, self.place.batch)
+        with steady_statistics(self.model, self.batches.batch_size, self.options.bn_momentum):
+            self._train_on(batches)
+
+    def _train_on(self, batches: Iterator[Batch]) -> None:
         while self.place.batch < self.batches.count:
             tick = time.perf_counter()
             left = self.batches.count - self.place.batch

@@ -60,6 +60,9 @@ class FineTune:
         cutmix: timm's cutmix α; 0 is off.
         ema: decay of timm's ``ModelEmaV3`` (with its warm-up), or None. With it the average is
             what is validated, kept as best, and left in the model at the end.
+        bn_momentum: weight of one forward in running statistics; None takes each layer's own,
+            scaled from batches of 32 to ``batch_size`` (see
+            :func:`normswap.training.steady_statistics`), so that they go over as many samples.
         amp: ``"bf16"``, ``"fp16"``, or None for what ``accelerate launch`` says, else full
             precision.
         freeze_backbone: train the classifier only, or all but the part that is named ``backbone``;
@@ -114,6 +117,7 @@ class FineTune:
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float | None = None
+    bn_momentum: float | None = None
     amp: str | None = None
     freeze_backbone: bool = False
     passage: float | None = None
@@ -170,6 +174,8 @@ class FineTune:
         _require("passage", self.passage, fine, "between 0 and 1, or None")
         fine = self.ema is None or (above(self.ema, 0) and self.ema < 1)
         _require("ema", self.ema, fine, "between 0 and 1, or None")
+        fine = self.bn_momentum is None or number(self.bn_momentum, 0, 1)
+        _require("bn_momentum", self.bn_momentum, fine, "a number from 0 to 1, or None")
         _require(
             "distillation_temperature",
             self.distillation_temperature,

@@ -18,6 +18,9 @@ from normswap.recipes import Recipe, recipe_of
 
 log = logging.getLogger("normswap")
 
+_USUAL_BATCH = 32
+"""Samples of a batch that BatchNorm's usual momentum, 0.1, is made for."""
+
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation layer, or the threshold behind one.
@@ -165,6 +168,40 @@ def training_mode(
             module.training = mode
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def steady_statistics(
+    model: nn.Module, samples: int, momentum: float | None = None
+) -> Iterator[None]:
+    """Let running statistics go over as many samples as in larger batches, for a while.
+
+    A momentum m is made for batches of about 32. At batch 2 the statistics would be those of the
+    last 20 samples or so, and what a model computes in eval mode would hang on which these were. By
+    the scaling rule of exponential averages it becomes ``1 − (1 − m)^(b/32)``.
+
+    Args:
+        model: its layers' ``momentum`` comes back when the block ends.
+        samples: b, in one forward of one process.
+        momentum: for every layer in place of the rule.
+
+    Reference:
+        Busbridge et al., "How to Scale Your EMA", arXiv 2307.13813, definition 1.2.
+    """
+    own: dict[nn.Module, float] = {}
+    for module in model.modules():
+        usual = getattr(module, "momentum", None)
+        if isinstance(usual, float) and isinstance(getattr(module, "running_mean", None), Tensor):
+            own[module] = usual
+    share = min(1.0, samples / _USUAL_BATCH)
+    try:
+        for module, usual in own.items():
+            scaled = 1.0 - (1.0 - usual) ** share
+            vars(module)["momentum"] = scaled if momentum is None else momentum
+        yield
+    finally:
+        for module, usual in own.items():
+            vars(module)["momentum"] = usual
 
 
 def start_training(model: nn.Module, *, freeze_backbone: bool) -> None:
