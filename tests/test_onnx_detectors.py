@@ -357,9 +357,26 @@ def test_a_detector_that_finds_nothing_is_proven_where_it_finds_something(tmp_pa
     assert verify_onnx(path, timeout=None).passed
 
 
-def test_a_norm_behind_the_boxes_runs_where_there_is_none(tmp_path, one_export):
+class TwoLevels(Backbone):
+    """The map, and one of half its size."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        return {"0": found, "1": nn.functional.max_pool2d(found, 2)}
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_norm_behind_the_boxes_runs_where_there_is_none(levels, tmp_path, one_export):
+    """Of one level the size of the map is known beforehand, of two it is not."""
     model, path = detector(MaskRCNN), tmp_path / "m.onnx"
     model.roi_heads.mask_head = MaskRCNNHeads(32, (8,), 1, norm_layer=nn.BatchNorm2d)
+    if levels == 2:
+        torch.manual_seed(0)
+        model.backbone = TwoLevels()
+        model.rpn.anchor_generator = AnchorGenerator(((16,), (32,)), ((0.5, 2.0),) * 2)
+        for name, size in (("box_roi_pool", 4), ("mask_roi_pool", 6)):
+            pooled = MultiScaleRoIAlign(["0", "1"], output_size=size, sampling_ratio=2)
+            setattr(model.roi_heads, name, pooled)
     model = normswap.convert(lively(model), "gn", example_inputs=[image()]).model.eval()
     assert isinstance(model.roi_heads.mask_head[0][1], nn.GroupNorm)
     model.roi_heads.score_thresh = 0.999

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from normswap.errors import ExportError, in_short
-from normswap.onnx.file.parsing import read_onnx, save
+from normswap.onnx.file.parsing import read_onnx, reads, save
 from normswap.onnx.subject import Subject
 from normswap.onnx.writing.draft import Draft, Options, label, quiet
 from normswap.onnx.writing.forms import fastest
@@ -194,29 +194,72 @@ def _keep_zeros(graph: onnx.GraphProto) -> None:
 
 
 def _name_lengths(graph: onnx.GraphProto) -> None:
-    """(0, G, −1), GroupNorm's shape: of no boxes no length can be told."""
+    """(0, G, −1), GroupNorm's shape: of no boxes no length can be told.
+
+    Where the length is not known either, the file computes it, behind boxes alone.
+    """
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_shape(t)}
     known = {
         value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
         for value in (*graph.value_info, *graph.input)
     }
-    for node in graph.node:
+    of_boxes = _behind_boxes(graph)
+    nodes: list[onnx.NodeProto] = []
+    for found in graph.node:
+        node = onnx.NodeProto.FromString(found.SerializeToString())
         shape = constants.get(node.input[1]) if node.op_type == "Reshape" else None
         copies = not any(a.i for a in node.attribute if a.name == "allowzero")
-        if shape is None or not copies or not {0, -1} <= set(shape.tolist()):
-            continue
-        others = [
-            length
-            for axis, length in enumerate(known.get(node.input[0], ()))
-            if axis >= len(shape) or shape[axis] != 0
-        ]
-        if not others or 0 in others:  # 0 where a length is open
-            continue
-        length = math.prod(others) // math.prod(shape[shape > 0].tolist())
-        name = f"{node.output[0]}.shape"
-        settled = np.where(shape == -1, length, shape)
-        graph.initializer.append(onnx.numpy_helper.from_array(settled, name))
-        node.input[1] = name
+        if shape is not None and copies and {0, -1} <= set(shape.tolist()):
+            others = [
+                length
+                for axis, length in enumerate(known.get(node.input[0], ()))
+                if axis >= len(shape) or shape[axis] != 0
+            ]
+            if others and 0 not in others:  # 0 where a length is open
+                length = math.prod(others) // math.prod(shape[shape > 0].tolist())
+                settled = np.where(shape == -1, length, shape)
+                node.input[1] = f"{node.output[0]}.shape"
+                graph.initializer.append(onnx.numpy_helper.from_array(settled, node.input[1]))
+            elif node.input[0] in of_boxes and len(shape) == 3 and shape[0] == 0 < shape[1]:
+                nodes += _computed_shape(graph, node, int(shape[1]))
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _computed_shape(
+    graph: onnx.GraphProto, node: onnx.NodeProto, groups: int
+) -> list[onnx.NodeProto]:
+    """Nodes that make (N, G, length) of what ``node`` reads, which takes it from then on."""
+    value, base = node.input[0], node.output[0]
+    count, rest, total, length, shape, wide = (
+        f"{base}.{name}" for name in ("count", "rest", "total", "length", "shape", "groups")
+    )
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([groups]), wide))
+    node.input[1] = shape
+    del node.attribute[:]
+    node.attribute.append(onnx.helper.make_attribute("allowzero", 1))
+    return [
+        onnx.helper.make_node("Shape", [value], [count], start=0, end=1),
+        onnx.helper.make_node("Shape", [value], [rest], start=1),
+        onnx.helper.make_node("ReduceProd", [rest], [total], keepdims=1),
+        onnx.helper.make_node("Div", [total, wide], [length]),
+        onnx.helper.make_node("Concat", [count, wide, length], [shape], axis=0),
+    ]
+
+
+def _behind_boxes(graph: onnx.GraphProto) -> set[str]:
+    """The values that follow from what was cut out of a map for each box."""
+    found: set[str] = set()
+    for node in graph.node:
+        if _cuts_boxes(node) or not found.isdisjoint(reads(node)):
+            found.update(node.output)
+    return found
+
+
+def _cuts_boxes(node: onnx.NodeProto) -> bool:
+    inside = (inner for graph in _inner(node) for inner in graph.node)
+    return node.op_type == "RoiAlign" or any(map(_cuts_boxes, inside))
 
 
 def _is_shape(tensor: onnx.TensorProto) -> bool:
