@@ -400,6 +400,17 @@ def test_a_history_with_turns_goes_on_where_it_stopped(turn):
         nudge(model[0])
 
 
+def test_a_history_of_other_turns_begins_anew():
+    torch.manual_seed(0)
+    model, twin = (wired(nn.Conv2d(3, 4, 3), window=4, sampling=n) for n in (1, 2))
+    for _ in range(5):
+        model(torch.randn(2, 3, 8, 8))
+    load_training_state(twin, training_state(model))
+    x = torch.randn(2, 3, 8, 8)
+    plain = nn.functional.batch_norm(twin[0](x), None, None, training=True)
+    torch.testing.assert_close(twin(x), plain)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_a_bad_or_empty_batch_harms_nobody_who_borrows(bad):
     """Whether it had a slope of its own or took another's."""

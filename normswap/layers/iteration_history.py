@@ -360,6 +360,7 @@ class History:
     def state(self) -> dict[str, Tensor | int]:
         """Plain data, ready for a training checkpoint; the oldest entry first."""
         state: dict[str, Tensor | int] = {"count": self.count, "phase": self._phase}
+        state["every"] = self._every
         if self.filled == 0 or self._rows is None:
             return state
         rows, slopes = self._in_order()
@@ -392,8 +393,8 @@ class History:
         self._phase = int(state["phase"]) % self._every
         self._rows = self._patches = self._ring = None
         rows, patches, slopes = (state.get(name) for name in ("rows", "patches", "slopes"))
-        if not isinstance(rows, Tensor) or self.size == 0:
-            return
+        if not isinstance(rows, Tensor) or self.size == 0 or state["every"] != self._every:
+            return  # a history whose slopes belong to other batches begins anew
         self.filled = min(len(rows), self.size)
         places, slots = self._in_order()
         self._rows = _placed(rows, places, self.size + 1)
