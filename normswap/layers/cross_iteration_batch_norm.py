@@ -285,7 +285,7 @@ class _CrossIterationBatchNorm(TracksBatches):
         factor = None
         if history.borrows and along is not None:
             factor = _borrowed(variance, along)
-            along = along * factor
+            rest = torch.addcmul(variance, along, factor, value=-1)
         else:
             room, moments = history.room(), (mean, variance)
             along = variance_slope(
@@ -294,10 +294,11 @@ class _CrossIterationBatchNorm(TracksBatches):
             if room.dtype != mean.dtype:
                 # what rounding took from the slope is taken from the rest, so that v̂(w_τ) = v_τ
                 along = (room.to(mean.dtype) * weight.flatten(0, 1)).sum(-1)
+            rest = variance - along
         if not _is_known_finite(window):
             history.forget_values(mean, variance)
             factor = None if factor is None else factor.nan_to_num_()
-        history.push(Batch(offset, variance, variance - along, factor))
+        history.push(Batch(offset, variance, rest, factor))
         return window, reach
 
     def _is_constant(self, producer: nn.Module) -> bool:
@@ -344,7 +345,7 @@ class _CrossIterationBatchNorm(TracksBatches):
         if isinstance(entries.share, Tensor):
             moved = torch.where(entries.share > 0, moved, 0.0)
         loan = self._history.lend(present, weight)
-        return Reach(entries, moved, loan, present.factor * entries.grows)
+        return Reach(entries, moved, loan, present.factor * (-0.5 * entries.grows))
 
     def _check_input(self, mean: Tensor, variance: Tensor, made: Tensor) -> None:
         """What comes in must be what the producer makes: an operation between moves the means."""

@@ -68,7 +68,8 @@ class Reach(NamedTuple):
         entries: see :class:`Entries`.
         moved: (k, C), ⟨p̄_τ, w − w_τ⟩ where it counts.
         loan: the past entries' slopes and patches; None where no weight is followed.
-        by_slope: (k, C), ``grows`` times what each batch multiplies its slope by, with the loan.
+        by_slope: (k, C), with the loan: what multiplies a slope's part in the gradient, minus half
+            of ``grows`` times the factor of the batch.
     """
 
     entries: Entries
@@ -336,17 +337,19 @@ def _gradient_through_history(
     ``∂μ̄ = Σ share·p̄`` and ``∂σ̄² = Σ 2·share·deviation·p̄ + grows·(D − 2·moved·p̄)``.
     """
     here, share, deviation, grows = reach.entries
-    of_mean = torch.addcmul(lean, deviation, growth).mul_(-share)
     by_weight = by_bias = None
     if bias is not None and bias.requires_grad:
+        of_mean = torch.addcmul(lean, deviation, growth).mul_(-share)
         by_bias = (of_mean.sum(0) - of_mean[here]).to(bias.dtype)
     if producer is not None and weight is not None and reach.loan is not None:
         assert reach.by_slope is not None  # comes with the loan
-        # minus half of the gradients of the past variances
-        halved = growth * -0.5
-        of_patch = of_mean.addcmul_(halved * grows, reach.moved, value=-2.0)
+        if isinstance(share, float) and share == grows:
+            levers, part = deviation - reach.moved, share
+        else:
+            levers, part = share * deviation - grows * reach.moved, 1.0
+        of_patch = torch.addcmul(lean * -share, levers, growth, value=-part)
         of_patch[here].zero_()
-        of_slopes = (halved * reach.by_slope).unsqueeze(2).unbind(0)
+        of_slopes = (growth * reach.by_slope).unsqueeze(2).unbind(0)
         by_weight = _through_patches(of_patch, reach.loan.patches())
         for rows, slope in zip(reach.loan.owned, reach.loan.slopes(), strict=True):
             column = functools.reduce(torch.add, [of_slopes[row] for row in rows])
@@ -437,7 +440,7 @@ def _gained_through_history(
         slopes = torch.stack([slope.to(dtype) for slope in reach.loan.slopes()])
         gains = (slopes * step.flatten(0, 1)).sum(-1)
         for rows, gain in zip(reach.loan.owned, gains, strict=True):
-            growth = growth + gain * reach.by_slope[list(rows)].sum(0)
+            growth = growth - 2.0 * gain * reach.by_slope[list(rows)].sum(0)
     if bias is not None:
         shift = shift + (bias - bias.detach()).to(dtype)
     around = share * shift * (2.0 * deviation + shift)
