@@ -776,6 +776,12 @@ def test_running_statistics_go_over_as_many_samples_as_in_batches_of_32(batch, g
     assert momenta(net) == [0.1]
 
 
+def test_a_momentum_that_is_small_enough_stays():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.003), nn.Flatten())
+    with steady_statistics(net, 2):
+        assert momenta(net) == [0.003]
+
+
 def test_a_momentum_comes_back_from_a_run_that_fails():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
 

@@ -127,8 +127,8 @@ _RUN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--bn-momentum",
         type=_SHARE,
-        help="Weight of a batch in running statistics. [default: the layers' own, scaled from"
-        " batches of 32]",
+        help="Weight of a batch in running statistics. [default: the layers' own, less in small"
+        " batches]",
     ),
     click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Mixed precision."),
     click.option("--freeze-backbone", is_flag=True, help="Train the heads only."),

@@ -60,9 +60,9 @@ class FineTune:
         cutmix: timm's cutmix α; 0 is off.
         ema: decay of timm's ``ModelEmaV3`` (with its warm-up), or None. With it the average is
             what is validated, kept as best, and left in the model at the end.
-        bn_momentum: weight of one forward in running statistics; None takes each layer's own,
-            scaled from batches of 32 to ``batch_size`` (see
-            :func:`normswap.training.steady_statistics`), so that they go over as many samples.
+        bn_momentum: weight of one forward in running statistics; None takes each layer's own, or
+            less where they would go over fewer samples than with 0.1 at batch 32 (see
+            :func:`normswap.training.steady_statistics`).
         amp: ``"bf16"``, ``"fp16"``, or None for what ``accelerate launch`` says, else full
             precision.
         freeze_backbone: train the classifier only, or all but the part that is named ``backbone``;

@@ -18,8 +18,8 @@ from normswap.recipes import Recipe, recipe_of
 
 log = logging.getLogger("normswap")
 
-_USUAL_BATCH = 32
-"""Samples of a batch that BatchNorm's usual momentum, 0.1, is made for."""
+_USUAL_BATCH, _USUAL_MOMENTUM = 32, 0.1
+"""Samples of a batch, and the momentum that is made for it."""
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -174,11 +174,11 @@ def training_mode(
 def steady_statistics(
     model: nn.Module, samples: int, momentum: float | None = None
 ) -> Iterator[None]:
-    """Let running statistics go over as many samples as in larger batches, for a while.
+    """Let running statistics go over at least as many samples as in batches of 32, for a while.
 
-    A momentum m is made for batches of about 32. At batch 2 the statistics would be those of the
-    last 20 samples or so, and what a model computes in eval mode would hang on which these were. By
-    the scaling rule of exponential averages it becomes ``1 − (1 − m)^(b/32)``.
+    A momentum of 0.1 is made for such batches. At batch 2 the statistics would be those of the last
+    20 samples or so, and what a model computes in eval mode would hang on which these were. By the
+    scaling rule of exponential averages it becomes ``1 − 0.9^(b/32)``; a smaller one stays.
 
     Args:
         model: its layers' ``momentum`` comes back when the block ends.
@@ -193,11 +193,10 @@ def steady_statistics(
         usual = getattr(module, "momentum", None)
         if isinstance(usual, float) and isinstance(getattr(module, "running_mean", None), Tensor):
             own[module] = usual
-    share = min(1.0, samples / _USUAL_BATCH)
+    largest = 1.0 - (1.0 - _USUAL_MOMENTUM) ** (samples / _USUAL_BATCH)
     try:
         for module, usual in own.items():
-            scaled = 1.0 - (1.0 - usual) ** share
-            vars(module)["momentum"] = scaled if momentum is None else momentum
+            vars(module)["momentum"] = min(usual, largest) if momentum is None else momentum
         yield
     finally:
         for module, usual in own.items():
