@@ -82,17 +82,6 @@ def test_no_word_of_a_column_that_shrinks_is_lost(width, monkeypatch):
         assert sorted(shown) == sorted(word for cell in (*columns, *cells) for word in cell.split())
 
 
-@pytest.mark.parametrize("columns", [None, "60"])
-def test_in_a_pipe_a_table_has_the_width_that_is_asked_for(columns, monkeypatch):
-    text = io.StringIO()
-    monkeypatch.setattr("sys.stdout", text)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    if columns is not None:
-        monkeypatch.setenv("COLUMNS", columns)
-    console.print_table(["layer", "remarks"], [["layer1.0.bn1", "it is kept as it is, " * 5]])
-    assert (max(map(len, text.getvalue().splitlines())) <= 60) == (columns is not None)
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True

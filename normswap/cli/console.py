@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shlex
 import sys
 import time
@@ -25,7 +24,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
-_PIPE_WIDTH = 200  # rich takes 80 columns where there is no terminal, and cuts module names there
+_PIPE_WIDTH = 200
+"""Rich takes 80 columns where there is no terminal, and cuts module names there. COLUMNS is not
+asked: readline writes it into the environment of every child, and whoever reads a pipe wants all.
+"""
 _hushed: ContextVar[bool] = ContextVar("hushed", default=False)
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
@@ -101,8 +103,7 @@ def stdout() -> Console:
     from rich.console import Console
 
     stream = _results.get() or sys.stdout
-    says = stream.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Console(file=stream, width=None if says else _PIPE_WIDTH, highlight=False)
+    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def forgiving(*streams: TextIO) -> None:
