@@ -400,6 +400,27 @@ def test_a_history_with_turns_goes_on_where_it_stopped(turn):
         nudge(model[0])
 
 
+@pytest.mark.parametrize("steps", range(9, 15))
+def test_a_smaller_window_takes_over_the_latest_batches_and_their_slopes(steps):
+    torch.manual_seed(0)
+    model, small = (wired(nn.Conv2d(3, 4, 3), window=n) for n in (8, 5))
+    for _ in range(steps):
+        nudge(model[0])
+        with torch.no_grad():
+            small[0].load_state_dict(model[0].state_dict())
+        x = torch.randn(2, 3, 8, 8)
+        model(x)
+        small(x)
+    fresh = wired(copy.deepcopy(small[0]), window=5)
+    fresh[0]._forward_hooks.popitem(last=False)
+    load_training_state(fresh, training_state(model))
+    x = torch.randn(2, 3, 8, 8)
+    nudge(small[0])
+    with torch.no_grad():
+        fresh[0].load_state_dict(small[0].state_dict())
+    torch.testing.assert_close(fresh(x), small(x))
+
+
 def test_a_history_of_other_turns_begins_anew():
     torch.manual_seed(0)
     model, twin = (wired(nn.Conv2d(3, 4, 3), window=4, sampling=n) for n in (1, 2))

@@ -359,21 +359,20 @@ class History:
 
     def state(self) -> dict[str, Tensor | int]:
         """Plain data, ready for a training checkpoint; the oldest entry first."""
-        state: dict[str, Tensor | int] = {"count": self.count, "phase": self._phase}
-        state["every"] = self._every
+        state: dict[str, Tensor | int] = {
+            "count": self.count,
+            "phase": self._phase,
+            "every": self._every,
+        }
         if self.filled == 0 or self._rows is None:
             return state
-        rows, slopes = self._in_order()
+        layout = self._layout()
+        rows, slopes = list(layout.past), list(layout.aged)
         state["rows"] = self._rows[rows]
         if self._ring is not None and self._patches is not None:
             state["patches"] = self._patches[rows]
             state["slopes"] = self._ring[slopes]
         return state
-
-    def _in_order(self) -> tuple[list[int], list[int]]:
-        """Where the entries and their slopes are, the oldest first."""
-        layout = self._layout()
-        return list(layout.past), list(layout.slopes)
 
     def load(self, state: dict[str, Tensor | int]) -> None:
         """Take over what ``state`` returned, into the same slots.
@@ -396,11 +395,12 @@ class History:
         if not isinstance(rows, Tensor) or self.size == 0 or state["every"] != self._every:
             return  # a history whose slopes belong to other batches begins anew
         self.filled = min(len(rows), self.size)
-        places, slots = self._in_order()
-        self._rows = _placed(rows, places, self.size + 1)
+        layout = self._layout()
+        self._rows = _placed(rows, layout.past, self.size + 1)
         if isinstance(patches, Tensor) and isinstance(slopes, Tensor):
-            self._patches = _placed(patches, places, self.size + 1)
-            self._ring = _placed(slopes, slots, _slopes(self.size, self._lends, self._every))
+            self._patches = _placed(patches, layout.past, self.size + 1)
+            capacity = _slopes(self.size, self._lends, self._every)
+            self._ring = _placed(slopes, layout.aged, capacity)
 
     def _move(self, device: torch.device) -> None:
         if self._rows is None or self._rows.device == device:
@@ -421,10 +421,10 @@ class History:
         self._forget_what_is_passing()
 
 
-def _placed(entries: Tensor, slots: list[int], size: int) -> Tensor:
+def _placed(entries: Tensor, slots: Sequence[int], size: int) -> Tensor:
     """The latest of ``entries`` in these slots of a ring."""
     ring = entries.new_zeros(size, *entries.shape[1:])
-    ring[slots] = entries[-len(slots) :]
+    ring[list(slots)] = entries[-len(slots) :]
     return ring
 
 
@@ -438,6 +438,7 @@ class _Layout(NamedTuple):
         rows: all that are in use, as they lie in memory.
         here: ``place`` among them.
         slopes: slots of the slopes in use, as they lie in memory.
+        aged: the same, the oldest first.
         runs: of neighbours among them, from one to before another.
         owners: for each of ``rows``, which of ``slopes`` it has; 0 for one that will have its own.
         places: likewise, the slot of it.
@@ -452,6 +453,7 @@ class _Layout(NamedTuple):
     rows: list[int]
     here: int
     slopes: tuple[int, ...]
+    aged: tuple[int, ...]
     runs: list[tuple[int, int]]
     owners: tuple[int, ...]
     places: tuple[int, ...]
@@ -483,7 +485,8 @@ def _layout(count: int, filled: int, size: int, lends: bool, every: int, phase: 
     place = row if lends else size
     rows = sorted({*past, place})
     writes = filled == 0 or (count + phase) % every == 0
-    slopes = tuple(sorted({slope_of(batch) for batch in entries}))
+    aged = tuple(dict.fromkeys(slope_of(batch) for batch in entries))
+    slopes = tuple(sorted(aged))
     has = dict(zip(past, (slopes.index(slope_of(batch)) for batch in entries), strict=True))
     owned = tuple(
         tuple(i for i, at in enumerate(rows) if has.get(at) == slope)
@@ -499,6 +502,7 @@ def _layout(count: int, filled: int, size: int, lends: bool, every: int, phase: 
         rows=rows,
         here=rows.index(place),
         slopes=slopes,
+        aged=aged,
         runs=_runs(slopes),
         owners=owners,
         places=tuple(slopes[owner] for owner in owners) if slopes else (),
