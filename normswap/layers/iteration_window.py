@@ -6,9 +6,8 @@ Weights are looked at as (G, C/G, F).
 
 from __future__ import annotations
 
-import functools
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -352,7 +351,7 @@ def _gradient_through_history(
         of_slopes = (growth * reach.by_slope).unsqueeze(2).unbind(0)
         by_weight = _through_patches(of_patch, reach.loan.patches())
         for rows, slope in zip(reach.loan.owned, reach.loan.slopes(), strict=True):
-            column = functools.reduce(torch.add, [of_slopes[row] for row in rows])
+            column = reduce(torch.add, [of_slopes[row] for row in rows])
             by_weight.addcmul_(column, slope.to(column.dtype))
         # detached: autograd adds the convolution's own gradient to a view's in new memory
         by_weight = unfold_weight(producer, by_weight.to(weight.dtype)).detach()

@@ -176,7 +176,7 @@ def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 def _keep_zeros(graph: onnx.GraphProto) -> None:
     """Computed shapes mean the zeros that they hold, unless a −1 stands beside them."""
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_shape(t)}
+    constants = _constant_shapes(graph)
     makers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] in constants:
@@ -198,7 +198,7 @@ def _name_lengths(graph: onnx.GraphProto) -> None:
 
     Where the length is not known either, the file computes it, behind boxes alone.
     """
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_shape(t)}
+    constants = _constant_shapes(graph)
     known = {
         value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
         for value in (*graph.value_info, *graph.input)
@@ -262,8 +262,11 @@ def _cuts_boxes(node: onnx.NodeProto) -> bool:
     return node.op_type == "RoiAlign" or any(map(_cuts_boxes, inside))
 
 
-def _is_shape(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_type == onnx.TensorProto.INT64
+def _constant_shapes(graph: onnx.GraphProto) -> dict[str, Any]:
+    """What an initializer of whole numbers holds, by its name."""
+    kind = onnx.TensorProto.INT64
+    whole = (tensor for tensor in graph.initializer if tensor.data_type == kind)
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in whole}
 
 
 def _label_nodes(proto: onnx.ModelProto, model: nn.Module) -> None:
