@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training_runs import CLASSES, Augmented, Net, attached_cbn, samples, weights
 
-from normswap import layers
+from normswap import convert, layers
 from normswap.errors import DataError, TrainingError
 from normswap.provenance import provenance_of
 from normswap.training import (
@@ -797,3 +797,12 @@ def test_no_momentum_stays_none():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten())
     with steady_statistics(net, 2):
         assert momenta(net) == [None]
+
+
+@pytest.mark.parametrize("target", ["gn", "frozen"])
+def test_a_momentum_without_statistics_that_move_is_refused(target):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    model = convert(net, target, example_inputs=torch.zeros(2, 1, 8, 8)).model
+    data = (torch.randn(8, 1, 8, 8), torch.arange(8) % 2)
+    with pytest.raises(TrainingError, match=r"without running statistics.*--bn-momentum"):
+        finetune(model, data, options=FineTune(epochs=1, bn_momentum=0.01))

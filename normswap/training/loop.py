@@ -66,6 +66,7 @@ from normswap.training.likeness import check_like
 from normswap.training.optimisation import Updates
 from normswap.training.options import FineTune
 from normswap.training.parameters import (
+    averaging,
     check_norms,
     load_norm_state,
     norm_state,
@@ -204,6 +205,13 @@ def _check_call(model: nn.Module, val_data: Any, options: FineTune) -> None:
             got=f"{options.early_stop} without validation data",
             need="validation data to say when a run gets no better",
             hint="leaving --no-validation out (val_data), or leaving --early-stop out (early_stop)",
+        )
+    if options.bn_momentum is not None and not averaging(model):
+        raise TrainingError(
+            "FineTune.bn_momentum",
+            got=f"{options.bn_momentum:g} for a model without running statistics",
+            need="a layer that keeps some, such as bn, brn or cbn",
+            hint="leaving --bn-momentum out (bn_momentum)",
         )
     if options.teacher is model:
         raise TrainingError(

@@ -188,11 +188,7 @@ def steady_statistics(
     Reference:
         Busbridge et al., "How to Scale Your EMA", arXiv 2307.13813, definition 1.2.
     """
-    own: dict[nn.Module, float] = {}
-    for module in model.modules():
-        usual = getattr(module, "momentum", None)
-        if isinstance(usual, float) and isinstance(getattr(module, "running_mean", None), Tensor):
-            own[module] = usual
+    own = averaging(model)
     largest = 1.0 - (1.0 - _USUAL_MOMENTUM) ** (samples / _USUAL_BATCH)
     try:
         for module, usual in own.items():
@@ -201,6 +197,16 @@ def steady_statistics(
     finally:
         for module, usual in own.items():
             vars(module)["momentum"] = usual
+
+
+def averaging(model: nn.Module) -> dict[nn.Module, float]:
+    """The layers that keep running statistics, and with what momentum."""
+    own: dict[nn.Module, float] = {}
+    for module in model.modules():
+        usual = getattr(module, "momentum", None)
+        if isinstance(usual, float) and isinstance(getattr(module, "running_mean", None), Tensor):
+            own[module] = usual
+    return own
 
 
 def start_training(model: nn.Module, *, freeze_backbone: bool) -> None:
