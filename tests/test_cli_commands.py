@@ -188,6 +188,21 @@ def test_convert_says_how_far_to_trust_the_result(options, line, model, tmp_path
     assert len(json.loads(drift.read_text())["sites"]) == LAYERS
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--to", "gn"], True),
+        (["--to", "ln"], True),
+        (["--to", "in"], False),
+        (["--to", "frn"], False),
+        (["--to", "gn", "--init", "copy"], False),
+    ],
+)
+def test_convert_names_the_nearer_start_where_there_is_one(options, told, model, tmp_path):
+    out = run("convert", *model, *options, "-o", tmp_path / "net").stdout
+    assert ("--init steady" in out) is told
+
+
 def test_force_replaces(model, tmp_path):
     run("convert", *model, "--to", "brn", "-o", tmp_path / "net")
     run("convert", *model, "--to", "gn", "-o", tmp_path / "net", "--force")

@@ -221,6 +221,8 @@ def command(
     if plan.idle is not None:
         raise plan.idle
     batch = chosen.images(source, images, skip_broken=skip_broken) if images else None
+    asked = not (plan_file or as_json or images) and init == "match"
+    steadier = asked and _might_be_steadier(source.model, recipe, options)
     options["allow_nonfinite"] = chosen.allow_nonfinite
     report = None
     if keep is not None:
@@ -245,12 +247,17 @@ def command(
     print_summary(result.plan)
     if keep is not None:
         _print_kept(result)
-    _print_trust(result.plan, report, found)
+    _print_trust(result.plan, report, found, steadier=steadier)
     say("\n".join(f"wrote {file}" for file in (output, drift, costs) if file is not None))
     say_next(
         "finetune", output, *chosen.consent(), "--data", "DATA", "--batch-size", 2,
         "-o", f"{output}-tuned",
     )  # fmt: skip
+
+
+def _might_be_steadier(model: nn.Module, target: Any, options: dict[str, Any]) -> bool:
+    """Whether there are producers that --init steady would scale."""
+    return any(entry.scaled for entry in _planned(model, target, {**options, "init": "steady"}))
 
 
 def _show(plan: Plan, words: tuple[Any, ...], *, as_json: bool) -> None:
@@ -356,7 +363,7 @@ def _print_kept(result: Any) -> None:
     say(result.summary)
 
 
-def _print_trust(plan: Plan, report: Calibration | None, drift: Drift) -> None:
+def _print_trust(plan: Plan, report: Calibration | None, drift: Drift, *, steadier: bool) -> None:
     """How far the result may be trusted as it is."""
     per_sample = [e for e in plan.swapped if e.recipe is not None and e.recipe.per_sample]
     if report is not None:
@@ -370,6 +377,11 @@ def _print_trust(plan: Plan, report: Calibration | None, drift: Drift) -> None:
     warning = drift.warned("fine-tuning" if report else "calibration or fine-tuning")
     if warning:
         say(f"warning: {warning}")
+        if steadier:
+            say(
+                "without images --init steady comes nearer (47 % of EfficientNet-Lite0's decisions "
+                "in place of 34 %)"
+            )
 
 
 def _check_usage(context: click.Context) -> None:
