@@ -124,15 +124,32 @@ def test_made_samples_have_the_form_of_the_inputs():
     draw = torch.Generator().manual_seed(0)
     for made in (_white, _patches):
         for shape in ((1, 2, 9), (2, 3, 8, 8), (1, 1, 4, 4, 4)):
-            batch = _made_like(torch.zeros(shape), made, draw)
-            assert batch.shape == (32, *shape[1:])
+            batch = _made_like(torch.zeros(shape), made, draw, 2)
+            assert batch.shape == (128, *shape[1:])
             assert batch.isfinite().all()
-        listed = _made_like([torch.zeros(3, 8, 8)], made, draw)
-        assert len(listed) == 32
+        listed = _made_like([torch.zeros(3, 8, 8)], made, draw, 2)
+        assert len(listed) == 128
         assert listed[0].shape == (3, 8, 8)
-        assert len(_made_like((torch.zeros(1, 3, 8, 8),), made, draw)) == 1
+        assert len(_made_like((torch.zeros(1, 3, 8, 8),), made, draw, 2)) == 1
+        assert _made_like(torch.zeros(1, 3, 224, 50), made, draw, 2).shape[1:] == (3, 112, 50)
+        assert _made_like(torch.zeros(1, 3, 224, 50), made, draw, 1).shape[1:] == (3, 224, 50)
         for other in (torch.zeros(1, 3), torch.zeros(1, 3, 8, dtype=torch.long), {}, None, "x"):
-            assert _made_like(other, made, draw) is None
+            assert _made_like(other, made, draw, 2) is None
+
+
+def test_a_model_of_one_size_gets_its_scales_from_samples_of_that_size():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 62 * 62, 2),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 64, 64)
+    net.train()(x)
+    net.eval()
+    before = net[0].weight.clone()
+    found = normswap.convert(net, "gn(groups=2)", example_inputs=x[:1], init="steady")
+    assert [entry.scaled for entry in found.plan] == ["0"]
+    assert not torch.equal(net[0].weight, before)
 
 
 def test_a_finished_plan_is_carried_out_or_says_what_it_lacks(teacher):

@@ -18,7 +18,6 @@ from torch import Tensor
 
 _STEPS, _RATE = 80, 0.06
 _PULL = 0.1
-"""Weight of the mean square of the scales' logarithms beside the error, the start's being 1."""
 _LOUDEST = 8.0
 """No channel is made louder or quieter than by this factor, beside unit variance."""
 _SILENT = 1e-3
@@ -42,13 +41,15 @@ class Moments:
         return found.clamp_min(_SILENT * found.max()).clamp_min(1e-12)
 
 
-def steady_scales(moments: Moments, gain: Tensor, groups: int) -> Tensor:
+def steady_scales(moments: Moments, gain: Tensor, groups: int, pull: float = _PULL) -> Tensor:
     """The factors (C,), signs included, with which a GroupNorm errs least.
 
     Args:
         moments: of what the original feeds its BatchNorm.
         gain: what a channel's output counts, |γ|.
         groups: number of groups.
+        pull: weight of the mean square of the factors' logarithms beside the error, the start's
+            being 1.
     """
     spread = moments.spread
     if len(spread) == groups:
@@ -56,7 +57,7 @@ def steady_scales(moments: Moments, gain: Tensor, groups: int) -> Tensor:
     unit = Moments(moments.mean / spread, moments.square / spread.square())
     error = _Error(unit, gain, groups)
     signs = _balanced(unit.mean - unit.mean.mean(0), groups)
-    scales = _descended(error, min(torch.ones_like(signs), signs, key=error.elsewhere))
+    scales = _descended(error, min(torch.ones_like(signs), signs, key=error.elsewhere), pull)
     found = scales / spread
     return found * _loudness(moments, groups) / _loudness(_scaled(moments, found), groups)
 
@@ -123,7 +124,7 @@ class _Error:
         return (self.gain * left).sum() / (self.gain * whole).sum().clamp_min(1e-12)
 
 
-def _descended(error: _Error, signs: Tensor) -> Tensor:
+def _descended(error: _Error, signs: Tensor, pull: float) -> Tensor:
     """Scales of these signs after some steps of Adam; the best on the samples held out."""
     with torch.enable_grad():
         exponent = torch.zeros_like(signs, requires_grad=True)
@@ -133,7 +134,7 @@ def _descended(error: _Error, signs: Tensor) -> Tensor:
         for step in range(1, _STEPS + 1):
             optimizer.zero_grad()
             scales = signs * exponent.exp()
-            loss = error.seen(scales) / start + _PULL * exponent.square().mean()
+            loss = error.seen(scales) / start + pull * exponent.square().mean()
             torch.autograd.backward(loss)
             optimizer.step()
             with torch.no_grad():

@@ -10,6 +10,7 @@ so that whoever matches the BatchNorm next matches one whose channels are scaled
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +30,13 @@ from normswap.running import evaluating, hooked, input_of
 
 _log = logging.getLogger("normswap")
 
-_SAMPLES, _FEWEST = 32, 8
+_SAMPLES, _FEWEST = 128, 8
 _NUMBERS = 5_000_000
 """Input values of one pass."""
+_WIDE = 64
+"""Sides from here on are halved: four times the samples say more than samples of the full size."""
+_PULL = 0.5
+"""Towards equal loudness, of scales from samples that are none."""
 _PATCHES = 40
 """Most patches that cover a sample."""
 
@@ -139,7 +144,7 @@ def _rewrite(site: _Site, moments: Moments) -> None:
     assert mean is not None
     assert var is not None
     assert weight is not None
-    scales = steady_scales(moments, weight.float().abs(), site.groups).double()
+    scales = steady_scales(moments, weight.float().abs(), site.groups, _PULL).double()
     if not (scales.isfinite() & (scales != 0)).all():
         return
     site.producer.scale(scales.float())
@@ -157,23 +162,24 @@ def _of_noise(
     model: nn.Module, sites: list[_Site], norms: list[nn.Module], inputs: Any
 ) -> dict[str, Moments]:
     """Moments of made-up samples; none where the model does not take them."""
-    draw = torch.Generator().manual_seed(0)
-    found: dict[nn.Module, list[Moments]] = {site.norm: [] for site in sites}
     known = [norm for norm in dict.fromkeys(norms) if has_statistics(state_of(norm))]
-    hooks = [norm.register_forward_pre_hook(_hook(found), with_kwargs=True) for norm in known]
-    with hooked(*hooks):
-        for made in (_white, _patches):
-            batch = _made_like(inputs, made, draw)
-            if batch is None:
-                return {}
+    for smaller in (2, 1):  # not every model takes a smaller size
+        draw = torch.Generator().manual_seed(0)
+        batches = [_made_like(inputs, made, draw, smaller) for made in (_white, _patches)]
+        if any(batch is None for batch in batches):
+            return {}
+        found: dict[nn.Module, list[Moments]] = {site.norm: [] for site in sites}
+        hooks = [norm.register_forward_pre_hook(_hook(found), with_kwargs=True) for norm in known]
+        with hooked(*hooks), evaluating(model):
             try:
-                with evaluating(model):
+                for batch in batches:
                     call(model, batch)
             except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, WalkError):
-                _log.debug("no steady scales: the model does not take noise", exc_info=True)
-                return {}
-    joined = {site.name: _joined(found[site.norm]) for site in sites if found[site.norm]}
-    return {name: moments for name, moments in joined.items() if moments is not None}
+                _log.debug("noise of this size is refused", exc_info=True)
+                continue
+        joined = {site.name: _joined(found[site.norm]) for site in sites if found[site.norm]}
+        return {name: moments for name, moments in joined.items() if moments is not None}
+    return {}
 
 
 def _hook(found: dict[nn.Module, list[Moments]]) -> Any:
@@ -214,8 +220,11 @@ def _joined(parts: list[Moments]) -> Moments | None:
     return found if sound and len(found.mean) >= _FEWEST else None
 
 
-def _made_like(inputs: Any, made: Made, draw: torch.Generator) -> Any:
-    """A batch of the form of ``inputs``: one tensor, or a list of images; None for any other."""
+def _made_like(inputs: Any, made: Made, draw: torch.Generator, smaller: int) -> Any:
+    """A batch of the form of ``inputs``: one tensor, or a list of images; None for any other.
+
+    Sides of ``_WIDE`` or more are ``smaller`` times shorter.
+    """
     one = isinstance(inputs, (tuple, list)) and len(inputs) == 1
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], Tensor):
         like = inputs[0][None]
@@ -225,8 +234,10 @@ def _made_like(inputs: Any, made: Made, draw: torch.Generator) -> Any:
         return None
     if not like.is_floating_point() or like.dim() < 3:
         return None
-    count = max(_FEWEST, min(_SAMPLES, _NUMBERS // max(1, like[:1].numel())))
-    batch = made([count, *like.shape[1:]], draw).to(like)
+    sides = [side // smaller if side >= _WIDE else side for side in like.shape[2:]]
+    numbers = like.shape[1] * math.prod(sides)
+    count = max(_FEWEST, min(_SAMPLES, _NUMBERS // max(1, numbers)))
+    batch = made([count, like.shape[1], *sides], draw).to(like)
     if isinstance(inputs, list):
         return list(batch.sigmoid())
     return (batch,) if isinstance(inputs, tuple) else batch
