@@ -61,6 +61,8 @@ _LOST, _GUESSES = 0.75, 4
 """Share of the decisions lost over the root of nats, before anything is known; then halves."""
 _WEIGHED = 64
 """Images that are enough for the costs."""
+_MAKING = 0.2
+"""Share of the time in which more kinds of images are made of those given."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def convert(
     inputs = inputs_for(model, example_inputs)
     graph = walk(model, inputs, exclude=exclude)
     begun = clock()
-    budget = _Budget(clock, begun + seconds, progress)
+    budget = _Budget(clock, begun, seconds, progress)
     chooser = _Chooser(model, target, graph, {**options, "example_inputs": inputs}, seed)
     with torch.inference_mode(mode=False), taken():
         found, ready = chooser.choose(keep, images, budget)
@@ -289,16 +291,29 @@ def _check(target: Any, keep: Any, images: Any, seconds: float) -> None:
 @dataclass(frozen=True)
 class _Budget:
     clock: Callable[[], float]
-    deadline: float
+    begun: float
+    seconds: float
     progress: ProgressCallback | None
 
     @property
     def left(self) -> float:
-        return self.deadline - self.clock()
+        return self.begun + self.seconds - self.clock()
 
     def tell(self, share: float, what: str) -> None:
         if self.progress is not None:
             self.progress(Progress(share, 1.0, what))
+
+
+class _Room:
+    """A share of the whole time, from now on."""
+
+    def __init__(self, budget: _Budget, share: float) -> None:
+        self._budget, self._begun = budget, budget.clock()
+        self._seconds = share * budget.seconds
+
+    def over(self, done: int) -> bool:
+        """Whether one more, as long as each of those that are done, would take longer."""
+        return (self._budget.clock() - self._begun) * (done + 1) / done > self._seconds
 
 
 @dataclass(frozen=True)
@@ -388,10 +403,10 @@ class _Chooser:
         budget.tell(0.0, "every layer by itself")
         with evaluating(self.teacher):
             donors = [self._converted(whole) for _ in halves]
-            seen = [
-                moments_alone(donor, self.teacher, half, self.draw)
-                for donor, half in zip(donors, halves, strict=True)
-            ]
+            seen = []
+            for donor, half in zip(donors, halves, strict=True):
+                room = _Room(budget, _MAKING / len(halves))
+                seen.append(moments_alone(donor, self.teacher, half, self.draw, room.over))
             opened = budget.clock()
             folds = [self._fold(donors[i], halves[i], seen[i], halves[1 - i]) for i in (0, 1)]
             solving = budget.clock() - opened  # what it costs to do that once more, on all images
@@ -435,8 +450,8 @@ class _Chooser:
                 low, best = at, found
             else:
                 high = at - 1
-            if budget.left <= solving:
-                break
+            if budget.left <= solving and (best.sites or number >= _GUESSES):
+                break  # late, but not with nothing in hand
         return best
 
     def _slopes(

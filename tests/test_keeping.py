@@ -8,6 +8,7 @@ from test_calibration_closed_form import Net, images, trained
 from torch import nn
 
 import normswap
+from normswap import keeping
 from normswap.calibration import moments_alone, solve_alone
 from normswap.errors import PlanError
 from normswap.keeping import _first_half, _Guess, kept_share
@@ -199,6 +200,24 @@ def test_requests_that_mean_nothing(options, match):
 def test_halves_share_no_class_and_are_as_large_as_that_allows():
     first = _first_half([3] * 5 + [1] * 4 + [7] * 2 + [9])
     assert first.tolist() == [True] * 5 + [False] * 4 + [False] * 2 + [True]
+
+
+def test_where_time_is_short_the_search_does_not_end_with_nothing_in_hand(teacher, monkeypatch):
+    monkeypatch.setattr(keeping, "_LOST", 1e-6)  # the first guess is every layer
+    now, tried = [0.0], []
+    probe = keeping._Chooser._tried
+
+    def late(chooser, order, count, folds):
+        now[0] += 1000.0
+        tried.append(count)
+        return probe(chooser, order, count, folds)
+
+    monkeypatch.setattr(keeping._Chooser, "_tried", late)
+    result = kept(teacher, 0.8, seconds=100, clock=lambda: now[0])
+    assert tried[0] == 5
+    assert 1 < len(tried) <= 4
+    assert result.bound >= 0.8
+    assert result.plan.counts().get("gn", 0) > 0
 
 
 def test_the_search_goes_by_what_was_lost_before():

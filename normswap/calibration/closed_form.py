@@ -309,12 +309,16 @@ def solve_alone(
 
 
 def moments_alone(
-    model: nn.Module, teacher: nn.Module, batches: Batches, draw: torch.Generator
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Batches,
+    draw: torch.Generator,
+    expired: Callable[[int], bool] = lambda _: False,
 ) -> dict[str, Moments]:
-    """What :func:`solve_alone` needs to know of the original, from these batches."""
+    """What :func:`solve_alone` needs to know of the original; see :func:`moments_before`."""
     pairs, producers, _ = _replaced(model, teacher, batches[0])
     with evaluating(teacher):
-        return moments_before(pairs, producers, teacher, batches, draw)
+        return moments_before(pairs, producers, teacher, batches, draw, expired)
 
 
 @torch.no_grad()
