@@ -10,8 +10,10 @@ which needs no batch either and is exactly BatchNorm.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -408,17 +410,21 @@ class _Chooser:
                 room = _Room(budget, _MAKING / len(halves))
                 seen.append(moments_alone(donor, self.teacher, half, self.draw, room.over))
             opened = budget.clock()
-            folds = [self._fold(donors[i], halves[i], seen[i], halves[1 - i]) for i in (0, 1)]
+            folds = [
+                self._fold(*parts)
+                for parts in zip(donors, halves, seen, reversed(halves), strict=True)
+            ]
             solving = budget.clock() - opened  # what it costs to do that once more, on all images
             budget.tell(0.2, "what each layer costs")
             slopes = self._slopes(folds, halves, sites)
         self.costs = {name: cost_of(slopes[name]) for name in sites}
         order, together = cheapest_first(slopes)
         best = self._search(order, _Guess(together, keep), folds, budget, solving)
-        every, known = halves[0], seen[0]
-        if halves[0] is not halves[1]:
-            every = [*halves[0], *halves[1]]
-            known = {name: seen[0][name] + seen[1][name] for name in seen[0]}
+        every = [batch for half in halves for batch in half]
+        known = {
+            name: functools.reduce(operator.add, (found[name] for found in seen if name in found))
+            for name in dict.fromkeys(name for found in seen for name in found)
+        }
         budget.tell(0.95, f"{len(best.sites)} layers, on all images")
         with evaluating(self.teacher):
             ready = self._ready(whole, order, best, (every, known))
@@ -455,7 +461,7 @@ class _Chooser:
         return best
 
     def _slopes(
-        self, folds: list[_Fold], halves: tuple[list[Any], list[Any]], sites: list[str]
+        self, folds: list[_Fold], halves: list[list[Any]], sites: list[str]
     ) -> dict[str, Tensor]:
         """Of every site as each half has solved it, on images of the other one."""
         each = []
@@ -494,8 +500,8 @@ class _Chooser:
         self._fold(self._converted(whole), *every, []).lend(model, best.sites)
         return _Ready(found, model.state_dict())
 
-    def _halves(self, images: Any, device: torch.device) -> tuple[list[Any], list[Any]]:
-        """Two halves of the batches.
+    def _halves(self, images: Any, device: torch.device) -> list[list[Any]]:
+        """Two halves of the images, or all of them where they cannot be parted.
 
         Other photographs of the same things are no strangers: so the halves share no class of the
         original's decisions, where single images and classes can be told.
@@ -504,14 +510,15 @@ class _Chooser:
         if isinstance(images, Tensor):
             with evaluating(self.teacher), torch.no_grad():
                 outputs = [leaves(call(self.teacher, copied(batch))) for batch in every]
+            joined = torch.cat(every)
+            first = torch.arange(len(joined), device=device) % 2 == 0
             if all(found and found[0].dim() == 2 for found in outputs):
                 classes = torch.cat([found[0].argmax(1) for found in outputs])
-                first = _first_half(classes.tolist()).to(device)
-                if first.any() and not first.all():
-                    joined = torch.cat(every)
-                    parts = (torch.split(joined[part], _BATCH) for part in (first, ~first))
-                    return list(next(parts)), list(next(parts))
-        return (every[::2], every[1::2]) if len(every) > 1 else (every, every)
+                apart = _first_half(classes.tolist()).to(device)
+                first = first if apart.all() else apart
+            parts = [joined[first], joined[~first]]
+            return [list(torch.split(part, _BATCH)) for part in parts if len(part)]
+        return [every[::2], every[1::2]] if len(every) > 1 else [every]
 
     def _plan(self, frozen: Iterable[str]) -> Plan:
         reasons = dict.fromkeys(frozen, "frozen, to keep the decisions asked for")

@@ -25,7 +25,7 @@ def teacher():
 
 def kept(teacher, keep, target="gn", **options):
     model = copy.deepcopy(teacher)
-    options |= {"example_inputs": images(2, 0), "images": images(128, 1)}
+    options = {"example_inputs": images(2, 0), "images": images(128, 1)} | options
     return normswap.convert(model, target, keep=keep, **options)
 
 
@@ -200,6 +200,14 @@ def test_requests_that_mean_nothing(options, match):
 def test_halves_share_no_class_and_are_as_large_as_that_allows():
     first = _first_half([3] * 5 + [1] * 4 + [7] * 2 + [9])
     assert first.tolist() == [True] * 5 + [False] * 4 + [False] * 2 + [True]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 17])
+def test_every_image_judges_once_whatever_their_number(teacher, count):
+    x = images(count, 1)
+    same = x[:1].repeat(count, 1, 1, 1)  # one class: the halves have to share it
+    for given, number in ((x, count), (same, count), ([x], count), ([x, same], 2 * count)):
+        assert kept(teacher, 0.5, images=given).images == number
 
 
 def test_where_time_is_short_the_search_does_not_end_with_nothing_in_hand(teacher, monkeypatch):
