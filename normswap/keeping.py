@@ -10,10 +10,8 @@ which needs no batch either and is exactly BatchNorm.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import math
-import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -151,8 +149,10 @@ def convert(
             layers are converted as that allows, by ``images``; the others become ``frozen``.
         images: for ``keep``: preprocessed images without labels, a tensor or an iterable of
             batches. Each half is judged by a model that was calibrated on the other one; the model
-            that stays is calibrated on both.
-        seconds: for ``keep``: about how long it may take; where it is short the search ends early.
+            that stays is calibrated on both. What cannot be parted (one image, one batch of an
+            iterable) judges what was calibrated on it.
+        seconds: for ``keep``: about how long it may take; where it is short the search ends early,
+            though not before four tries if none has succeeded.
         seed: of the random choices that ``keep`` makes.
         progress: called with the share of ``keep``'s work that is done, and what comes next.
         clock: what ``seconds`` are read from.
@@ -301,21 +301,14 @@ class _Budget:
     def left(self) -> float:
         return self.begun + self.seconds - self.clock()
 
+    def over(self, share: float) -> Callable[[int], bool]:
+        """Whether one more, as long as each of those that are done, would pass this share."""
+        opened, room = self.clock(), share * self.seconds
+        return lambda done: (self.clock() - opened) * (done + 1) / done > room
+
     def tell(self, share: float, what: str) -> None:
         if self.progress is not None:
             self.progress(Progress(share, 1.0, what))
-
-
-class _Room:
-    """A share of the whole time, from now on."""
-
-    def __init__(self, budget: _Budget, share: float) -> None:
-        self._budget, self._begun = budget, budget.clock()
-        self._seconds = share * budget.seconds
-
-    def over(self, done: int) -> bool:
-        """Whether one more, as long as each of those that are done, would take longer."""
-        return (self._budget.clock() - self._begun) * (done + 1) / done > self._seconds
 
 
 @dataclass(frozen=True)
@@ -407,8 +400,8 @@ class _Chooser:
             donors = [self._converted(whole) for _ in halves]
             seen = []
             for donor, half in zip(donors, halves, strict=True):
-                room = _Room(budget, _MAKING / len(halves))
-                seen.append(moments_alone(donor, self.teacher, half, self.draw, room.over))
+                over = budget.over(_MAKING / len(halves))
+                seen.append(moments_alone(donor, self.teacher, half, self.draw, over))
             opened = budget.clock()
             folds = [
                 self._fold(*parts)
@@ -421,10 +414,9 @@ class _Chooser:
         order, together = cheapest_first(slopes)
         best = self._search(order, _Guess(together, keep), folds, budget, solving)
         every = [batch for half in halves for batch in half]
-        known = {
-            name: functools.reduce(operator.add, (found[name] for found in seen if name in found))
-            for name in dict.fromkeys(name for found in seen for name in found)
-        }
+        known: dict[str, Moments] = {}
+        for found in seen:
+            known |= {name: known[name] + m if name in known else m for name, m in found.items()}
         budget.tell(0.95, f"{len(best.sites)} layers, on all images")
         with evaluating(self.teacher):
             ready = self._ready(whole, order, best, (every, known))
@@ -511,12 +503,12 @@ class _Chooser:
             with evaluating(self.teacher), torch.no_grad():
                 outputs = [leaves(call(self.teacher, copied(batch))) for batch in every]
             joined = torch.cat(every)
-            first = torch.arange(len(joined), device=device) % 2 == 0
+            chosen = torch.arange(len(joined), device=device) % 2 == 0
             if all(found and found[0].dim() == 2 for found in outputs):
                 classes = torch.cat([found[0].argmax(1) for found in outputs])
                 apart = _first_half(classes.tolist()).to(device)
-                first = first if apart.all() else apart
-            parts = [joined[first], joined[~first]]
+                chosen = chosen if apart.all() else apart
+            parts = [joined[chosen], joined[~chosen]]
             return [list(torch.split(part, _BATCH)) for part in parts if len(part)]
         return [every[::2], every[1::2]] if len(every) > 1 else [every]
 

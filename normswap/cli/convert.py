@@ -221,7 +221,7 @@ def command(
     if plan.idle is not None:
         raise plan.idle
     batch = chosen.images(source, images, skip_broken=skip_broken) if images else None
-    asked = not (plan_file or as_json or images) and init == "match"
+    asked = not (plan_file or as_json or images) and init == "match" and bool(_per_sample(plan))
     steadier = asked and _might_be_steadier(source.model, recipe, options)
     options["allow_nonfinite"] = chosen.allow_nonfinite
     report = None
@@ -253,6 +253,11 @@ def command(
         "finetune", output, *chosen.consent(), "--data", "DATA", "--batch-size", 2,
         "-o", f"{output}-tuned",
     )  # fmt: skip
+
+
+def _per_sample(plan: Plan) -> list[PlanEntry]:
+    """What is matched and not exact."""
+    return [e for e in plan.swapped if e.recipe is not None and e.recipe.per_sample]
 
 
 def _might_be_steadier(model: nn.Module, target: Any, options: dict[str, Any]) -> bool:
@@ -365,7 +370,7 @@ def _print_kept(result: Any) -> None:
 
 def _print_trust(plan: Plan, report: Calibration | None, drift: Drift, *, steadier: bool) -> None:
     """How far the result may be trusted as it is."""
-    per_sample = [e for e in plan.swapped if e.recipe is not None and e.recipe.per_sample]
+    per_sample = _per_sample(plan)
     if report is not None:
         say(without_arguments(str(report)))
     elif not per_sample:
